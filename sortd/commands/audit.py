@@ -14,6 +14,7 @@ import numpy as np
 from sortd.classify.proportions import out_of, proportion, proven
 from sortd.commands.console import counted, format_time, print_line, print_table, printable, say, show
 from sortd.commands.evaluation import check_page_path, label_on_page, name_on_page, render, write_page
+from sortd.commands.moves import without_links
 from sortd.commands.status import dataset_named
 from sortd.config import Config
 from sortd.daemon.control import ask
@@ -113,7 +114,8 @@ def answer_sample(config: Config, layout: Layout, wrong: Sequence[Path]) -> dict
     sample = open_sample(folder)
     if sample is None:
         raise DataError(f"{layout.name} has no sample to answer; draw one: sortd audit {layout.name}")
-    named = {os.path.abspath(path) for path in wrong}
+    spelled = {without_links(image["path"]): image["path"] for image in sample.images}
+    named = {spelled.get(without_links(path), os.path.abspath(path)) for path in wrong}
     if strange := sorted(named - {image["path"] for image in sample.images}):
         raise DataError(f"{strange[0]} is not in the sample; `sortd audit {layout.name}` shows it")
     gone = {one["path"] for one in sample.images if one["path"] not in named and not os.path.isfile(one["path"])}

@@ -19,6 +19,7 @@ from sortd.commands.console import counted, print_line, print_table, printable, 
 from sortd.commands.evaluation import check_page_path, label_on_page, name_on_page, render, write_page
 from sortd.commands.explain import current_prototypes
 from sortd.commands.findings import Finding, note
+from sortd.commands.moves import without_links
 from sortd.commands.status import dataset_named, settings_with_corrections
 from sortd.companions import is_image
 from sortd.config import Config
@@ -249,8 +250,9 @@ def accept_group(
             f"there is no group {identifier!r} now; a group that changed has another id: see `sortd groups`"
         )
     pile, group = found[0]
-    left_out = {os.path.abspath(path) for path in without}
     members = [pile.files[at] for at in group.members]
+    spelled = {without_links(path): path for path, _ in members}
+    left_out = {spelled.get(without_links(path), os.path.abspath(path)) for path in without}
     if strange := sorted(left_out - {path for path, _ in members}):
         raise DataError(f"{strange[0]} is not in the group {identifier}")
     images = [image_facts(path, mark) for path, mark in members if path not in left_out]

@@ -83,16 +83,20 @@ def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
     return chosen
 
 
+def without_links(path: Path | str) -> str:
+    """Return an absolute path whose folder has no symbolic links; the file may be gone."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(folder), name)
+
+
 def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
     """Return the dataset that a path lies in, and the path relative to it; None if it lies in none.
 
     Raises:
         LayoutError: the root cannot be listed.
     """
-    absolute = os.path.abspath(path)
-    unlinked = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
     for layout in find_datasets(config.root):
-        for spelled in (absolute, unlinked):
+        for spelled in (os.path.abspath(path), without_links(path)):
             for root in (os.fspath(layout.root), os.path.realpath(layout.root)):
                 if spelled.startswith(root + os.sep):
                     return layout, spelled.removeprefix(root + os.sep)
