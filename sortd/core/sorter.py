@@ -294,7 +294,7 @@ class Sorter:
             if image.in_review:
                 self.images.abstain_again(image, generation=classifier.generation)
                 return None
-            image.is_unfamiliar = decision.reason in events.UNFAMILIAR
+            image.is_unfamiliar = decision.reason in events.LIKE_NO_CLASS
         image.generation = classifier.generation
         return self._move_or_wait(image, order_for(answer, decision, classifier, settle_seconds=image.settle_seconds))
 
