@@ -18,6 +18,7 @@ TABLE = """checks (
 ) STRICT"""
 """Of filed images: the answers of audits. Of images in Review/: the guesses that a person confirmed."""
 
+# CROSS JOIN keeps the planner from reading all filed images: https://www.sqlite.org/optoverview.html.
 _JUDGED = """WITH acted AS (
     SELECT corrections.move AS move, corrections.at AS at, 1 AS is_corrected FROM corrections
     UNION ALL
@@ -28,23 +29,24 @@ _JUDGED = """WITH acted AS (
     WHERE moves.outcome = 'filed' AND moves.id NOT IN (SELECT move FROM checks) GROUP BY moves.label
 ), checked AS (
     SELECT move AS id FROM checks UNION SELECT move FROM acted UNION
-    SELECT moves.id FROM looked JOIN moves ON moves.label = looked.label AND moves.outcome = 'filed'
-    WHERE moves.progress = 'done' AND moves.ended_at <= looked.at
+    SELECT moves.id FROM {moves} JOIN looked ON looked.label = moves.label
+    WHERE {newest} AND moves.progress = 'done' AND moves.outcome = 'filed' AND moves.ended_at <= looked.at
 ), judged AS (
     SELECT moves.id AS id, moves.mode AS mode, moves.score AS score, checks.move IS NOT NULL AS audited,
         ifnull(acted.is_corrected, 0) AS corrected, ifnull(1 - acted.is_corrected, 0) AS undone,
         acted.move IS NULL AND ifnull(checks.is_right, 1) = 0 AS found_wrong
-    FROM checked JOIN moves ON moves.id = checked.id LEFT JOIN checks ON checks.move = checked.id
+    FROM checked CROSS JOIN moves ON moves.id = checked.id LEFT JOIN checks ON checks.move = checked.id
         LEFT JOIN acted ON acted.move = checked.id
-    WHERE moves.progress = 'done' AND moves.outcome = 'filed'
+    WHERE +moves.progress = 'done' AND +moves.outcome = 'filed'
 ) """
-ACCURACY = f"""{_JUDGED}
+_NEWEST = "moves.id > (SELECT max(id) FROM moves) - 20000"  # the loop of the daemon waits for this query
+ACCURACY = f"""{_JUDGED.format(moves="moves", newest="TRUE")}
 SELECT moves.label AS label, count(*) AS filed, count(judged.id) AS checked, total(judged.audited) AS audited,
     total(judged.audited AND judged.corrected + judged.undone + judged.found_wrong = 0) AS audited_right,
     total(judged.corrected) AS corrected, total(judged.undone) AS undone, total(judged.found_wrong) AS found_wrong
 FROM moves LEFT JOIN judged ON judged.id = moves.id WHERE moves.progress = 'done' AND moves.outcome = 'filed'
 GROUP BY moves.label ORDER BY moves.label"""  # noqa: S608 - our own words only
-NEWEST_CHECKED = f"""{_JUDGED}
+NEWEST_CHECKED = f"""{_JUDGED.format(moves="moves NOT INDEXED", newest=_NEWEST)}
 SELECT score, audited, corrected + undone > 0 AS acted, corrected + undone + found_wrong = 0 AS is_right
 FROM judged WHERE mode = ? AND score IS NOT NULL ORDER BY id DESC LIMIT ?"""  # noqa: S608 - our own words only
 TO_AUDIT = """SELECT id FROM moves WHERE progress = 'done' AND outcome = 'filed' AND undone_by IS NULL
