@@ -68,7 +68,7 @@ def test_refuse_reload_doubled_abstentions_are_refused() -> None:
     before = replace(OLD, calibration=replace(OLD.calibration, filed_expected=0.8))
     much = replace(OLD, calibration=replace(OLD.calibration, filed_expected=0.55))
     little = replace(OLD, calibration=replace(OLD.calibration, filed_expected=0.65))
-    assert "45%" in str(refuse_reload(before, much))
+    assert "45.0 % of 120 (95 %: " in str(refuse_reload(before, much))
     assert refuse_reload(before, little) is None
 
 
