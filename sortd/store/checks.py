@@ -41,7 +41,8 @@ _JUDGED = f"""{_REPLACED}, acted AS (
     SELECT recent.id FROM {{recent}} JOIN looked ON looked.label = recent.label
     WHERE {{newest}} AND recent.progress = 'done' AND recent.ended_at <= looked.at
 ), judged AS (
-    SELECT moves.id AS id, moves.mode AS mode, moves.score AS score, checks.move IS NOT NULL AS audited,
+    SELECT moves.id AS id, moves.label AS label, moves.mode AS mode, moves.score AS score,
+        checks.move IS NOT NULL AS audited,
         ifnull(acted.is_corrected, 0) AS corrected, ifnull(1 - acted.is_corrected, 0) AS undone,
         acted.move IS NULL AND ifnull(checks.is_right, 1) = 0 AS found_wrong
     FROM checked CROSS JOIN moves ON moves.id = checked.id LEFT JOIN checks ON checks.move = checked.id
@@ -50,10 +51,11 @@ _JUDGED = f"""{_REPLACED}, acted AS (
 ) """  # noqa: S608 - our own words only
 _NEWEST = "recent.id > (SELECT max(id) FROM moves) - 20000"  # the loop of the daemon waits for this query
 ACCURACY = f"""{_JUDGED.format(recent="moves AS recent", newest="TRUE")}
-SELECT moves.label AS label, count(*) AS filed, count(judged.id) AS checked, total(judged.audited) AS audited,
-    total(judged.audited AND judged.corrected + judged.undone + judged.found_wrong = 0) AS audited_right,
-    total(judged.corrected) AS corrected, total(judged.undone) AS undone, total(judged.found_wrong) AS found_wrong
-FROM moves LEFT JOIN judged ON judged.id = moves.id WHERE {_FILED} GROUP BY moves.label ORDER BY moves.label"""  # noqa: S608 - our own words only
+SELECT label, count(*) - count(id) AS filed, count(id) AS checked, total(audited) AS audited,
+    total(audited AND corrected + undone + found_wrong = 0) AS audited_right,
+    total(corrected) AS corrected, total(undone) AS undone, total(found_wrong) AS found_wrong
+FROM (SELECT * FROM judged UNION ALL SELECT NULL, label, NULL, NULL, 0, 0, 0, 0 FROM moves WHERE {_FILED})
+GROUP BY label ORDER BY label"""  # noqa: S608 - our own words only
 NEWEST_CHECKED = f"""{_JUDGED.format(recent="moves AS recent NOT INDEXED", newest=_NEWEST)}
 SELECT score, audited, corrected + undone > 0 AS acted, corrected + undone + found_wrong = 0 AS is_right
 FROM judged WHERE mode = ? AND score IS NOT NULL ORDER BY id DESC LIMIT ?"""  # noqa: S608 - our own words only
@@ -64,12 +66,16 @@ GUESSES = """SELECT total(is_right) AS confirmed, count(*) AS judged FROM (
     SELECT corrections.label IS corrections.corrected AS is_right
     FROM corrections JOIN moves ON moves.id = corrections.move WHERE moves.outcome = 'sent_to_review'
     UNION ALL
-    SELECT guess.label IS moves.label FROM moves JOIN members ON members.move = moves.id AND members.position = 0
-        JOIN members AS put ON put.final = members.name AND put.position = 0 AND put.moved_inode = members.inode
-        JOIN moves AS guess ON guess.id = put.move AND guess.destination = moves.source
-    WHERE moves.progress = 'done' AND moves.outcome = 'assigned' AND moves.undone_by IS NULL
-        AND guess.outcome = 'sent_to_review'
+    SELECT guessed IS assigned FROM (
+        SELECT guess.label AS guessed, moves.label AS assigned, max(guess.id) FROM moves
+            JOIN members ON members.move = moves.id AND members.position = 0
+            JOIN members AS put ON put.final = members.name AND put.position = 0 AND put.moved_inode = members.inode
+            JOIN moves AS guess ON guess.id = put.move AND guess.destination = moves.source
+        WHERE moves.progress = 'done' AND moves.outcome = 'assigned' AND moves.undone_by IS NULL
+            AND guess.outcome = 'sent_to_review' GROUP BY moves.id
+    )
 )"""
+"""An image that was sent to Review/ twice counts once: as a bare column beside ``max``, its label is the newest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,38 @@ def test_journal_confirmed_guesses_of_review_are_counted_apart(path: Path) -> No
         assert journal.history.accuracy() == {}
         journal.record_corrections([(first, "cow", "Dataset/cow/0.jpg")])
         assert journal.history.guesses() == (1, 3)
+
+
+def test_journal_guess_of_an_image_sent_to_review_twice_counts_once(path: Path) -> None:
+    """A person may take an image back, or move it back, before it is assigned: the last guess counts."""
+    with Journal(path, clock=Clock()) as journal:
+        for token, label in (("r", "dog"), ("s", "cat")):
+            review = replace(move(token), destination="Review/_none")
+            journal.intend([(review, MoveReason("sent_to_review", label, 0.4, 0.1, "dog", "mixed"))])
+            journal.settle([replace(review, progress=MoveProgress.DONE)])
+        assigned = replace(move("a"), source="Review/_none")
+        journal.intend([(assigned, MoveReason("assigned", "cat"))])
+        journal.settle([replace(assigned, progress=MoveProgress.DONE)])
+        assert journal.history.guesses() == (1, 1)
+
+
+@pytest.mark.parametrize("ask", [History.accuracy, lambda history: history.newest_checked("mixed", 9)])
+def test_history_checked_images_cost_time_in_proportion(path: Path, ask: Callable[[History], object]) -> None:
+    """Four times as many images take four times as long, not sixteen times as long."""
+    steps = []
+    with Journal(path) as journal:
+        for start in (0, 500):
+            moves = [move(f"t{n}", f"{n}.jpg", f"c{n % 5}") for n in range(start, 4 * start or 500)]
+            journal.intend([(one, MoveReason("filed", "cat", 0.9, 0.2, "dog", "mixed")) for one in moves])
+            journal.settle([replace(one, progress=MoveProgress.DONE) for one in moves])
+            records = journal.history.moves(Selection())[: len(moves)]
+            journal.record_corrections([(one, "dog", f"Dataset/dog/{one.id}.jpg") for one in records[::2]])
+            counted: list[int] = []
+            journal._connection.set_progress_handler(partial(counted.append, 1), 100)
+            ask(journal.history)
+            journal._connection.set_progress_handler(None, 0)
+            steps.append(len(counted))
+    assert steps[1] < 7 * steps[0]
 
 
 def test_journal_written_before_there_were_checks_is_read_and_completed(path: Path) -> None:
