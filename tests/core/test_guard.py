@@ -8,9 +8,10 @@ from sortd.classify.build import build
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
-from sortd.core.guard import GuardState
+from sortd.core.guard import GuardState, verdict
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.events import (
+    Assigned,
     Command,
     DatasetReleased,
     Embed,
@@ -123,6 +124,26 @@ def test_guard_unpredicted_batch_is_held_until_released(changed: Sorter) -> None
 def test_guard_small_batch_is_never_held(changed: Sorter) -> None:
     """A batch below the configured size is not checked."""
     assert len(drop(changed, near(3, 5, 0.6), 10)) == 5
+
+
+@pytest.mark.parametrize("counts", [(1,), (3,), (1, 1), (0, 0)])
+def test_guard_library_that_files_nothing_is_not_held(counts: tuple[int, ...]) -> None:
+    """Where too few references support no decision, nothing else was predicted."""
+    support = SupportSet(
+        labels=tuple("abc"[: len(counts)]),
+        embeddings=np.concatenate([near(centre, 12)[:count] for centre, count in enumerate(counts)]),
+        classes=np.repeat(np.arange(len(counts)), counts),
+        sources=tuple(map(str, range(sum(counts)))),
+        text=None,
+        text_mean=None,
+        strangers=np.zeros((0, WIDTH), np.float32),
+        encoder_id="encoder",
+        fingerprint="",
+    )
+    few = build(support, DecisionSettings(), generation=2)
+    decisions = decide_by(few, np.concatenate([near(centre, 15) for centre in range(3)]))
+    assert not any(isinstance(one, Assigned) for one in decisions)
+    assert verdict(decisions, few) is None
 
 
 def test_guard_images_that_stay_in_review_are_no_batch() -> None:
