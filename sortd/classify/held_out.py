@@ -17,6 +17,7 @@ from sortd.classify.decide import score_batch
 from sortd.classify.kernel import Plain, plain_held_out
 from sortd.classify.leave_one_out import LARGEST_TABLE, choose_held_out
 from sortd.classify.library import Library, class_means, make_library, parts
+from sortd.classify.proportions import estimated
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import BLENDED, DecisionSettings, SupportSet
 from sortd.events import Mode
@@ -271,8 +272,8 @@ def _worse_accuracy(old: PrototypeSet, new: PrototypeSet) -> str | None:
         return None
     worst = max(shared, key=lambda pair: pair[1] - pair[2])
     return (
-        f"leave-one-out accuracy on the common classes falls from {before:.0%} to {now:.0%}; recall of {worst[0]!r}"
-        f" falls from {worst[1]:.0%} to {worst[2]:.0%}"
+        f"leave-one-out accuracy on the common classes falls from {estimated(before, sizes[0], 'references')} to"
+        f" {estimated(now, sizes[1], 'references')}; recall of {worst[0]!r} falls from {worst[1]:.0%} to {worst[2]:.0%}"
     )
 
 
@@ -288,4 +289,5 @@ def _more_abstentions(old: PrototypeSet, new: PrototypeSet) -> str | None:
     error = float(np.sqrt(sum(0.25 / max(one.calibration.held_out, 1) for one in (old, new))))
     if now <= ABSTENTIONS * before or now - before <= max(MORE_ABSTENTIONS, STANDARD_ERRORS * error):
         return None
-    return f"the share of known images sent to review rises from {before:.0%} to {now:.0%}"
+    then, later = (estimated(share, one.calibration.held_out) for share, one in ((before, old), (now, new)))
+    return f"the share of known images sent to review rises from {then} to {later}"

@@ -157,13 +157,11 @@ def _filed_images(config: Config, layout: Layout) -> Filed:
         raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
     filed: Filed = {}
     with History.open(journal) as history:
-        corrected = {record.id for record, *_ in history.corrected(Selection())}
-        taken_back = _taken_back(history)
+        unchecked, taken_back = set(history.to_audit()), _taken_back(history)
         for path, mark in files:
             record = filed_record(layout, history.last_known(mark), path)
-            if record is None or record.id in corrected or record.move_reason.content in taken_back:
-                continue
-            filed[path, mark] = record
+            if record is not None and record.id in unchecked and record.move_reason.content not in taken_back:
+                filed[path, mark] = record
     return filed
 
 

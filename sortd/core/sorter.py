@@ -302,7 +302,7 @@ class Sorter:
             if image.in_review:
                 self.images.abstain_again(image, generation=classifier.generation)
                 return None
-            image.turned_away = classifier.generation if decision.reason in events.UNFAMILIAR else 0
+            image.turned_away = classifier.generation if decision.reason in events.LIKE_NO_CLASS else 0
         image.generation = classifier.generation
         return self._move_or_wait(image, order_for(answer, decision, classifier, settle_seconds=image.settle_seconds))
 
