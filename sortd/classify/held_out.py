@@ -38,7 +38,8 @@ STANDARD_ERRORS = 2.0
 """A larger loss is accepted if it is below this many standard errors."""
 ABSTENTIONS = 2.0
 MORE_ABSTENTIONS = 0.10
-"""A rebuild is refused if it abstains ABSTENTIONS times as often as before, and by more than this share of images."""
+"""A rebuild is refused if it abstains ABSTENTIONS times as often as before, and by more than this share of images and
+STANDARD_ERRORS. Shares of other classes cannot be compared: those of a class with its first two images are new."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,8 +280,14 @@ def _worse_accuracy(old: PrototypeSet, new: PrototypeSet) -> str | None:
 def _more_abstentions(old: PrototypeSet, new: PrototypeSet) -> str | None:
     if old.calibration.filed_expected is None or new.calibration.filed_expected is None:
         return None
+    judged = [
+        {label for label, known in zip(one.labels, np.isfinite(one.recall), strict=True) if known} for one in (old, new)
+    ]
+    if not judged[1] <= judged[0]:
+        return None
     before, now = 1.0 - old.calibration.filed_expected, 1.0 - new.calibration.filed_expected
-    if now <= ABSTENTIONS * before or now - before <= MORE_ABSTENTIONS:
+    error = float(np.sqrt(sum(0.25 / max(one.calibration.held_out, 1) for one in (old, new))))
+    if now <= ABSTENTIONS * before or now - before <= max(MORE_ABSTENTIONS, STANDARD_ERRORS * error):
         return None
     then, later = (estimated(share, one.calibration.held_out) for share, one in ((before, old), (now, new)))
     return f"the share of known images sent to review rises from {then} to {later}"

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from sortd.classify.build import build
 from sortd.classify.held_out import refuse_reload, shared_recalls
@@ -77,6 +78,27 @@ def test_refuse_reload_few_references_pass() -> None:
     few = np.concatenate([np.flatnonzero(label == CLASSES)[:2] for label in range(2)])
     old = built(ROWS[few], CLASSES[few])
     new = replace(old, recall=old.recall - 0.5)
+    assert refuse_reload(old, new) is None
+
+
+@pytest.mark.parametrize("path", [((10, 1), (10, 2)), ((8, 8, 8, 1, 1), (8, 8, 8, 2, 2)), ((3, 3), (3, 3, 1))])
+@pytest.mark.parametrize("spread", [0.8, 1.2, 1.8])
+@pytest.mark.parametrize("seed", range(4))
+def test_refuse_reload_another_image_of_a_new_class_passes(
+    path: tuple[tuple[int, ...], ...], spread: float, seed: int
+) -> None:
+    """A class with its first two images counts in the shares for the first time, and few references say little."""
+    blobs = Blobs(5, spread=spread, seed=seed)
+    rows = [blobs.draw([label] * 8 + [label] * 4) for label in range(5)]
+    old, new = (
+        build(
+            support_set(np.concatenate([one[:count] for one, count in zip(rows, counts, strict=False)]), index),
+            DecisionSettings(),
+            generation=1,
+        )
+        for counts in path
+        for index in [np.repeat(np.arange(len(counts)), counts)]
+    )
     assert refuse_reload(old, new) is None
 
 
