@@ -465,7 +465,5 @@ Decide = Callable[["Classifier", "FloatArray", Sequence[int]], list[Decision]]
 """Returns the decision of a classifier for each row of embeddings or logits.
 
 The numbers are those of ``classify.decide.decide``: the generation that took an image for one of no class, or 0."""
-UNFAMILIAR = frozenset({"typicality", "stranger"})
-"""Reasons of ``Abstained`` for images that look like no class."""
 
 Command = Inspect | Embed | Rebuild | Scan | Move | Leave | Hold

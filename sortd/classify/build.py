@@ -9,6 +9,7 @@ from sortd.arrays import Array, FloatArray, IntArray
 from sortd.classify.blend import Blend, fit_blends
 from sortd.classify.calibration import (
     NEVER,
+    NOTHING_FILED,
     Calibration,
     HeldOutOutcomes,
     balanced_accuracy,
@@ -23,7 +24,7 @@ from sortd.classify.leave_one_out import background_distances, remoteness_left_o
 from sortd.classify.library import Library, Pause, class_means, count_classes, make_library, no_pause, parts, unit_rows
 from sortd.classify.open_set import OpenSetScores, Strangers, leave_classes_out, nearest_cosines
 from sortd.classify.prototypes import BlendRule, PrototypeSet, Whitening
-from sortd.classify.types import BLENDED, DecisionSettings, Evidence, SupportSet
+from sortd.classify.types import BLENDED, FEWEST_FOR_ONE_CLASS, DecisionSettings, Evidence, SupportSet
 from sortd.events import Mode
 
 TYPICAL_TEMPERATURE = 50.0
@@ -52,7 +53,7 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int, p
         encoder_id=support.encoder_id,
         fingerprint=support.fingerprint,
         settings=settings,
-        calibration=Calibration(confidence=NEVER if settings.abstain is not None else 0.0),
+        calibration=Calibration() if settings.abstain is None else Calibration(confidence=NEVER, **NOTHING_FILED),
         sources=tuple(support.sources[index] for index in order),
         references=references.astype(np.float32),
         classes=classes,
@@ -142,6 +143,9 @@ def _calibrate(
         null=null,
         evidence=evidence,
     )
+    if np.count_nonzero(library.counts) == 1 and len(own) < FEWEST_FOR_ONE_CLASS:
+        note = f"one class needs {FEWEST_FOR_ONE_CLASS} different images, so that others can be told from it"
+        facts |= {**NOTHING_FILED, "precision_expected": None, "notes": facts["notes"] or (note,)}
     if settings.abstain.strangers != "auto" and null is not None:
         facts |= calibrate_strangers(null, settings.abstain.strangers, facts["notes"])
         prototypes = replace(prototypes, null=null)

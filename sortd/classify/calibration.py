@@ -32,6 +32,8 @@ LARGEST_SHIFT = 0.5
 """Largest correction of the log odds by checked images, in place of those above."""
 NEVER = 1.1
 """The least confidence with which no image is filed."""
+NOTHING_FILED: dict[str, Any] = {"filed_expected": 0.0, "filed_held_out": 0, "right_held_out": 0}
+"""The fields of a Calibration with which no image is filed."""
 CURVE_POINTS = 48
 CAUTIOUS_CLASSES = 20
 """Number of classes with which the threshold for strangers is half of the share in force: strangers differ by class,
@@ -361,7 +363,8 @@ def calibrate_knowns(
         gate = foreign_gate(foreign_cosines)
     facts: dict[str, Any] = {"held_out": count, "precision_wanted": precision, "gate": gate}
     if not count:
-        return {**facts, "confidence": NEVER, "notes": (f"{nothing_held_out}, so no precision can be expected",)}
+        note = f"{nothing_held_out}, so no precision can be expected"
+        return {**facts, **NOTHING_FILED, "confidence": NEVER, "notes": (note,)}
     shift = confidence_shift(confidence, right, weights, evidence)
     corrected = _shifted(confidence, shift)
     seen = corrected if evidence is not None and evidence.is_random else right

@@ -14,11 +14,9 @@ from sortd.classify.kernel import first_best, kernel_scores, plain_scores
 from sortd.classify.library import unit_rows
 from sortd.classify.open_set import Gate, OpenSetScores, nearest_cosines
 from sortd.classify.prototypes import BlendRule, Classifier, FinetunedClassifier, PrototypeSet, Whitening
-from sortd.classify.types import BLENDED
+from sortd.classify.types import BLENDED, FEWEST_FOR_ONE_CLASS
 from sortd.events import Abstained, Assigned, ClassifierKind, DecidedBy, Decision, Mode
 
-FEWEST_FOR_ONE_CLASS = 4
-"""Least number of held-out references with which a library of one class files images."""
 NEIGHBOUR_WEIGHT, NEIGHBOUR_SCALE = 4.0, 0.5
 """Weight of the familiarity of the neighbours, and what the sum is divided by, less 1. On four public sets 60 %
 of known images were filed, and 15 % of near strangers, with a fifth of the classes left out (docs/decisions.md)."""

@@ -17,6 +17,7 @@ from sortd.classify.decide import score_batch
 from sortd.classify.kernel import Plain, plain_held_out
 from sortd.classify.leave_one_out import LARGEST_TABLE, choose_held_out
 from sortd.classify.library import Library, class_means, make_library, parts
+from sortd.classify.proportions import estimated
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import BLENDED, DecisionSettings, SupportSet
 from sortd.events import Mode
@@ -37,7 +38,8 @@ STANDARD_ERRORS = 2.0
 """A larger loss is accepted if it is below this many standard errors."""
 ABSTENTIONS = 2.0
 MORE_ABSTENTIONS = 0.10
-"""A rebuild is refused if it abstains ABSTENTIONS times as often as before, and by more than this share of images."""
+"""A rebuild is refused if it abstains ABSTENTIONS times as often as before, and by more than this share of images and
+STANDARD_ERRORS. Shares of other classes cannot be compared: those of a class with its first two images are new."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,15 +272,22 @@ def _worse_accuracy(old: PrototypeSet, new: PrototypeSet) -> str | None:
         return None
     worst = max(shared, key=lambda pair: pair[1] - pair[2])
     return (
-        f"leave-one-out accuracy on the common classes falls from {before:.0%} to {now:.0%}; recall of {worst[0]!r}"
-        f" falls from {worst[1]:.0%} to {worst[2]:.0%}"
+        f"leave-one-out accuracy on the common classes falls from {estimated(before, sizes[0], 'references')} to"
+        f" {estimated(now, sizes[1], 'references')}; recall of {worst[0]!r} falls from {worst[1]:.0%} to {worst[2]:.0%}"
     )
 
 
 def _more_abstentions(old: PrototypeSet, new: PrototypeSet) -> str | None:
     if old.calibration.filed_expected is None or new.calibration.filed_expected is None:
         return None
-    before, now = 1.0 - old.calibration.filed_expected, 1.0 - new.calibration.filed_expected
-    if now <= ABSTENTIONS * before or now - before <= MORE_ABSTENTIONS:
+    judged = [
+        {label for label, known in zip(one.labels, np.isfinite(one.recall), strict=True) if known} for one in (old, new)
+    ]
+    if not judged[1] <= judged[0]:
         return None
-    return f"the share of known images sent to review rises from {before:.0%} to {now:.0%}"
+    before, now = 1.0 - old.calibration.filed_expected, 1.0 - new.calibration.filed_expected
+    error = float(np.sqrt(sum(0.25 / max(one.calibration.held_out, 1) for one in (old, new))))
+    if now <= ABSTENTIONS * before or now - before <= max(MORE_ABSTENTIONS, STANDARD_ERRORS * error):
+        return None
+    then, later = (estimated(share, one.calibration.held_out) for share, one in ((before, old), (now, new)))
+    return f"the share of known images sent to review rises from {then} to {later}"

@@ -15,7 +15,7 @@ from sortd.classify.prototypes import Classifier, PrototypeSet
 from sortd.events import Decision
 
 KEPT = 2048
-"""Number of images that are remembered, some 8 MB; a class needs FULL_FROM of them."""
+"""Number of images that are remembered, some 8 MB."""
 NEIGHBOURS = 8
 FROM = 8
 """Images of the stream for each class from which neighbours have weight, which is full with twice as many: among few
@@ -24,6 +24,8 @@ LEAST = -4.0
 """Least familiarity of a neighbour, so that a few images of noise have no great effect."""
 JUDGED_AGAIN = 256
 """Remembered images that a new generation judges with each batch, since all of them at once would take too long."""
+JUDGED_CELLS = 5_000_000
+"""The same as products of images and references: the loop waits for them."""
 SAME = 0.999
 """Cosine from which two rows are one image, which is no neighbour of itself when it is decided again."""
 
@@ -34,7 +36,7 @@ class Stream:
     def __init__(self, kept: int = KEPT) -> None:
         """Start empty."""
         self._kept = kept
-        self._classifier: Classifier | None = None
+        self._classifier: PrototypeSet | None = None
         self._rows: FloatArray = np.zeros((0, 0), np.float32)  # (S, d) embeddings, the oldest first
         self._places = np.zeros((0, 0), np.float32)  # (J, d) whitened unit rows of the newest J that are judged
         self._familiarity = np.zeros(0)  # (J,)
@@ -45,11 +47,12 @@ class Stream:
 
     def decide(self, classifier: Classifier, rows: FloatArray, turned_away: Sequence[int]) -> list[Decision]:
         """Return one decision for each row, as ``decide_by``; an image is as familiar as its neighbours here are."""
-        if not isinstance(classifier, PrototypeSet) or classifier.calibration.gate is None or not len(rows):
+        if not isinstance(classifier, PrototypeSet) or not self._has_use_for(classifier, rows):
             return decide_by(classifier, rows, turned_away)
-        if classifier is not self._classifier or self._rows.shape[1] != rows.shape[1]:
+        if classifier is not self._classifier:
+            is_same_space = self._classifier is not None and self._classifier.encoder_id == classifier.encoder_id
+            self._rows = self._rows if is_same_space else np.zeros((0, rows.shape[1]), np.float32)
             self._classifier = classifier
-            self._rows = self._rows if self._rows.shape[1] == rows.shape[1] else rows[:0]
             self._places, self._familiarity = np.zeros((0, rows.shape[1]), np.float32), np.zeros(0)
         self._judge_again(classifier)
         batch = score_batch(classifier, rows.astype(np.float64), classifier.settings.mode)
@@ -65,10 +68,21 @@ class Stream:
         self._familiarity = np.concatenate([self._familiarity, familiarity[is_new]])[-self._kept :]
         return decide(classifier, rows, turned_away, near=near, batch=batch)
 
+    def _has_use_for(self, classifier: PrototypeSet, rows: FloatArray) -> bool:
+        """Return whether neighbours can count: a gate of known images, few enough classes, and rows that are valid.
+
+        Without known images, familiarity has no mean of 0 that neighbours could be measured by.
+        """
+        gate, enough = classifier.calibration.gate, FROM * len(classifier.labels)
+        if gate is None or gate.odds is None or enough >= self._kept or not len(rows):
+            return False
+        return rows.shape[1:] == classifier.matrix.shape[1:] and bool(np.isfinite(rows).all())
+
     def _judge_again(self, classifier: PrototypeSet) -> None:
         """Judge some more of the remembered rows by the present generation, the newest first."""
         stop = len(self._rows) - len(self._familiarity)
-        part = self._rows[max(0, stop - JUDGED_AGAIN) : stop]
+        count = min(JUDGED_AGAIN, max(1, JUDGED_CELLS // len(classifier.references)))
+        part = self._rows[max(0, stop - count) : stop]
         if len(part):
             places, familiarity = _judged(
                 classifier, part, score_batch(classifier, part.astype(np.float64), classifier.settings.mode)

@@ -14,6 +14,10 @@ PROBABILISTIC = frozenset({Mode.BEST, Mode.MIXED, ClassifierKind.FINETUNED})
 """Modes whose scores are probabilities; the scores of the others are cosines."""
 
 
+FEWEST_FOR_ONE_CLASS = 4
+"""Least number of held-out references with which a library of one class files images."""
+
+
 @dataclass(frozen=True)
 class AbstainSettings:
     """Requirements for filing an image."""

@@ -1,6 +1,6 @@
 """The command ``reconsider``: which filed images the present references would file elsewhere, and their moves.
 
-Only images that are where sortd filed them count, and of these only those that no person corrected or found right in an
+Only images that are where sortd filed them count, and of these only those that no person corrected or judged in an
 audit, and for which no person took back such a move. Nothing is moved without a request.
 """
 
@@ -157,13 +157,11 @@ def _filed_images(config: Config, layout: Layout) -> Filed:
         raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
     filed: Filed = {}
     with History.open(journal) as history:
-        judged = {record.id for record, *_ in history.corrected(Selection())} | history.found_right()
-        taken_back = _taken_back(history)
+        unchecked, taken_back = set(history.to_audit()), _taken_back(history)
         for path, mark in files:
             record = filed_record(layout, history.last_known(mark), path)
-            if record is None or record.id in judged or record.move_reason.content in taken_back:
-                continue
-            filed[path, mark] = record
+            if record is not None and record.id in unchecked and record.move_reason.content not in taken_back:
+                filed[path, mark] = record
     return filed
 
 

@@ -109,7 +109,7 @@ class Guard:
         The trial ends early when no images are ``left`` to decide.
         """
         self._trial.extend(decisions)
-        if self._classifier is None or (len(self._trial) < self._images and left > 0):
+        if self._classifier is None or not self._trial or (len(self._trial) < self._images and left > 0):
             return False
         reason, generation = verdict(self._trial, self._classifier), self._classifier.generation
         self._trial = []

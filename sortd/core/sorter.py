@@ -267,22 +267,30 @@ class Sorter:
                 self.images.embedded(image)
             self._resume()  # rows of a replaced encoder are embedded again by the current one
             return []
-        turned_away = [image.generation if image.in_review and image.is_unfamiliar else 0 for _, image in known]
+        turned_away = [image.turned_away if image.in_review else 0 for _, image in known]
         decisions = self._decide(classifier, np.stack([answer.embedding for answer, _ in known]), turned_away)
         if self.guard.is_active(self.images.waiting):
-            return self._observe([image for _, image in known], decisions)
+            return self._observe([image for _, image in known], decisions, classifier.generation)
         moves = [
             self._decided(answer, image, decision, classifier)
             for (answer, image), decision in zip(known, decisions, strict=True)
         ]
         return [move for move in moves if move is not None]
 
-    def _observe(self, images: Sequence[Image], decisions: Sequence[Decision]) -> list[events.Command]:
-        """Check decisions without moving; after the trial the images are decided again, from cached embeddings."""
-        for image in images:
+    def _observe(self, images: Sequence[Image], decisions: Sequence[Decision], generation: int) -> list[events.Command]:
+        """Check decisions without moving; after the trial the images are decided again, from cached embeddings.
+
+        An image of Review/ that stays there is no part of the trial: nothing moves, and nobody expected it to be filed.
+        """
+        tried = []
+        for image, decision in zip(images, decisions, strict=True):
+            if image.in_review and isinstance(decision, Abstained):
+                self.images.abstain_again(image, generation=generation)
+                continue
             self.images.embedded(image)
+            tried.append(decision)
         waits = self.images.counts[State.EMBEDDED] + self.images.busy
-        if not self.guard.observe(decisions, left=self.images.waiting - waits):
+        if not self.guard.observe(tried, left=self.images.waiting - waits):
             return []
         self._resume()
         return [events.Hold(self.guard.reason)] if self.guard.reason is not None else []
@@ -294,7 +302,7 @@ class Sorter:
             if image.in_review:
                 self.images.abstain_again(image, generation=classifier.generation)
                 return None
-            image.is_unfamiliar = decision.reason in events.UNFAMILIAR
+            image.turned_away = classifier.generation if decision.reason in events.LIKE_NO_CLASS else 0
         image.generation = classifier.generation
         return self._move_or_wait(image, order_for(answer, decision, classifier, settle_seconds=image.settle_seconds))
 
@@ -340,7 +348,7 @@ class Sorter:
                 self.images.wake(place)
         if event.outcome is events.Outcome.REVIEW:
             destination, stamp = event.destination, event.moved_stamp
-            self._rest_in_review(destination, stamp, now, image.generation, is_unfamiliar=image.is_unfamiliar)
+            self._rest_in_review(destination, stamp, now, image.generation, is_unfamiliar=image.turned_away > 0)
 
     def _rest_in_review(
         self, path: str, stamp: events.Stamp, now: float, generation: int, *, is_unfamiliar: bool

@@ -81,7 +81,7 @@ class Image:
     ticket: int = 0
     generation: int = 0
     in_review: bool = False
-    is_unfamiliar: bool = False  # it looked like no class
+    turned_away: int = 0  # the generation for which it looked like no class, in which it went to Review/; 0: none
     is_aside: bool = False
     refusal: Refusal | None = None  # why it stays where it is
     message: str = ""  # of the refusal
@@ -266,7 +266,7 @@ class Images:
                 self.is_review_full = True
                 return
             image = self._add(path, stamp, State.REVIEWED, now)
-            image.generation, image.is_unfamiliar = generation, is_unfamiliar
+            image.generation, image.turned_away = generation, generation if is_unfamiliar else 0
         elif image.state is State.REVIEWED:
             image.stamp = stamp
         image.in_review = True  # one that is held since an earlier run was not known to be there

@@ -244,6 +244,6 @@ class DatasetScans:
         record = self._history.last_known(mark)
         if record is not None and os.path.join(self._root, record.destination_path) == path:
             reason = record.move_reason
-            return events.ReviewSeen(path, mark, reason.generation, reason.reason in events.UNFAMILIAR)
+            return events.ReviewSeen(path, mark, reason.generation, reason.reason in events.LIKE_NO_CLASS)
         self._foreign.note(path, mark)
         return None

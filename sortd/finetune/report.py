@@ -120,7 +120,7 @@ def evaluate_model(
     seen = np.concatenate([calibrated(held, temperature), known])
     classes = np.concatenate([validation.classes, test.classes])
     table = confusion_matrix(predictions.best, test.classes, len(plan.labels))
-    shown = ("precision", "recall", "f1")
+    shown = ("precision", "predicted", "recall", "f1")
     rows = zip(plan.data["classes"], class_metrics(table, plan.labels), strict=True)
     epochs = plan.recipe.epochs_for(len(plan.classes["train"]), images_per_step=plan.recipe.batch_size)
     metrics = {

@@ -18,45 +18,49 @@ TABLE = """checks (
 ) STRICT"""
 """The answers of audits, of filed images."""
 
-_FILED = """WITH refiled AS (
-    SELECT content, max(id) AS id FROM moves
-    WHERE progress = 'done' AND outcome = 'refiled' AND undone_by IS NULL AND content != '' GROUP BY content
-), filed AS (
-    SELECT * FROM moves WHERE progress = 'done' AND outcome IN ('filed', 'refiled') AND NOT EXISTS
-        (SELECT 1 FROM refiled WHERE refiled.content = moves.content AND refiled.id > moves.id)
-), """
-"""The filed images; one that a later decision moved to another class counts there only."""
-# SQLite keeps the order of a CROSS JOIN; it would compare each filed image with each checked one otherwise.
-_JUDGED = f"""{_FILED} acted AS (
+# CROSS JOIN keeps the planner from reading all filed images: https://www.sqlite.org/optoverview.html.
+_FILED = (
+    "+moves.progress = 'done' AND +moves.outcome IN ('filed', 'refiled') AND moves.id NOT IN (SELECT id FROM replaced)"
+)
+"""The condition of a filed image; one that a later decision moved to another class counts there only."""
+_REPLACED = """WITH replaced AS (
+    SELECT moves.id AS id FROM moves AS refiled CROSS JOIN moves
+        ON moves.content = refiled.content AND moves.content != '' AND moves.id < refiled.id
+    WHERE refiled.progress = 'done' AND refiled.outcome = 'refiled' AND refiled.undone_by IS NULL
+)"""
+_JUDGED = f"""{_REPLACED}, acted AS (
     SELECT corrections.move AS move, corrections.at AS at, 1 AS is_corrected FROM corrections
     UNION ALL
     SELECT undoes, ended_at, 0 FROM moves WHERE progress = 'done' AND outcome = 'undone'
         AND undoes NOT IN (SELECT move FROM corrections)
 ), looked AS (
     SELECT moves.label AS label, max(acted.at) AS at FROM acted CROSS JOIN moves ON moves.id = acted.move
-    WHERE acted.move IN (SELECT id FROM filed) AND acted.move NOT IN (SELECT move FROM checks) GROUP BY moves.label
+    WHERE {_FILED} AND moves.id NOT IN (SELECT move FROM checks) GROUP BY moves.label
 ), checked AS (
     SELECT move AS id FROM checks UNION SELECT move FROM acted UNION
-    SELECT filed.id FROM looked JOIN filed ON filed.label = looked.label AND filed.ended_at <= looked.at
+    SELECT recent.id FROM {{recent}} JOIN looked ON looked.label = recent.label
+    WHERE {{newest}} AND recent.progress = 'done' AND recent.ended_at <= looked.at
 ), judged AS (
-    SELECT filed.id AS id, filed.label AS label, filed.mode AS mode, filed.score AS score,
+    SELECT moves.id AS id, moves.label AS label, moves.mode AS mode, moves.score AS score,
         checks.move IS NOT NULL AS audited,
         ifnull(acted.is_corrected, 0) AS corrected, ifnull(1 - acted.is_corrected, 0) AS undone,
         acted.move IS NULL AND ifnull(checks.is_right, 1) = 0 AS found_wrong
-    FROM checked CROSS JOIN filed ON filed.id = checked.id LEFT JOIN checks ON checks.move = checked.id
+    FROM checked CROSS JOIN moves ON moves.id = checked.id LEFT JOIN checks ON checks.move = checked.id
         LEFT JOIN acted ON acted.move = checked.id
+    WHERE {_FILED}
 ) """  # noqa: S608 - our own words only
-ACCURACY = f"""{_JUDGED}
+_NEWEST = "recent.id > (SELECT max(id) FROM moves) - 20000"  # the loop of the daemon waits for this query
+ACCURACY = f"""{_JUDGED.format(recent="moves AS recent", newest="TRUE")}
 SELECT label, count(*) - count(id) AS filed, count(id) AS checked, total(audited) AS audited,
     total(audited AND corrected + undone + found_wrong = 0) AS audited_right,
     total(corrected) AS corrected, total(undone) AS undone, total(found_wrong) AS found_wrong
-FROM (SELECT * FROM judged UNION ALL SELECT NULL, label, NULL, NULL, 0, 0, 0, 0 FROM filed)
+FROM (SELECT * FROM judged UNION ALL SELECT NULL, label, NULL, NULL, 0, 0, 0, 0 FROM moves WHERE {_FILED})
 GROUP BY label ORDER BY label"""  # noqa: S608 - our own words only
-NEWEST_CHECKED = f"""{_JUDGED}
+NEWEST_CHECKED = f"""{_JUDGED.format(recent="moves AS recent NOT INDEXED", newest=_NEWEST)}
 SELECT score, audited, corrected + undone > 0 AS acted, corrected + undone + found_wrong = 0 AS is_right
 FROM judged WHERE mode = ? AND score IS NOT NULL ORDER BY id DESC LIMIT ?"""  # noqa: S608 - our own words only
-TO_AUDIT = f"""{_FILED.removesuffix(", ")}
-SELECT id FROM filed WHERE undone_by IS NULL
+TO_AUDIT = f"""{_REPLACED}
+SELECT id FROM moves WHERE {_FILED} AND undone_by IS NULL
 AND id NOT IN (SELECT move FROM corrections) AND id NOT IN (SELECT move FROM checks)"""  # noqa: S608 - our own words only
 GUESSES = """SELECT total(is_right) AS confirmed, count(*) AS judged FROM (
     SELECT corrections.label IS corrections.corrected AS is_right

@@ -209,10 +209,6 @@ class History:
         """Return the filed images of which nobody has said whether they are right."""
         return [row["id"] for row in self._rows(checks.TO_AUDIT)]
 
-    def found_right(self) -> set[int]:
-        """Return the filed images that an audit found right."""
-        return {row["move"] for row in self._rows("SELECT move FROM checks WHERE is_right")}
-
     def guesses(self) -> tuple[int, int]:
         """Return how many guesses of images in Review/ a person confirmed, and of how many the right class is known."""
         (row,) = self._rows(checks.GUESSES)

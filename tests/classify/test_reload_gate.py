@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from sortd.classify.build import build
 from sortd.classify.held_out import refuse_reload, shared_recalls
@@ -68,7 +69,7 @@ def test_refuse_reload_doubled_abstentions_are_refused() -> None:
     before = replace(OLD, calibration=replace(OLD.calibration, filed_expected=0.8))
     much = replace(OLD, calibration=replace(OLD.calibration, filed_expected=0.55))
     little = replace(OLD, calibration=replace(OLD.calibration, filed_expected=0.65))
-    assert "45%" in str(refuse_reload(before, much))
+    assert "45.0 % of 120 (95 %: " in str(refuse_reload(before, much))
     assert refuse_reload(before, little) is None
 
 
@@ -80,6 +81,27 @@ def test_refuse_reload_few_references_pass() -> None:
     assert refuse_reload(old, new) is None
 
 
+@pytest.mark.parametrize("path", [((10, 1), (10, 2)), ((8, 8, 8, 1, 1), (8, 8, 8, 2, 2)), ((3, 3), (3, 3, 1))])
+@pytest.mark.parametrize("spread", [0.8, 1.2, 1.8])
+@pytest.mark.parametrize("seed", range(4))
+def test_refuse_reload_another_image_of_a_new_class_passes(
+    path: tuple[tuple[int, ...], ...], spread: float, seed: int
+) -> None:
+    """A class with its first two images counts in the shares for the first time, and few references say little."""
+    blobs = Blobs(5, spread=spread, seed=seed)
+    rows = [blobs.draw([label] * 8 + [label] * 4) for label in range(5)]
+    old, new = (
+        build(
+            support_set(np.concatenate([one[:count] for one, count in zip(rows, counts, strict=False)]), index),
+            DecisionSettings(),
+            generation=1,
+        )
+        for counts in path
+        for index in [np.repeat(np.arange(len(counts)), counts)]
+    )
+    assert refuse_reload(old, new) is None
+
+
 def test_shared_recalls_returns_common_classes() -> None:
     """Labels decide what is the same class, not positions."""
     new = replace(OLD, labels=("other", *OLD.labels[1:]))
@@ -88,11 +110,9 @@ def test_shared_recalls_returns_common_classes() -> None:
 
 def test_refuse_reload_threshold_of_checked_images_passes() -> None:
     """Checked images that are often wrong send more images to review, which is no fault of the references."""
-    right = (True,) * 60 + (False,) * 60
-    evidence = Evidence(tuple(np.linspace(0.99, 0.9999, 120)), right[::-1], (1.0,) * 120, is_random=True)
-    followed = build(
-        replace(support_set(ROWS, CLASSES, labels=10), evidence=evidence), DecisionSettings(), generation=2
-    )
+    evidence = Evidence((0.99999,) * 120, (True, False) * 60, (1.0,) * 120, is_random=True)
+    support = replace(support_set(ROWS, CLASSES, labels=10), evidence=evidence)
+    followed = build(support, DecisionSettings(), generation=2)
     assert OLD.calibration.filed_expected is not None
     assert followed.calibration.filed_expected is not None
     assert followed.calibration.filed_expected < OLD.calibration.filed_expected - 0.5

@@ -6,7 +6,7 @@ import pytest
 from sortd.classify.build import build
 from sortd.classify.decide import decide_by
 from sortd.classify.types import DecisionSettings, SupportSet
-from sortd.events import UNFAMILIAR, Abstained, Assigned
+from sortd.events import LIKE_NO_CLASS, Abstained, Assigned
 from tests.made_features import Blobs, load_world, support_set, worlds
 
 
@@ -33,7 +33,7 @@ def production_line(name: str, seed: int) -> tuple[int, int, int]:
     asked = np.concatenate([np.flatnonzero(np.asarray(labels) == kind)[:30] for kind in kinds])
     rows, own = queries[asked], np.asarray(labels)[asked]
     before = decide_by(first, rows)
-    left = np.array([isinstance(one, Abstained) and one.reason in UNFAMILIAR for one in before])
+    left = np.array([isinstance(one, Abstained) and one.reason in LIKE_NO_CLASS for one in before])
     again = decide_by(second, rows[left], [1] * int(left.sum()))
     filed = [(one.label, kind) for one, kind in zip(again, own[left], strict=True) if isinstance(one, Assigned)]
     right = sum(label == "a002" and kind == kinds[0] for label, kind in filed)

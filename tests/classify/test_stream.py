@@ -1,6 +1,9 @@
 """The stream: images are as familiar as those that resemble them among the last ones."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from sortd.classify.build import build
 from sortd.classify.decide import decide
@@ -70,6 +73,43 @@ def test_stream_new_generation_judges_the_remembered_images_again() -> None:
     stream_of(new, rows, fresh)
     asked = blobs.draw([0, 1, 2, 3, 4, 5])
     assert stream.decide(new, asked, [0] * 6) == fresh.decide(new, asked, [0] * 6)
+
+
+def test_stream_one_reference_a_class_decides_without_neighbours() -> None:
+    """Without known images, familiarity has no mean: an image in doubt is not taken for one of no class."""
+    blobs, index = Blobs(6, spread=1.2), np.arange(6)
+    prototypes = build(support_set(blobs.draw(index), index), DecisionSettings(), generation=1)
+    rows = blobs.draw(np.tile(index, 60))
+    assert stream_of(prototypes, rows, Stream()) == decide(prototypes, rows)
+
+
+def test_stream_rows_of_another_encoder_are_forgotten() -> None:
+    """Embeddings of another encoder of the same dimensions say nothing about those of this one."""
+    blobs, stream, fresh, index = Blobs(6, spread=1.2), Stream(), Stream(), np.repeat(np.arange(6), 16)
+    stream_of(library(blobs), blobs.draw(np.tile(np.arange(6), 60)), stream)
+    other = support_set(blobs.draw(index)[:, ::-1].copy(), index)
+    prototypes = build(replace(other, encoder_id="another"), DecisionSettings(), generation=2)
+    asked = blobs.draw(np.tile(np.arange(6), 8))[:, ::-1]
+    assert stream_of(prototypes, asked, stream) == stream_of(prototypes, asked, fresh)
+    assert len(stream) == len(asked)
+
+
+def test_stream_row_that_is_not_finite_raises_and_is_not_remembered() -> None:
+    """A broken row is refused as by ``decide``, without a trace."""
+    blobs, stream = Blobs(6, spread=1.2), Stream()
+    rows = blobs.draw([0, 1])
+    rows[1, 3] = np.nan
+    with pytest.raises(ValueError, match="row 1"):
+        stream.decide(library(blobs), rows, [0, 0])
+    assert not len(stream)
+
+
+def test_stream_with_more_classes_than_it_can_serve_remembers_nothing() -> None:
+    """Where neighbours would have no weight, nothing is computed for them."""
+    blobs = Blobs(6, spread=1.2)
+    prototypes, stream, rows = library(blobs), Stream(kept=48), blobs.draw(np.tile(np.arange(6), 5))
+    assert stream_of(prototypes, rows, stream) == decide(prototypes, rows)
+    assert not len(stream)
 
 
 def test_stream_remembers_a_bounded_number_of_images() -> None:

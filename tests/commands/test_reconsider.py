@@ -109,9 +109,6 @@ class TestProposals:
         yellow(78).save(known.parent / "by hand.png")
         file_all(site.parents[1] / "config.yaml")
         assert {Path(one["path"]).name for one in listed(site)["proposals"]} == {"yellow2.png", "yellow3.png"}
-        run(site, "audit")
-        run(site, "audit", "--wrong", place_of(site, "yellow3.png"))
-        assert [Path(one["path"]).name for one in listed(site)["proposals"]] == ["yellow3.png"]  # the others are right
 
     def test_reconsider_counts_images_that_would_go_to_review(self, site: Path, tmp_path: Path) -> None:
         """Abstentions are no proposals, and where abstaining is on a class is proposed only above the threshold."""

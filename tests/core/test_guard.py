@@ -8,9 +8,10 @@ from sortd.classify.build import build
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
-from sortd.core.guard import GuardState
+from sortd.core.guard import GuardState, verdict
 from sortd.core.sorter import Sorter, SorterSettings
 from sortd.events import (
+    Assigned,
     Command,
     DatasetReleased,
     Embed,
@@ -23,6 +24,7 @@ from sortd.events import (
     PrototypesBuilt,
     Rebuild,
     ReferencesTouched,
+    ReviewSeen,
     Stamp,
     Tick,
     Writer,
@@ -122,6 +124,43 @@ def test_guard_unpredicted_batch_is_held_until_released(changed: Sorter) -> None
 def test_guard_small_batch_is_never_held(changed: Sorter) -> None:
     """A batch below the configured size is not checked."""
     assert len(drop(changed, near(3, 5, 0.6), 10)) == 5
+
+
+@pytest.mark.parametrize("counts", [(1,), (3,), (1, 1), (0, 0)])
+def test_guard_library_that_files_nothing_is_not_held(counts: tuple[int, ...]) -> None:
+    """Where too few references support no decision, nothing else was predicted."""
+    support = SupportSet(
+        labels=tuple("abc"[: len(counts)]),
+        embeddings=np.concatenate([near(centre, 12)[:count] for centre, count in enumerate(counts)]),
+        classes=np.repeat(np.arange(len(counts)), counts),
+        sources=tuple(map(str, range(sum(counts)))),
+        text=None,
+        text_mean=None,
+        strangers=np.zeros((0, WIDTH), np.float32),
+        encoder_id="encoder",
+        fingerprint="",
+    )
+    few = build(support, DecisionSettings(), generation=2)
+    decisions = decide_by(few, np.concatenate([near(centre, 15) for centre in range(3)]))
+    assert not any(isinstance(one, Assigned) for one in decisions)
+    assert verdict(decisions, few) is None
+
+
+def test_guard_images_that_stay_in_review_are_no_batch() -> None:
+    """What was sent to Review/ and stays there says nothing against new prototypes; new images are checked still."""
+    sorter = Sorter(SorterSettings(settle_seconds=1, guard_images=20), decide=decide_by)
+    sorter.receive(Tick(), 0)
+    sorter.receive(PrototypesBuilt(prototypes(1), job=1), 0)
+    known = {f"Review/_none/{index}.png": row for index, row in enumerate(near(3, 40, 0.6))}
+    for index, path in enumerate(known):
+        sorter.receive(ReviewSeen(path, Stamp(1, 900 + index, 1, 1), 1), 0)
+    sorter.receive(ReferencesTouched(), 1)
+    sorter.receive(Tick(), 2)
+    commands = sorter.receive(PrototypesBuilt(prototypes(2), job=2), 3)
+    assert answer(sorter, commands, known, 3) == []
+    assert sorter.may_move
+    assert sorter.is_drained
+    assert [type(command) for command in drop(sorter, near(3, 40, 0.6), 10)] == [Hold]
 
 
 def test_guard_first_generation_is_not_held() -> None:

@@ -1,5 +1,7 @@
 """The core by events and integer time: what goes in, what comes out."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from sortd.core.state import State
 from sortd.events import (
     Abstained,
     Command,
+    Decision,
     Embed,
     Embedded,
     EmbeddedImage,
@@ -372,6 +375,28 @@ def test_sorter_image_like_no_class_goes_to_review_none(reason: str, best_label:
     image = EmbeddedImage("Images/a.png", stamp(), np.ones(2, np.float32), "00")
     move = order_for(image, decision, prototypes(1), settle_seconds=1.0)
     assert (move.folder, move.reason, move.decision) == (f"Review/{folder}", reason, decision)
+
+
+def test_sorter_image_that_stays_in_review_keeps_the_generation_that_turned_it_away() -> None:
+    """References that two rebuilds added count together, as they do after a restart."""
+    asked: list[list[int]] = []
+
+    def turn_away(_classifier: object, _rows: object, turned_away: Sequence[int]) -> list[Decision]:
+        asked.append(list(turned_away))
+        return [Abstained("stranger", "cross", 0.5, 0.1, None, Mode.BEST) for _ in turned_away]
+
+    sorter, mark = Sorter(SorterSettings(settle_seconds=10), decide=turn_away), stamp()
+    sorter.receive(Tick(), 0)
+    sorter.receive(PrototypesBuilt(prototypes(1), job=1), 0)
+    settle(sorter, "Images/a.png", mark, 100)
+    sorter.receive(embedded("Images/a.png", mark), 111)
+    sorter.receive(Moved("Images/a.png", mark, "Review/_none/a.png", Outcome.REVIEW, mark), 112)
+    for job in (2, 3):
+        sorter.receive(ReferencesTouched(), 100 * job)
+        sorter.receive(Tick(), 100 * job + 10)
+        sorter.receive(PrototypesBuilt(prototypes(job), job=job), 100 * job + 11)
+        sorter.receive(embedded("Review/_none/a.png", mark), 100 * job + 12)
+    assert asked == [[0], [1], [1]]
 
 
 def test_sorter_held_file_rests_until_it_changes_or_is_released() -> None:

@@ -4,9 +4,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
@@ -110,7 +112,9 @@ class Bench:
         self.work()
         (job,) = self.rebuilds
         self.asked.remove(job)
-        self.dataset.answer(Answer(job.dataset, (PrototypesBuilt(prototypes(generation), job=job.job),)))
+        built = prototypes(generation)
+        built = replace(built, added=np.full(len(built.classes), generation))
+        self.dataset.answer(Answer(job.dataset, (PrototypesBuilt(built, job=job.job),)))
         self.work()
 
     @property

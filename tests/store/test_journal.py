@@ -236,7 +236,7 @@ def test_journal_corrections_count_once_for_each_image(path: Path) -> None:
 
 
 def test_journal_checks_count_and_are_no_look_at_the_class(path: Path) -> None:
-    """Answers of an audit are counted apart, once for each image; a correction of one found wrong replaces it."""
+    """Answers of an audit are counted apart; a correction replaces that its image was found wrong."""
     with Journal(path, clock=Clock()) as journal:
         for number in range(6):
             filed(journal, f"t{number}", name=f"{number}.jpg")
@@ -262,7 +262,7 @@ def test_journal_checks_count_and_are_no_look_at_the_class(path: Path) -> None:
 
 
 def test_journal_confirmed_guesses_of_review_are_counted_apart(path: Path) -> None:
-    """Moved to the guessed class, to another one, or assigned by a person: none says anything of filed images."""
+    """Moved to the guessed class, to another one, or assigned: none of them says anything of filed images."""
     with Journal(path, clock=Clock()) as journal:
         for number in range(3):
             file = replace(move("x").files[0], final=f"{number}.jpg", moved_stamp=replace(STAMP, inode=number))
