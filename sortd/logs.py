@@ -85,7 +85,7 @@ SHORT_REASONS = {
     "too_few": "too few references",
     "stranger": "belongs to no class",
     "typicality": "too unlike the references",
-    "margin": "another class scores nearly as high",
+    "margin": "not sure enough of the class",
 }
 """Short texts for the reasons to send an image to Review/; ``sortd explain`` has longer ones."""
 

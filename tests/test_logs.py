@@ -273,7 +273,7 @@ def test_console_line_has_a_new_name_and_the_reason(log: structlog.stdlib.BoundL
     renamed = {**MOVE, "destination": "/srv/sortd/Tornillos/Dataset/hex/a (2).jpg"}
     assert "Images/a.jpg -> Dataset/hex/a (2).jpg" in on_console(log, "info", logs.IMAGE_FILED, **renamed)
     unsure = {**MOVE, "destination": "/srv/sortd/Tornillos/Review/hex/a.jpg", "reason": "margin"}
-    assert on_console(log, "info", logs.IMAGE_SENT_TO_REVIEW, **unsure).endswith("scores nearly as high\n")
+    assert on_console(log, "info", logs.IMAGE_SENT_TO_REVIEW, **unsure).endswith("not sure enough of the class\n")
     strange = {**unsure, "destination": "/srv/sortd/Tornillos/Review/_none/a.jpg", "reason": "typicality"}
     assert "Review/_none/  hex 0.998, then" in on_console(log, "info", logs.IMAGE_SENT_TO_REVIEW, **strange)
     refused = {"dataset": "T", "path": "/T/Images/a.jpg", "destination": "/T/Rejected/a.jpg", "reason": "truncated"}

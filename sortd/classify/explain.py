@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sortd.arrays import Array
+from sortd.classify.calibration import NEVER
 from sortd.classify.decide import (
     ScoredBatch,
     decide,
@@ -89,6 +90,7 @@ class Explanation:
     mode: str
     held_out: int  # number of held-out, or of checked, images behind decision.precision
     is_checked: bool = False  # whether these are new images that a person has checked
+    turned_away: int = 0  # generation for which the image, which is in Review/, looked like no class; 0: none
 
     @property
     def is_filed(self) -> bool:
@@ -101,10 +103,10 @@ class Explanation:
         return self.decision.best_label
 
 
-def explain(prototypes: PrototypeSet, embedding: npt.ArrayLike) -> Explanation:
-    """Return the explanation of the decision on one unit embedding (d,); raise as ``decide``."""
+def explain(prototypes: PrototypeSet, embedding: npt.ArrayLike, *, turned_away: int = 0) -> Explanation:
+    """Return the explanation of the decision on one unit embedding (d,); arguments and errors as ``decide``."""
     row = np.asarray(embedding, np.float64)[None]
-    (decision,) = decide(prototypes, row)
+    (decision,) = decide(prototypes, row, [turned_away])
     judged = {mode: score_batch(prototypes, row, mode) for mode in Mode} if prototypes.labels else {}
     mode = prototypes.settings.mode
     similarities = prototypes.references @ row[0].astype(np.float32)
@@ -122,6 +124,7 @@ def explain(prototypes: PrototypeSet, embedding: npt.ArrayLike) -> Explanation:
         generation=prototypes.generation,
         encoder_id=prototypes.encoder_id,
         mode=mode.value,
+        turned_away=turned_away,
         held_out=prototypes.calibration.images_at(float(judged[mode].confidence[0])) if judged else 0,
         is_checked=prototypes.calibration.checked > 0,
     )
@@ -229,7 +232,13 @@ def explanation_sentences(explanation: Explanation) -> list[str]:
         return [f"It is not decided: {REASONS['no_classes']}."]
     name = written_name(label)
     if isinstance(decision, Abstained):
+        passes = all(check.passed for check in explanation.thresholds)
         why = REASONS.get(decision.reason, decision.reason)
+        if decision.reason == "margin" and any(check.asked >= NEVER for check in explanation.thresholds):
+            why = "no confidence suffices, since the references do not support the wanted precision"
+        if decision.reason == "stranger" and explanation.turned_away and passes:
+            since = f"and no reference that {name} has gained since generation {explanation.turned_away} is near enough"
+            why = f"it looked like no class, {since}"
         said = [f"It is sent to Review/{written_name(decision.review_folder)}: {why}."]
     else:
         said = [f"It is filed into {name}."]
@@ -254,6 +263,8 @@ def explanation_sentences(explanation: Explanation) -> list[str]:
 def _check_sentence(check: Check) -> str:
     verdict = "passed" if check.passed else "not passed"
     match check.name:
+        case "confidence" if check.asked >= NEVER:
+            return f"Confidence {check.value:.3f}; the references support the wanted precision with none: {verdict}."
         case "confidence":
             return f"Confidence {check.value:.3f}, minimum {check.asked:.3f}: {verdict}."
         case "familiarity":

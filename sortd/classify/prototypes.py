@@ -104,11 +104,19 @@ class PrototypeSet:
         return Plain(self.references, self.classes, self.counts, self.means, text)
 
     def with_history(self, previous: "PrototypeSet | None") -> "PrototypeSet":
-        """Return the set with ``added`` from an earlier generation; a reference that it lacks is added by this one."""
+        """Return the set with ``added`` from an earlier generation; a reference that it lacks is added by this one.
+
+        A class under a new name, whose old one is gone, keeps its references.
+        """
         if previous is None or previous.encoder_id != self.encoder_id:
             return self
         then = zip(previous.classes, previous.references, previous.added, strict=True)
         known = {(previous.labels[label], row.tobytes()): int(added) for label, row, added in then}
+        gone, fresh = set(previous.labels) - set(self.labels), set(self.labels) - set(previous.labels)
+        renamed = {row: added for (label, row), added in known.items() if label in gone}
+        for label, row in zip(self.classes, self.references, strict=True) if renamed else ():
+            if self.labels[label] in fresh and row.tobytes() in renamed:
+                known[self.labels[label], row.tobytes()] = renamed[row.tobytes()]
         rows = zip(self.classes, self.references, strict=True)
         added = [known.get((self.labels[label], row.tobytes()), self.generation) for label, row in rows]
         return replace(self, added=np.array(added, np.int64))

@@ -28,6 +28,8 @@ JUDGED_CELLS = 5_000_000
 """The same as products of images and references: the loop waits for them."""
 SAME = 0.999
 """Cosine from which two rows are one image, which is no neighbour of itself when it is decided again."""
+SAME_ROW = 0.99999
+"""The same for embeddings, since a new generation has not judged all of them yet."""
 
 
 class Stream:
@@ -62,6 +64,7 @@ class Stream:
         values = np.maximum(np.concatenate([self._familiarity, familiarity]), LEAST)
         share = min(1.0, max(0.0, len(known) / (FROM * max(len(classifier.labels), 1)) - 1.0))
         is_new = ~(cosines[:, : len(self._places)] >= SAME).any(axis=1)
+        is_new &= ~(rows.astype(np.float32) @ self._rows.T >= SAME_ROW).any(axis=1)
         near = Near(_of_neighbours(cosines, values), share)
         self._rows = np.concatenate([self._rows, rows[is_new].astype(np.float32)])[-self._kept :]
         self._places = np.concatenate([self._places, places[is_new]])[-self._kept :]

@@ -28,7 +28,7 @@ from sortd.daemon.references import (
 )
 from sortd.daemon.resources import ActiveClassifier, LoadEncoder, Resources, reference_settings_of, select_classifier
 from sortd.errors import DataError, UnreadableError
-from sortd.events import Abstained, Assigned, EmbeddedImage, Stamp
+from sortd.events import LIKE_NO_CLASS, Abstained, Assigned, EmbeddedImage, Stamp
 from sortd.images.decode import thumbnail
 from sortd.layout import Area, Layout, Reason, Why, find_datasets
 from sortd.moving.fs import is_version
@@ -139,13 +139,14 @@ def explain_image(
         if left is None:
             raise
         raise UnreadableError(f"{absolute} stays in Images/: {left.message}") from error
+    records = _records(config, layout, mark, content)
     return ImageExplanation(
         path=absolute,
         dataset=layout.name,
         content=content,
-        explanation=_explanation(config, layout, sight),
+        explanation=_explanation(config, layout, sight, _turned_away(absolute, records)),
         is_stored=sight.is_stored,
-        records=tuple(_records(config, layout, mark, content)),
+        records=tuple(records),
         refusal=sight.decider.refusal,
         left=left,
     )
@@ -179,12 +180,18 @@ class _Sight:
     logits: FloatArray | None
 
 
-def _explanation(config: Config, layout: Layout, sight: _Sight) -> Explanation:
+def _turned_away(path: str, records: Sequence[Mapping[str, Any]]) -> int:
+    """Return the generation for which an image of Review/ looked like no class; 0 for another image."""
+    last = next((one for one in records if one["to"] == path), None)
+    return last["generation"] if last is not None and last["reason"] in LIKE_NO_CLASS else 0
+
+
+def _explanation(config: Config, layout: Layout, sight: _Sight, turned_away: int) -> Explanation:
     abstain = reference_settings_of(config.dataset(layout.name)).settings.abstain
     classifier = sight.decider.classifier(abstain, generation=sight.prototypes.generation)
     if classifier is None:
         assert sight.embedding is not None
-        return explain(sight.prototypes, sight.embedding)
+        return explain(sight.prototypes, sight.embedding, turned_away=turned_away)
     assert sight.logits is not None
     return explain_finetuned(classifier, sight.logits, prototypes=sight.prototypes, embedding=sight.embedding)
 

@@ -1,5 +1,7 @@
 """Images that looked like no class, decided again: by the references that were added since."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -64,3 +66,14 @@ def test_decide_turned_away_image_is_filed_only_by_new_references_near_it() -> N
     assert new.added.tolist().count(2) == 6
     assert [type(one) for one in decide_by(new, asked, [1] * 20)].count(Assigned) > 5
     assert not any(isinstance(one, Assigned) for one in decide_by(new, asked, [2] * 20))
+
+
+def test_with_history_renamed_class_has_no_new_references() -> None:
+    """Only what a class has gained is new: not what it had under another name, but what another class had."""
+    blobs, index = Blobs(3, spread=0.4), np.repeat(np.arange(3), 4)
+    support = support_set(blobs.draw(index), index)
+    old = build(support, DecisionSettings(), generation=1)
+    renamed = replace(support, labels=("a000", "a001", "b"))
+    assert not build(renamed, DecisionSettings(), generation=2).with_history(old).added.any()
+    moved = replace(support, classes=np.repeat([0, 1, 2], [5, 3, 4]))
+    assert build(moved, DecisionSettings(), generation=2).with_history(old).added.tolist() == [0] * 4 + [2] + [0] * 7

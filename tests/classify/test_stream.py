@@ -75,6 +75,15 @@ def test_stream_new_generation_judges_the_remembered_images_again() -> None:
     assert stream.decide(new, asked, [0] * 6) == fresh.decide(new, asked, [0] * 6)
 
 
+def test_stream_image_decided_again_by_a_new_generation_is_remembered_once() -> None:
+    """Also before the new generation has judged the remembered one: Review/ must not fill the stream."""
+    blobs, stream = Blobs(6, spread=1.2), Stream()
+    rows = blobs.draw(np.tile(np.arange(6), 60))
+    stream_of(library(blobs), rows, stream)
+    stream.decide(library(blobs, 2), rows[:32], [0] * 32)
+    assert len(stream) == len(rows)
+
+
 def test_stream_one_reference_a_class_decides_without_neighbours() -> None:
     """Without known images, familiarity has no mean: an image in doubt is not taken for one of no class."""
     blobs, index = Blobs(6, spread=1.2), np.arange(6)

@@ -133,6 +133,24 @@ class TestExplanation:
         (judged,) = [sentence for sentence in explanation_sentences(sure) if "Precision" in sentence]
         assert re.search(r": \d+\.\d % of \d+ references left out in turn \(95 %: \d+ to \d+ %\)\.", judged)
 
+    def test_explanation_where_nothing_can_be_filed_asks_for_no_confidence(self) -> None:
+        """One reference a class supports no precision: no threshold above 1 is named."""
+        blobs, index = Blobs(3), np.arange(3)
+        prototypes = build(support_set(blobs.draw(index), index), DecisionSettings(), generation=1)
+        said = " ".join(explanation_sentences(explain(prototypes, blobs.draw([1])[0])))
+        assert "no confidence suffices, since the references do not support the wanted precision" in said
+        assert "1.1" not in said
+        assert "too low" not in said
+
+    def test_explanation_of_an_image_in_review_is_that_of_the_daemon(self) -> None:
+        """One that looked like no class is not filed without references that were added since."""
+        blobs, index = Blobs(4, spread=0.4), np.repeat(np.arange(4), 12)
+        prototypes = build(support_set(blobs.draw(index), index), DecisionSettings(), generation=2)
+        (row,) = [one for one in blobs.draw([2] * 9) if explain(prototypes, one).is_filed][:1]
+        explanation = explain(prototypes, row, turned_away=1)
+        assert not explanation.is_filed
+        assert "gained since generation 1" in explanation_sentences(explanation)[0]
+
     def test_explanation_in_mixed_mode_has_the_share_of_the_name(self, site: Path) -> None:
         """All of it in text mode, none in the modes that look at images alone."""
         row = embedded(site / "Clases" / "red" / "0.png")
