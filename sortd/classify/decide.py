@@ -24,7 +24,7 @@ of known images were filed, and 15 % of near strangers, with a fifth of the clas
 
 @dataclass(frozen=True, eq=False)
 class ScoredBatch:
-    """The scores of B images for C classes; the last three fields are None for plain modes and logits."""
+    """The scores of B images for C classes; the last fields are None for plain modes and logits."""
 
     scores: Array  # (B, C): cosines or log probabilities; -inf for a class that cannot be chosen
     probabilities: Array  # (B, C)
@@ -33,6 +33,7 @@ class ScoredBatch:
     whitened: Array | None = None  # (B, d)
     distances: Array | None = None  # (B, C): squared whitened distances
     placed: Array | None = None  # (B, d): unit rows in the standardised space
+    open_set: OpenSetScores | None = None  # what ``open_set_scores`` returned for the gate in force, if it was asked
 
     @property
     def confidence(self) -> Array:
@@ -163,6 +164,8 @@ def familiarity(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -
 
 def open_set_scores(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch, gate: Gate) -> OpenSetScores:
     """Return the statistics of a batch that the gate uses."""
+    if judged.open_set is not None:
+        return judged.open_set
     relative = _typicality(prototypes, queries, judged) if gate.typicality is not None else None
     whitening = prototypes.whitening
     remoteness = None if gate.remoteness is None or whitening is None else whitening.space.remoteness(queries)

@@ -5,6 +5,7 @@ has confirmed is no reference.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -57,8 +58,7 @@ class Stream:
             self._classifier = classifier
             self._places, self._familiarity = np.zeros((0, rows.shape[1]), np.float32), np.zeros(0)
         self._judge_again(classifier)
-        batch = score_batch(classifier, rows.astype(np.float64), classifier.settings.mode)
-        places, familiarity = _judged(classifier, rows, batch)
+        batch, places, familiarity = _judged(classifier, rows)
         known = np.concatenate([self._places, places])
         cosines = places @ known.T
         values = np.maximum(np.concatenate([self._familiarity, familiarity]), LEAST)
@@ -87,9 +87,7 @@ class Stream:
         count = min(JUDGED_AGAIN, max(1, JUDGED_CELLS // len(classifier.references)))
         part = self._rows[max(0, stop - count) : stop]
         if len(part):
-            places, familiarity = _judged(
-                classifier, part, score_batch(classifier, part.astype(np.float64), classifier.settings.mode)
-            )
+            _, places, familiarity = _judged(classifier, part)
             self._places = np.concatenate([places, self._places])
             self._familiarity = np.concatenate([familiarity, self._familiarity])
 
@@ -104,12 +102,15 @@ def _of_neighbours(cosines: FloatArray, familiarity: Array) -> Array:
     return np.asarray(total / np.maximum(is_other.sum(axis=1), 1), dtype=np.float64)
 
 
-def _judged(prototypes: PrototypeSet, rows: FloatArray, batch: ScoredBatch) -> tuple[FloatArray, Array]:
-    """Return whitened unit rows (B, d) and familiarity (B,) of a batch."""
+def _judged(prototypes: PrototypeSet, rows: FloatArray) -> tuple[ScoredBatch, FloatArray, Array]:
+    """Return the scores of a batch, its whitened unit rows (B, d), and its familiarity (B,)."""
     gate, whitening = prototypes.calibration.gate, prototypes.whitening
     assert gate is not None
     queries = rows.astype(np.float64)
-    placed = queries if whitening is None else whitening.space.place(queries) @ whitening.whitener
-    whitened = placed if batch.whitened is None else batch.whitened
-    familiarity = gate.familiarity(open_set_scores(prototypes, queries, batch, gate), batch.confidence)
-    return unit_rows(whitened).astype(np.float32), familiarity
+    batch = score_batch(prototypes, queries, prototypes.settings.mode)
+    open_set = open_set_scores(prototypes, queries, batch, gate)
+    whitened = batch.whitened
+    if whitened is None:
+        whitened = queries if whitening is None else whitening.space.place(queries) @ whitening.whitener
+    familiarity = gate.familiarity(open_set, batch.confidence)
+    return replace(batch, open_set=open_set), unit_rows(whitened).astype(np.float32), familiarity
