@@ -3,11 +3,11 @@
 # PYTHON       the interpreter that the virtual environment is made with (3.11 or newer)
 # TORCH_INDEX  a package index or a folder with the torch build you want: a CPU index keeps gigabytes of CUDA packages
 #              away, a CUDA one brings them. See README, "Which torch".
-# EXTRAS       optional parts of sortd: lora, onnx, train (comma-separated)
+# EXTRAS       optional parts of sortd: lora, onnx, review, train (comma-separated)
 
 PYTHON ?= python3
 TORCH_INDEX ?=
-EXTRAS ?= train
+EXTRAS ?= review,train
 
 VENV := .venv
 BIN := $(VENV)/bin
