@@ -1,0 +1,321 @@
+"""The index of what there is to look at: the images in Review/ of each dataset, their groups, and images by opaque id.
+
+The id of an image names one version of one file, so that a file that changed has another id. Pages and forms contain
+ids only. Everything is read: Review/ by its folder, the decisions from the journal, the embeddings from the cache.
+"""
+
+import hashlib
+import os
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from sortd.classify.groups import find_groups
+from sortd.commands.groups import stored_rows
+from sortd.companions import is_image
+from sortd.config import Config
+from sortd.daemon.references import ReferencesAbsentError, class_labels, stored_prototypes
+from sortd.errors import DataError
+from sortd.events import NO_CLASS, Stamp
+from sortd.files import stamp_of
+from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
+from sortd.store.history import History
+from sortd.watch.scan import whole_files
+
+FRESH_SECONDS = 2.0
+"""Age from which a listing of Review/ is read again."""
+MOST_KNOWN = 50_000
+"""Images outside Review/ whose ids are remembered: those of the last pages."""
+PAGE_SIZE = 60
+"""Images of one page: what a person can look at before deciding on all of them."""
+NEAREST = 3
+"""Nearest references that are shown beside an image."""
+ID_BYTES = 16
+
+
+def image_id(path: str, stamp: Stamp) -> str:
+    """Return the opaque id of one version of a file, in hexadecimal."""
+    facts = f"{stamp.size}\0{stamp.mtime_ns}\0".encode() + os.fsencode(path)
+    return hashlib.blake2b(facts, digest_size=ID_BYTES).hexdigest()
+
+
+def dataset_key(layout: Layout) -> str:
+    """Return the name of a dataset in an address, since its own may contain any bytes."""
+    return hashlib.blake2b(os.fsencode(layout.root), digest_size=6).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ShownImage:
+    """One version of an image that a page shows, with the last decision on it, if the journal has one."""
+
+    id: str
+    dataset: str
+    path: str
+    stamp: Stamp
+    content: str = ""  # hexadecimal sha256; "": not known
+    guess: str | None = None  # the best class
+    second: str | None = None
+    score: float | None = None
+    margin: float | None = None
+    mode: str | None = None
+    reason: str = ""  # a key of ``explain.REASONS``
+    arrived_at: float | None = None  # seconds since the epoch, when sortd moved it there
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images of Review/ that are shown together: a group, or single images with the same best guess."""
+
+    id: str
+    images: tuple[ShownImage, ...]
+    guess: str | None  # the class to confirm
+    is_group: bool  # whether they resemble each other
+    is_new: bool = False  # whether the group is proposed as a new class
+
+
+@dataclass(slots=True)
+class _Pile:
+    """What is known of Review/ of one dataset."""
+
+    images: dict[str, ShownImage] = field(default_factory=dict)
+    listed_at: float = -np.inf
+    groups: tuple[Mapping[str, Any], ...] = ()  # fields of ``ImageGroup``, its members as ids
+    grouped: frozenset[str] = frozenset()  # the ids that were there when groups were last computed
+    work: "_Grouping | None" = None
+
+
+class _Grouping:
+    """A process that groups images: for thousands it takes memory that only its end returns."""
+
+    def __init__(self, config: Config, layout: Layout, contents: Mapping[str, str]) -> None:
+        """Start it; ``contents`` are hexadecimal sha256 by the id of the image."""
+        context = get_context("spawn")
+        self._receiver, sender = context.Pipe(duplex=False)
+        self._process = SpawnProcess(target=_send_groups, args=(sender, config, layout, contents), daemon=True)
+        self._process.start()
+        sender.close()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether ``result`` does not wait."""
+        return self._receiver.poll()
+
+    def result(self) -> tuple[Mapping[str, Any], ...]:
+        """Return the groups and end the process; none if it failed, which it has printed."""
+        try:
+            groups: tuple[Mapping[str, Any], ...] = self._receiver.recv()
+        except EOFError:
+            groups = ()
+        self.close()
+        return groups
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.join()
+        self._receiver.close()
+
+
+class Index:
+    """The images that the pages show; its methods may be called from several threads."""
+
+    def __init__(self, config: Config) -> None:
+        """Read nothing yet."""
+        self.config = config
+        self._lock = threading.RLock()
+        self._piles: dict[str, _Pile] = {}
+        self._others: OrderedDict[str, ShownImage] = OrderedDict()
+
+    def close(self) -> None:
+        """End the processes that compute groups."""
+        with self._lock:
+            for pile in self._piles.values():
+                if pile.work is not None:
+                    pile.work.close()
+                    pile.work = None
+
+    def datasets(self) -> list[Layout]:
+        """Return the datasets that are there, by name; raise LayoutError if the root cannot be listed."""
+        return list(find_datasets(self.config.root))
+
+    def dataset(self, key: str) -> Layout:
+        """Return the dataset of an address; raise DataError if it is not there."""
+        found = next((layout for layout in self.datasets() if dataset_key(layout) == key), None)
+        if found is None:
+            raise DataError("this dataset is not there; its disk may not be mounted")
+        return found
+
+    def labels(self, layout: Layout) -> tuple[str, ...]:
+        """Return the classes of a dataset; none if Clases/ is not there."""
+        try:
+            return class_labels(layout.area(Area.CLASES))
+        except ReferencesAbsentError:
+            return ()
+
+    def waiting(self, layout: Layout, *, now: bool = False) -> list[ShownImage]:
+        """Return the images in Review/, in the order of their paths; ``now`` reads the folder in any case.
+
+        Raises:
+            DataError: Review/ cannot be read.
+            JournalError: the journal cannot be read.
+        """
+        with self._lock:
+            pile = self._piles.setdefault(dataset_key(layout), _Pile())
+            if now or monotonic() - pile.listed_at >= FRESH_SECONDS:
+                pile.images = self._listed(layout, pile.images)
+                pile.listed_at = monotonic()
+            return list(pile.images.values())
+
+    def _listed(self, layout: Layout, known: Mapping[str, ShownImage]) -> dict[str, ShownImage]:
+        review = os.fspath(layout.area(Area.REVIEW))
+        refusals: list[OSError] = []
+        files = whole_files(review, report=refusals.append) if os.path.lexists(review) else []
+        if refusals:
+            raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
+        found = {image_id(path, mark): (path, mark) for path, mark in sorted(files)}
+        journal = layout.state_folder(self.config.state_dir) / JOURNAL_FILE
+        missing = {one: file for one, file in found.items() if one not in known}
+        fresh: dict[str, ShownImage] = {}
+        if missing and journal.is_file():
+            with History.open(journal) as history:
+                fresh = {one: _from_journal(layout, history, one, *file) for one, file in missing.items()}
+        elif missing:
+            fresh = {one: ShownImage(one, layout.name, *file) for one, file in missing.items()}
+        images = {one: known.get(one) or fresh[one] for one in found}
+        return {one: image for one, image in images.items() if image.content or is_image(image.path)}
+
+    def batches(self, layout: Layout) -> list[Batch]:
+        """Return the images in Review/ in batches: proposed classes, groups by size, then single images by best guess.
+
+        Groups are computed in another process; until they are there, and for images that came since, there are only
+        batches by best guess. Raises as ``waiting``.
+        """
+        images = {image.id: image for image in self.waiting(layout)}
+        with self._lock:
+            pile = self._piles[dataset_key(layout)]
+            self._regroup(layout, pile, images)
+            groups = pile.groups
+        batches, grouped = list[Batch](), set[str]()
+        for group in groups:
+            members = tuple(images[one] for one in group["members"] if one in images)
+            if len(members) > 1:
+                guess = _commonest(members) if group["nearest_label"] is None else group["nearest_label"]
+                batches.append(Batch(group["id"], members, guess, is_group=True, is_new=group["is_new"]))
+                grouped |= {one.id for one in members}
+        single: dict[str | None, list[ShownImage]] = {}
+        for image in images.values():
+            if image.id not in grouped:
+                single.setdefault(image.guess, []).append(image)
+        for guess, same in sorted(single.items(), key=lambda one: (-len(one[1]), one[0] or "")):
+            surest_first = sorted(same, key=lambda image: (-(image.score or 0.0), image.path))
+            batches.append(Batch(_batch_id(guess), tuple(surest_first), guess, is_group=False))
+        return batches
+
+    def _regroup(self, layout: Layout, pile: _Pile, images: Mapping[str, ShownImage]) -> None:
+        """Take the groups that were computed, and begin to compute them if images came since."""
+        if pile.work is not None and pile.work.is_done:
+            pile.groups, pile.work = pile.work.result(), None
+        if pile.work is None and not pile.grouped.issuperset(images):
+            pile.grouped = frozenset(images)
+            contents = {image.id: image.content for image in images.values() if image.content}
+            pile.work = _Grouping(self.config, layout, contents) if len(contents) > 1 else None
+
+    def is_grouping(self, layout: Layout) -> bool:
+        """Return whether groups are being computed."""
+        with self._lock:
+            pile = self._piles.get(dataset_key(layout))
+            return pile is not None and pile.work is not None and not pile.work.is_done
+
+    def find(self, identifier: str) -> ShownImage | None:
+        """Return the image with an id; None: it changed, is gone, or was never shown."""
+        with self._lock:
+            for pile in self._piles.values():
+                if (image := pile.images.get(identifier)) is not None:
+                    return image
+            return self._others.get(identifier)
+
+    def remember(self, images: Iterable[ShownImage]) -> list[ShownImage]:
+        """Note images outside Review/, so that ``find`` knows them, and return them."""
+        noted = list(images)
+        with self._lock:
+            for image in noted:
+                self._others[image.id] = image
+                self._others.move_to_end(image.id)
+            while len(self._others) > MOST_KNOWN:
+                self._others.popitem(last=False)
+        return noted
+
+    def image_at(self, layout: Layout, path: str, **facts: Any) -> ShownImage | None:  # noqa: ANN401 - of ShownImage
+        """Return the image at a path, and remember its id; None if no file is there."""
+        with suppress(OSError):
+            mark = stamp_of(os.lstat(path))
+            return self.remember([ShownImage(image_id(path, mark), layout.name, path, mark, **facts)])[0]
+        return None
+
+    def nearest(self, layout: Layout, images: Sequence[ShownImage]) -> dict[str, list[dict[str, Any]]]:
+        """Return the nearest references of images by id: ``image``, ``label`` and ``similarity``, a cosine.
+
+        Images without a stored embedding are missing.
+        """
+        prototypes = stored_prototypes(self.config, layout)
+        if prototypes is None or not len(prototypes.references):
+            return {}
+        rows = stored_rows(self.config, {one.content for one in images if one.content}, prototypes.encoder_id)
+        shown = [one for one in images if one.content in rows]
+        if not shown:
+            return {}
+        cosines = np.stack([rows[one.content] for one in shown]) @ prototypes.references.T
+        found: dict[str, list[dict[str, Any]]] = {}
+        for image, row in zip(shown, cosines, strict=True):
+            best = np.argsort(-row, kind="stable")[:NEAREST].tolist()
+            near = [
+                {
+                    "image": self.image_at(layout, prototypes.sources[at]),
+                    "label": prototypes.labels[prototypes.classes[at]],
+                    "similarity": float(row[at]),
+                }
+                for at in best
+            ]
+            found[image.id] = [one for one in near if one["image"] is not None]
+        return found
+
+
+def _from_journal(layout: Layout, history: History, identifier: str, path: str, mark: Stamp) -> ShownImage:
+    """Return an image with the decision by which sortd put it where it is."""
+    record = history.last_known(mark)
+    if record is None or os.path.join(layout.root, record.destination_path) != path:
+        return ShownImage(identifier, layout.name, path, mark)
+    why = record.move_reason
+    facts = (why.content, why.label, why.second_label, why.score, why.margin, why.mode, why.reason, record.ended_at)
+    return ShownImage(identifier, layout.name, path, mark, *facts)
+
+
+def _commonest(images: Sequence[ShownImage]) -> str | None:
+    return Counter(image.guess for image in images).most_common(1)[0][0]
+
+
+def _batch_id(guess: str | None) -> str:
+    """Return the id of the single images with a best guess, which may contain any bytes."""
+    return "single-" + hashlib.blake2b(os.fsencode(guess or NO_CLASS), digest_size=4).hexdigest()
+
+
+def _send_groups(sender: Connection, config: Config, layout: Layout, contents: Mapping[str, str]) -> None:
+    """Send the groups of images, given as contents by id, with the ids of their members; runs in another process."""
+    os.nice(10)
+    prototypes = stored_prototypes(config, layout)
+    rows = {} if prototypes is None else stored_rows(config, set(contents.values()), prototypes.encoder_id)
+    ids = [one for one, content in contents.items() if content in rows]
+    found = []
+    if prototypes is not None and ids:
+        matrix = np.array([rows[contents[one]] for one in ids], np.float64)
+        found = find_groups(prototypes, matrix, [contents[one] for one in ids])
+    sender.send(tuple({**asdict(group), "members": [ids[at] for at in group.members]} for group in found))
