@@ -8,7 +8,7 @@ import hashlib
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -90,17 +90,16 @@ class _Pile:
     listed_at: float = -np.inf
     groups: tuple[Mapping[str, Any], ...] = ()  # fields of ``ImageGroup``, its members as ids
     grouped: frozenset[str] = frozenset()  # the ids that were there when groups were last computed
-    work: "_Grouping | None" = None
+    work: "Background | None" = None
 
 
-class _Grouping:
-    """A process that groups images: for thousands it takes memory that only its end returns."""
+class Background:
+    """A function that runs in a process of its own, whose memory its end returns: grouping thousands of images."""
 
-    def __init__(self, config: Config, layout: Layout, contents: Mapping[str, str]) -> None:
-        """Start it; ``contents`` are hexadecimal sha256 by the id of the image."""
-        context = get_context("spawn")
-        self._receiver, sender = context.Pipe(duplex=False)
-        self._process = SpawnProcess(target=_send_groups, args=(sender, config, layout, contents), daemon=True)
+    def __init__(self, function: Callable[..., Any], *arguments: object) -> None:
+        """Start it; function and arguments must be picklable."""
+        self._receiver, sender = get_context("spawn").Pipe(duplex=False)
+        self._process = SpawnProcess(target=_send_result, args=(sender, function, arguments), daemon=True)
         self._process.start()
         sender.close()
 
@@ -109,20 +108,25 @@ class _Grouping:
         """Whether ``result`` does not wait."""
         return self._receiver.poll()
 
-    def result(self) -> tuple[Mapping[str, Any], ...]:
-        """Return the groups and end the process; none if it failed, which it has printed."""
+    def result(self) -> Any:  # noqa: ANN401 - of the function
+        """Return what the function returned, and end the process; None if it failed, which it has printed."""
         try:
-            groups: tuple[Mapping[str, Any], ...] = self._receiver.recv()
+            found = self._receiver.recv()
         except EOFError:
-            groups = ()
+            found = None
         self.close()
-        return groups
+        return found
 
     def close(self) -> None:
         """End the process."""
         self._process.terminate()
         self._process.join()
         self._receiver.close()
+
+
+def _send_result(sender: Connection, function: Callable[..., Any], arguments: Sequence[object]) -> None:
+    os.nice(10)  # the daemon and the pages come first
+    sender.send(function(*arguments))
 
 
 class Index:
@@ -223,11 +227,11 @@ class Index:
     def _regroup(self, layout: Layout, pile: _Pile, images: Mapping[str, ShownImage]) -> None:
         """Take the groups that were computed, and begin to compute them if images came since."""
         if pile.work is not None and pile.work.is_done:
-            pile.groups, pile.work = pile.work.result(), None
+            pile.groups, pile.work = pile.work.result() or (), None
         if pile.work is None and not pile.grouped.issuperset(images):
             pile.grouped = frozenset(images)
             contents = {image.id: image.content for image in images.values() if image.content}
-            pile.work = _Grouping(self.config, layout, contents) if len(contents) > 1 else None
+            pile.work = Background(_groups, self.config, layout, contents) if len(contents) > 1 else None
 
     def is_grouping(self, layout: Layout) -> bool:
         """Return whether groups are being computed."""
@@ -308,14 +312,12 @@ def _batch_id(guess: str | None) -> str:
     return "single-" + hashlib.blake2b(os.fsencode(guess or NO_CLASS), digest_size=4).hexdigest()
 
 
-def _send_groups(sender: Connection, config: Config, layout: Layout, contents: Mapping[str, str]) -> None:
-    """Send the groups of images, given as contents by id, with the ids of their members; runs in another process."""
-    os.nice(10)
+def _groups(config: Config, layout: Layout, contents: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
+    """Return the groups of images, given as contents by id, with the ids of their members."""
     prototypes = stored_prototypes(config, layout)
     rows = {} if prototypes is None else stored_rows(config, set(contents.values()), prototypes.encoder_id)
     ids = [one for one, content in contents.items() if content in rows]
-    found = []
-    if prototypes is not None and ids:
-        matrix = np.array([rows[contents[one]] for one in ids], np.float64)
-        found = find_groups(prototypes, matrix, [contents[one] for one in ids])
-    sender.send(tuple({**asdict(group), "members": [ids[at] for at in group.members]} for group in found))
+    if prototypes is None or not ids:
+        return ()
+    found = find_groups(prototypes, np.array([rows[contents[one]] for one in ids]), [contents[one] for one in ids])
+    return tuple({**asdict(group), "members": [ids[at] for at in group.members]} for group in found)
