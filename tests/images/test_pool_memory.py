@@ -18,7 +18,7 @@ from sortd.images.decoder_process import DEFAULT_BUDGET_PIXELS
 from sortd.images.formats import FORMATS
 from sortd.images.pool import Batch, DecodedImage, DecoderPool
 from tests.bombs import one_bit_png, png, saved
-from tests.images.test_pool import memory_kb, open_files, photo, stamped, warmed, while_stopped
+from tests.images.test_pool import memory_kb, open_files, photo, stamped, warmed
 
 SMALL = Preprocessing(64, 64, 64)
 WIDTH, HEIGHT = 3000, 2000
@@ -44,11 +44,14 @@ def taken_by_turns(pool: DecoderPool, batch: Batch) -> Iterator[int]:
         pool.collect(None)
 
 
-def until_a_large_one_is_given(pool: DecoderPool, batch: Batch) -> None:
-    """Decode until a process has been given a large image, which is not answered yet."""
-    given = taken_by_turns(pool, batch)
-    while not next(given):
-        pass
+def give_a_large_one(pool: DecoderPool, batch: Batch, process_id: int) -> None:
+    """Stop an idle process and give it a large image, which it cannot answer before it goes on."""
+    pool.feed(batch)
+    while any(handle.jobs for handle in pool._decoders):  # each image comes back, since it needs more memory
+        pool.collect(None)
+    os.kill(process_id, signal.SIGSTOP)
+    pool.feed(batch)
+    assert [job.needed_pixels for handle in pool._decoders for job in handle.jobs] == [PIXELS]
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2])
@@ -72,11 +75,9 @@ def test_pool_small_images_are_decoded_while_a_large_one_waits(mixed: list[Path]
     with DecoderPool(2, SMALL, limits) as pool:
         warmed(pool, tmp_path)
         batch = Batch(deque(stamped(*[path for path in mixed if "large" in path.name])))
-        until_a_large_one_is_given(pool, batch)
-        (busy,) = [handle for handle in pool._decoders if any(job.needed_pixels for job in handle.jobs)]
-        os.kill(busy.process.pid, signal.SIGSTOP)
+        busy, free = pool._decoders
+        give_a_large_one(pool, batch, busy.process.pid)
         small = Batch(deque(stamped(*[path for path in mixed if "small" in path.name])))
-        (free,) = [handle for handle in pool._decoders if handle is not busy]
         before = len(batch.answers)
         pool.feed(small)
         while free.jobs:
@@ -101,9 +102,9 @@ def test_pool_large_image_that_kills_its_process_frees_its_budget(tmp_path: Path
     with DecoderPool(1, SMALL, DecodeLimits(max_pixels=PIXELS), kills=1) as pool:
         (process_id,) = warmed(pool, tmp_path)
         batch = Batch(deque(stamped(paths[0])))
-        until_a_large_one_is_given(pool, batch)
-        with while_stopped(process_id, lambda: os.kill(process_id, signal.SIGKILL)):
-            pool.collect(None)
+        give_a_large_one(pool, batch, process_id)
+        os.kill(process_id, signal.SIGKILL)
+        pool.collect(None)
         (poison,) = batch.answers
         assert isinstance(poison, ImageRefused)
         assert poison.refusal is Refusal.POISON
