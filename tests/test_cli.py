@@ -14,7 +14,7 @@ import pytest
 from sortd.commands.console import counted, megabytes, printable
 from sortd.commands.run import raise_descriptor_limit
 from tests.command_line import sortd, write_config
-from tests.daemon_process import make_dataset
+from tests.daemon_process import PATIENCE_SECONDS, make_dataset
 from tests.filed_images import file_images
 
 ROOT = Path(__file__).parents[1]
@@ -412,7 +412,7 @@ def test_every_line_of_a_log_in_json_is_json(tmp_path: Path, arguments: tuple[st
     text = "".join(f"{name}: {wanted}\n" for name, wanted in {**keys, key: value}.items())
     (tmp_path / "config.yaml").write_text(text)
     command = [sys.executable, "-m", "tests.fast_sortd", *arguments, "-c", str(tmp_path / "config.yaml")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=PATIENCE_SECONDS)
     *_, last = map(json.loads, ran.stderr.splitlines())
     assert (last["event"], last["level"], last["exit_code"]) == ("daemon.failed", "error", ran.returncode)
     assert ran.returncode in {69, 73, 74, 78}

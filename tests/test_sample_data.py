@@ -15,6 +15,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, UnidentifiedImageError
 
+from tests.daemon_process import PATIENCE_SECONDS
+
 DATA = Path(__file__).parents[1] / "Data"
 CLASSES = DATA / "Tornillos" / "Clases"
 KINDS = {"cross", "torx", "slotted", "hex"}
@@ -25,7 +27,7 @@ Features = Callable[[Image.Image], npt.NDArray[np.float64]]
 def draw(*arguments: object) -> str:
     """Run the drawing script as ``make run`` does; return what it printed."""
     command = [sys.executable, os.fspath(DATA / "draw.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS).stdout
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests.daemon_process import make_dataset, picture
+from tests.daemon_process import PATIENCE_SECONDS, make_dataset, picture
 
 REPOSITORY = Path(__file__).parents[1]
 UNITS = REPOSITORY / "systemd"
-PATIENCE = 180.0
+PATIENCE = PATIENCE_SECONDS
 
 DOCUMENT = (REPOSITORY / "docs" / "service.md").read_text(encoding="utf-8")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.daemon_process import PATIENCE_SECONDS
 from training import checkpoint, schedule
 from training.augmentation import CALM, STRONG, Augmenter, normalise
 from training.concepts import BACKGROUND, key, merge
@@ -172,7 +173,7 @@ def test_smoke_run_writes_a_folder_that_loads_offline(tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "model"
     command = [sys.executable, "-m", "training.train", "--smoke", "--run", str(run), "--output", str(output)]
     done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=240
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (run / "curves.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -276,7 +276,7 @@ def test_daemon_second_start_on_the_same_data_is_refused(colours: Path, write_co
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
             check=False,
         )
         assert second.returncode == 75
@@ -580,7 +580,7 @@ def test_daemon_ruined_references_do_not_replace_good_ones_unless_forced(colours
             [sys.executable, "-m", "sortd", "rebuild", "--force", "-c", str(config)],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_SECONDS,
             check=False,
         )
         assert forced.returncode == 0, forced.stderr
@@ -595,7 +595,7 @@ def test_health_before_the_model_is_loaded_is_not_well(colours: Path, write_conf
 
     def health() -> int:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30.0) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=PATIENCE_SECONDS) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as refused:
             refused.close()

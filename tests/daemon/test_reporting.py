@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sortd.daemon.reporting import Metrics
+from tests.daemon_process import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_serve_answers_on_the_loopback_until_closed(metrics: Metrics) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     close = metrics.serve(port)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30.0) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_SECONDS) as answer:
         text = answer.read().decode()
     close()
     assert samples(text) == samples(metrics.text())
@@ -102,13 +103,13 @@ def test_healthz_reports_the_problem_of_the_daemon(metrics: Metrics) -> None:
     close = metrics.serve(port, problem=lambda: problems[0])
     try:
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30.0)
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=PATIENCE_SECONDS)
         assert (refused.value.code, refused.value.read()) == (503, b"loading the model\n")
         refused.value.close()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30.0) as counts:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_SECONDS) as counts:
             assert b"sortd_backlog" in counts.read()
         problems.pop(0)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=30.0) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=PATIENCE_SECONDS) as answer:
             assert (answer.status, answer.read()) == (200, b"ok\n")
     finally:
         close()

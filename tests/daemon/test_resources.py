@@ -22,12 +22,10 @@ from sortd.layout import Area, Layout
 from sortd.store.cache import Cache
 from sortd.watch.scan import stamp
 from tests.command_line import write_config
-from tests.daemon_process import COLOURS, make_dataset, picture
+from tests.daemon_process import COLOURS, PATIENCE_SECONDS, make_dataset, picture
 from tests.fake_encoder import FakeEncoder
 from tests.finetuned_folder import write_folder
 from tests.prototype_maker import make_prototypes
-
-PATIENCE_SECONDS = 120.0
 
 
 @pytest.fixture

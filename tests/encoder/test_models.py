@@ -19,6 +19,7 @@ from sortd.encoder import models
 from sortd.encoder.models import ModelFolder, verify_clip
 from sortd.errors import ModelError
 from tests.command_line import write_config
+from tests.daemon_process import PATIENCE_SECONDS
 
 CLIP = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": {}, "vision_config": {}}
 VIT = {"model_type": "vit", "architectures": ["ViTModel"], "image_size": 224}
@@ -415,7 +416,7 @@ except ModelError as error:
         return subprocess.run(
             [sys.executable, "-c", self.PROGRAM, name, str(cache)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-            capture_output=True, text=True, timeout=100, check=False,
+            capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False,
         )  # fmt: skip
 
     def test_fetch_model_is_found_by_name(
@@ -451,7 +452,7 @@ except ModelError as error:
         done = subprocess.run(
             [sys.executable, "-m", "sortd", "models", "fetch", "tiny", "-c", str(write_config(tmp_path))],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_ENDPOINT": address},
-            capture_output=True, text=True, timeout=100, check=False,
+            capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert said in done.stdout.splitlines()[1]

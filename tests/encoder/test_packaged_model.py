@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.daemon_process import PATIENCE_SECONDS
+
 MODEL = Path(__file__).parents[2] / "sortd" / "model"
 SAMPLE = Path(__file__).parents[2] / "Data" / "Tornillos" / "Clases"
 """Drawn screws, which ship."""
@@ -67,7 +69,7 @@ def test_packaged_model_loads_offline() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.stdout.strip() == "True"
 

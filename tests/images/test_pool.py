@@ -24,6 +24,7 @@ from sortd.images import decoder_process
 from sortd.images.decode import DecodeLimits, decode_file
 from sortd.images.pool import DecodedImage, DecoderPool, _refusal_of
 from tests.bombs import CORPUS, gif, one_bit_png, png, png_with_text, saved, write_hostile_files
+from tests.daemon_process import PATIENCE_SECONDS
 
 SMALL = Preprocessing(64, 64, 64)
 CEILING_KB = 300_000
@@ -293,7 +294,11 @@ class TestRefusals:
             "except OSError as error:\n    print(error.errno)\n"
         )
         run = subprocess.run(
-            [sys.executable, "-c", code, os.fspath(path)], capture_output=True, text=True, check=True, timeout=60
+            [sys.executable, "-c", code, os.fspath(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=PATIENCE_SECONDS,
         )
         assert run.stdout.strip() == "24"
 
@@ -400,7 +405,9 @@ class TestProcesses:
             "print(pool.process_ids[0], flush=True)\n"
             "os.kill(os.getpid(), signal.SIGKILL)\n"
         )
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
+        )
         status = Path(f"/proc/{int(run.stdout)}/stat")
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline and _lives(status):

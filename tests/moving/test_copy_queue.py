@@ -10,6 +10,7 @@ from sortd.errors import BusyError, JournalError
 from sortd.events import DatasetId, Stamp
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied, MoveOrder
 from sortd.store.records import MoveFile, MoveReason, MoveRecord, Role
+from tests.daemon_process import PATIENCE_SECONDS
 
 Inbox = queue.SimpleQueue[Copied | CopyFailed | CopyQueueDied]
 
@@ -50,7 +51,7 @@ def test_copy_queue_copy_runs_in_its_own_thread(copier: CopyQueue, inbox: Inbox)
         return asked
 
     assert copier.client(DatasetId("Cats")).submit(job) == []
-    assert inbox.get(timeout=60) == Copied(DatasetId("Cats"), (asked,))
+    assert inbox.get(timeout=PATIENCE_SECONDS) == Copied(DatasetId("Cats"), (asked,))
     assert threads == ["copier"]
 
 
@@ -68,7 +69,7 @@ def test_copy_queue_datasets_take_turns(copier: CopyQueue, inbox: Inbox) -> None
         many.submit(lambda number=number: order(f"many {number}"))  # type: ignore[misc]
     few.submit(lambda: order("few"))
     gate.set()
-    told = [name_of(inbox.get(timeout=60)) for _ in range(101)]
+    told = [name_of(inbox.get(timeout=PATIENCE_SECONDS)) for _ in range(101)]
     assert told.index("few") <= 2
     assert [name for name in told if name != "few"] == [f"many {number}" for number in range(100)]
 
@@ -89,7 +90,7 @@ def test_copy_queue_closed_client_waits_for_its_own_copy_only(copier: CopyQueue,
     assert begun.wait(60)
     going.close()
     assert copier.current is None or copier.current.client is staying
-    assert {name_of(inbox.get(timeout=60)) for _ in range(2)} == {"interrupted", "staying"}
+    assert {name_of(inbox.get(timeout=PATIENCE_SECONDS)) for _ in range(2)} == {"interrupted", "staying"}
     assert (going.is_interrupted, staying.is_interrupted) == (True, False)
     staying.close()
 
@@ -112,8 +113,8 @@ def test_copy_queue_failed_copy_is_posted_and_others_continue(copier: CopyQueue,
 
     copier.client(DatasetId("Cats")).submit(job)
     copier.client(DatasetId("Dogs")).submit(lambda: order("b.jpg"))
-    assert inbox.get(timeout=60) == CopyFailed(DatasetId("Cats"), refused)
-    assert name_of(inbox.get(timeout=60)) == "b.jpg"
+    assert inbox.get(timeout=PATIENCE_SECONDS) == CopyFailed(DatasetId("Cats"), refused)
+    assert name_of(inbox.get(timeout=PATIENCE_SECONDS)) == "b.jpg"
 
 
 def test_copy_queue_death_of_the_thread_is_posted(copier: CopyQueue, inbox: Inbox) -> None:
@@ -123,7 +124,7 @@ def test_copy_queue_death_of_the_thread_is_posted(copier: CopyQueue, inbox: Inbo
         raise SystemExit
 
     copier.client(DatasetId("Cats")).submit(job)
-    told = inbox.get(timeout=60)
+    told = inbox.get(timeout=PATIENCE_SECONDS)
     assert isinstance(told, CopyQueueDied)
     assert isinstance(told.error, SystemExit)
 

@@ -35,8 +35,9 @@ from sortd.watch.watcher import (
     WatchMode,
     WatchStatus,
 )
+from tests.daemon_process import PATIENCE_SECONDS
 
-PATIENCE = 30.0  # a machine under load is slow, and what does not come never comes
+PATIENCE = PATIENCE_SECONDS
 
 
 class Heard:
@@ -620,7 +621,7 @@ watcher = Watcher(inbox.put)
 def say(**facts):
     print(json.dumps(facts), flush=True)
 losses = []
-def listen(until, seconds=20.0):
+def listen(until, seconds=300.0):
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -652,7 +653,7 @@ def run_in_namespace(script: str, *arguments: str, before: str = ":") -> subproc
     program = PROGRAM + textwrap.dedent(script)
     environment = {**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[2])}
     shell = [*unshare, "sh", "-c", f'{before} && exec "$@"', "sh", sys.executable, "-c", program, *arguments]
-    done = subprocess.run(shell, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -796,7 +797,7 @@ def test_watcher_without_spare_descriptors_leaks_none(dataset: Path) -> None:
     """
     program = [sys.executable, "-c", PROGRAM + textwrap.dedent(script), os.fspath(dataset)]
     environment = {**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parents[2])}
-    done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert '"leaked": 0' in first
