@@ -39,7 +39,6 @@ from typing import Any
 import structlog
 
 from sortd import errors
-from sortd.config import Config
 from sortd.daemon.assign import Result, assign_images, forget_made_classes
 from sortd.daemon.audit import checked_answers
 from sortd.daemon.dataset import Dataset
@@ -84,21 +83,6 @@ class NotRunningError(errors.StartupError):
     """No running sortd can be asked."""
 
     exit_code = 75
-
-
-def require_to_be_alone(config: Config) -> None:
-    """Raise ``AlreadyRunningError`` if another sortd uses this state directory for this root."""
-    try:
-        status = read_status(config.state_dir)
-    except (errors.StartupError, OSError):
-        return  # the lock of each dataset still protects it
-    if (
-        status is not None
-        and status["alive"]
-        and status["pid"] != os.getpid()
-        and status.get("root") == str(config.root)
-    ):
-        raise errors.AlreadyRunningError(f"another sortd works on {config.root} (pid {status['pid']}); stop it first")
 
 
 class Requests:
