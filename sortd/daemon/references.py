@@ -22,7 +22,7 @@ from sortd.classify.types import DecisionSettings, Evidence, SupportSet
 from sortd.config import DEFAULT_TEMPLATES, Config, DatasetConfig
 from sortd.daemon.embedder import Embedder
 from sortd.errors import ImageError
-from sortd.events import EmbeddedImage, ImageRefused, Mode, Refusal, Stamp
+from sortd.events import NO_CLASS, EmbeddedImage, ImageRefused, Mode, Refusal, Stamp
 from sortd.files import open_regular, sha256_of
 from sortd.images.decode import DecodeLimits, check_header
 from sortd.images.pool import RESOURCE_ERRORS
@@ -30,8 +30,8 @@ from sortd.layout import Area, Layout, rule_for_folder
 from sortd.store.cache import PROTOTYPES_FOLDER, PrototypeFiles
 from sortd.watch.scan import stamp, whole_files
 
-STRANGERS_FOLDER = "_none"
-"""The folder of images of no class."""
+STRANGERS_FOLDER = NO_CLASS
+"""The folder of images of no class, in Clases/ and in Dataset/."""
 DESCRIPTIONS_FILE = "class.txt"
 """The file in a class folder with one description of the class per line."""
 DESCRIPTIONS_LIMIT_BYTES = 64 * 1024
@@ -256,10 +256,10 @@ def _read(
         tell(number, len(files))
     for label, path, mark in files:
         answer = answers[path, mark]
-        if label not in held:
+        if label not in held and label != STRANGERS_FOLDER:
             continue
         if isinstance(answer, EmbeddedImage):
-            held[label].setdefault(answer.content, (path, answer.embedding))
+            held.setdefault(label, {}).setdefault(answer.content, (path, answer.embedding))
         elif answer.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.VANISHED}:
             refused.append(answer)
     return held, tuple(refused)

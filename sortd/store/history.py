@@ -12,10 +12,11 @@ from typing import Any, Self, TypeVar
 from sortd import errors
 from sortd.core.guard import GuardState
 from sortd.errors import JournalError
-from sortd.events import Stamp
+from sortd.events import NO_CLASS, Stamp
 from sortd.store import checks
 from sortd.store.checks import CheckedImage, FiledImages
 from sortd.store.records import (
+    EXAMPLE_OF_NO_CLASS,
     MoveProgress,
     Record,
     Role,
@@ -129,6 +130,10 @@ class History:
         if stamp is not None and (found := self._first(_OF_STAMP, (*stamp.columns[1:], 1))):
             return found
         return self._first(_OF_CONTENT, (content,)) if content else None
+
+    def known_before(self, record: Record) -> Record | None:
+        """Return the last move, before this one, of the file version that it moved, if not undone."""
+        return self._first(f"+moves.id < ? AND {_OF_STAMP}", (record.id, *record.move.image.stamp.columns[1:], 1))
 
     def moved_elsewhere(self, stamp: Stamp, folder: str, name: str) -> Record | None:
         """Return the newer of the last two moves of this file version that put it anywhere but here, if not undone."""
@@ -249,15 +254,16 @@ class History:
                 for row in rows
             ]
 
-    def assigned(self) -> list[tuple[str, str, float]]:
+    def assigned(self) -> list[tuple[str | None, str, float]]:
         """Return class, path relative to the dataset, and time of each image that a person assigned and left there.
 
-        An image that the person moved to another class afterwards is a correction instead.
+        An image that the person moved to another class afterwards is a correction instead. The class is None for an
+        image of no class that is no example of it.
         """
         uncorrected = "NOT EXISTS (SELECT 1 FROM corrections WHERE move = moves.id)"
         where = f"progress = 'done' AND outcome = 'assigned' AND undone_by IS NULL AND {uncorrected}"
         return [
-            (one.move_reason.label or "", one.destination_path, one.ended_at or 0.0)
+            (_assigned_label(one), one.destination_path, one.ended_at or 0.0)
             for one in self._records(f"{where} ORDER BY id", ())
         ]
 
@@ -344,6 +350,11 @@ class History:
     def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
         with translated(self._path):
             return self._connection.execute(statement, values).fetchall()
+
+
+def _assigned_label(record: Record) -> str | None:
+    reason = record.move_reason
+    return None if reason.label == NO_CLASS and reason.reason != EXAMPLE_OF_NO_CLASS else reason.label or ""
 
 
 def _relative_path(column: bytes) -> str:
