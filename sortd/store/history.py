@@ -5,7 +5,7 @@ import os
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -216,8 +216,12 @@ class History:
 
     def guesses(self) -> tuple[int, int]:
         """Return how many guesses of images in Review/ a person confirmed, and of how many the right class is known."""
-        (row,) = self._rows(checks.GUESSES)
+        (row,) = self._rows(checks.GUESSES, (label_column(NO_CLASS),))
         return int(row["confirmed"]), row["judged"]
+
+    def given_since(self, since: float) -> dict[str, int]:
+        """Return how many images a person assigned, corrected and confirmed since a time (Unix seconds)."""
+        return {row["how"]: row["images"] for row in self._rows(checks.GIVEN_SINCE, (since,))}
 
     def corrections(self) -> list[tuple[str, str, str, float]]:
         """Return each correction as label, corrected label, path relative to the dataset, seconds since the epoch.
@@ -414,16 +418,6 @@ def opened(connection: sqlite3.Connection, prepare: Callable[[sqlite3.Connection
         connection.close()
         raise
     return connection
-
-
-def copy_journal(path: Path, copy: Path) -> None:
-    """Copy the current state of a journal that another process may write.
-
-    Raises:
-        JournalError: it cannot be read, or the copy cannot be written.
-    """
-    with closing(open_for_reading(path)) as reader, translated(copy), closing(sqlite3.connect(copy)) as writer:
-        reader.backup(writer)
 
 
 @contextmanager
