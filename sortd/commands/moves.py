@@ -383,12 +383,17 @@ def release_files(config: Config, file: Path | None, *, dataset: str | None, as_
     absolute = None
     if file is not None:
         dataset, absolute = _held_place(config, file)
-    names = None if dataset is None else [dataset]
-    asked = ask(config.state_dir, {"do": "release", "datasets": names, "path": absolute})
-    reply = _release_here(config, dataset, absolute) if asked is None else asked
+    reply = release_held(config, dataset, absolute)
     if absolute is not None and not any(reply["released"].values()) and not reply.get("lifted"):
         raise DataError(f"{absolute} is not held")
     show(reply, _print_released, as_json=as_json)
+
+
+def release_held(config: Config, dataset: str | None, absolute: str | None) -> Mapping[str, Any]:
+    """Release a held file or dataset by its absolute path, or all, by the running sortd or in this process."""
+    names = None if dataset is None else [dataset]
+    asked = ask(config.state_dir, {"do": "release", "datasets": names, "path": absolute})
+    return _release_here(config, dataset, absolute) if asked is None else asked
 
 
 def _print_released(reply: Mapping[str, Any]) -> None:
