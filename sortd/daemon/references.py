@@ -192,7 +192,7 @@ class References:
             ReferencesAbsentError: there is no class folder.
         """
         forwards = embedder.forwards
-        folders, misnamed = self._folders(embedder.give_way)
+        folders, misnamed = self._folders(embedder.give_way, settings)
         held, refused = _read(embedder, folders, settings.corrections)
         emptied = tuple(label for label in sorted(held) if not held[label] and self._held.get(label))
         held |= {label: self._held[label] for label in emptied}
@@ -214,12 +214,12 @@ class References:
         Raises:
             ReferencesAbsentError: there is no class folder.
         """
-        folders, _ = self._folders(embedder.give_way)
+        folders, _ = self._folders(embedder.give_way, settings)
         held, refused = _read(embedder, folders, settings.corrections, tell)
         fingerprint = _fingerprint(held, folders, settings, embedder.encoder.encoder_id)
         return _support(embedder, held, folders, settings, fingerprint), refused
 
-    def _folders(self, between: Callable[[], None]) -> tuple[list[ClassFolder], list[str]]:
+    def _folders(self, between: Callable[[], None], settings: ReferenceSettings) -> tuple[list[ClassFolder], list[str]]:
         unreadable: list[OSError] = []
         folders, misnamed = class_folders(self._clases, report=unreadable.append, between=between)
         if unreadable:
@@ -227,8 +227,11 @@ class References:
             if error.errno in RESOURCE_ERRORS:
                 raise error
             raise ReferencesAbsentError(errors.unreadable(error))
-        if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
+        strangers = [folder for folder in folders if folder.label == STRANGERS_FOLDER]
+        if len(folders) == len(strangers):
             raise ReferencesAbsentError(f"{self._clases} has no class folder: create one per class, with images in it")
+        if not strangers and any(label == STRANGERS_FOLDER for label, _ in settings.corrections):
+            folders.append(ClassFolder(STRANGERS_FOLDER, (), ()))  # its images are all in Dataset/
         return list(self._choose(folders)), misnamed
 
 
@@ -256,10 +259,10 @@ def _read(
         tell(number, len(files))
     for label, path, mark in files:
         answer = answers[path, mark]
-        if label not in held and label != STRANGERS_FOLDER:
+        if label not in held:
             continue
         if isinstance(answer, EmbeddedImage):
-            held.setdefault(label, {}).setdefault(answer.content, (path, answer.embedding))
+            held[label].setdefault(answer.content, (path, answer.embedding))
         elif answer.refusal not in {Refusal.NOT_AN_IMAGE, Refusal.VANISHED}:
             refused.append(answer)
     return held, tuple(refused)

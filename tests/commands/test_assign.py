@@ -10,16 +10,22 @@ from typing import Any
 import pytest
 
 from sortd.commands.assign import assign_to_class, given_since, newest_assigned
+from sortd.commands.groups import models
 from sortd.commands.moves import undo_records_of
+from sortd.commands.status import settings_with_corrections
 from sortd.config import Config, read_config
 from sortd.daemon.assign import image_facts
 from sortd.daemon.control import AnsweredError, ask
+from sortd.daemon.references import References
 from sortd.errors import DataError
 from sortd.files import write_json
-from sortd.layout import Layout
+from sortd.finetune.data import find_candidates
+from sortd.finetune.recipe import Source
+from sortd.layout import Area, Layout
 from sortd.watch.scan import stamp
 from tests.command_line import Ran, sortd, write_config
 from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
+from tests.fake_encoder import FakeEncoder
 from tests.filed_images import file_images
 
 WAITING = 3
@@ -216,6 +222,38 @@ class TestFunctions:
         reply = assign_to_class(config_of(site), Layout(site), "sky", images)
         assert [one["path"] for one in reply["assigned"] if one["destination"] is None] == [images[1]["path"]]
         assert len(waiting(site)) == 1
+
+
+def strangers(site: Path) -> int:
+    """Return how many images count as examples of no class."""
+    config, layout = config_of(site), Layout(site)
+    with models(config, lambda _: FakeEncoder()) as (_, load):
+        settings = settings_with_corrections(config, layout)
+        support, _ = References(layout.area(Area.CLASES)).support(load(), settings)
+        assert support.labels == ("blue", "green", "red")
+        return len(support.strangers)
+
+
+def test_assign_examples_count_like_those_in_clases(site: Path) -> None:
+    """With and without a folder Clases/_none; not those that are no examples, and not once they are undone."""
+    config, layout = config_of(site), Layout(site)
+    assign_to_class(config, layout, "_none", waiting(site)[:1])
+    assert strangers(site) == 0
+    done = assign_to_class(config, layout, "_none", waiting(site), is_example=True)["assigned"]
+    assert strangers(site) == 2
+    (site / "Clases" / "_none").mkdir()
+    picture("green", 9).save(site / "Clases" / "_none" / "mine.png")
+    assert strangers(site) == 3
+    undo_records_of(config, layout, [one["id"] for one in done])
+    assert strangers(site) == 1
+
+
+def test_finetune_on_dataset_takes_images_of_no_class_as_such(site: Path) -> None:
+    """Dataset/_none is no class of the model."""
+    assign_to_class(config_of(site), Layout(site), "_none", waiting(site))
+    known, odd = find_candidates(Layout(site), Source.DATASET, config_of(site).state_dir)
+    assert {one.label for one in known} == {"red"}
+    assert sum(one.path.endswith(".png") for one in odd) == WAITING
 
 
 class TestByDaemon:
