@@ -40,7 +40,7 @@ def assign_to_class(
         journal, and ``message``; ``later``: how many are still to be copied to another file system.
 
     Raises:
-        DataError: the class cannot have this name, or no image can be moved.
+        DataError: the class cannot have this name, or no image is named.
         SortdError: the dataset is not there, or another sortd works on it.
     """
     if (problem := assigned_label_problem(label, is_example=is_example)) is not None:

@@ -65,7 +65,7 @@ def assign_images(
         The results of some images, and how many of them end later, since they are copied to another file system.
 
     Raises:
-        DataError: the name cannot be that of a class, its folder cannot be made, or no image is left.
+        DataError: the name cannot be that of a class, its folder cannot be made, or no image is named.
         JournalError: the journal cannot be written.
     """
     if (problem := assigned_label_problem(label, is_example=is_example)) is not None:
@@ -76,9 +76,9 @@ def assign_images(
     found = [_move_or_refusal(layout, label, reason, image) for image in distinct(images)]
     moves = [one for one in found if isinstance(one, Move)]
     refusals = [one for one in found if not isinstance(one, Move)]
-    if not moves:
-        raise DataError(refusals[0]["message"] if refusals else "no image was named")
-    if label != NO_CLASS:
+    if not found:
+        raise DataError("no image was named")
+    if moves and label != NO_CLASS:
         _make_class(layout.root, journal, label)
     yield refusals, 0
     filed = f"{layout.area(Area.DATASET)}/"

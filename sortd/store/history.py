@@ -106,7 +106,9 @@ class History:
 
     def moves(self, selection: Selection) -> list[Record]:
         """Return the selected finished moves, newest first."""
-        conditions = ["+progress = 'done'"]  # reads the newest fifty of a million instead of sorting them all
+        # The plus: read the newest fifty of a million instead of sorting them all; the index of an outcome is sorted.
+        is_by_outcome = selection == Selection(outcome=selection.outcome, undoable=True, limit=selection.limit)
+        conditions = ["progress = 'done'" if selection.outcome and is_by_outcome else "+progress = 'done'"]
         values: list[Any] = []
         for condition, value in conditions_of(selection):
             conditions.append(condition)

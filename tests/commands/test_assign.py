@@ -292,8 +292,6 @@ class TestByDaemon:
             {"label": None},
             {"images": [{**images[0], "size": "large"}]},
             {"images": [{**images[0], "path": images[0]["path"] + "\0"}]},
-            {"images": [{**images[0], "path": f"{site}/Review/../Clases/red/0.png"}]},
-            {"images": [{**images[0], "path": f"{site}/Rejected/0.png"}]},
             {"images": [{"path": images[0]["path"]}]},
             {"images": ["0.png"]},
             {"images": []},
@@ -305,6 +303,16 @@ class TestByDaemon:
                 with pytest.raises(AnsweredError) as caught:
                     ask(config_of(site).state_dir, {**valid, **wrong})
                 assert caught.value.exit_code == 65, wrong
+            for place in (
+                "Review/../Clases/red/0.png",
+                "Rejected/0.png",
+                "Review/.hidden/0.png",
+                "../config.yaml",
+                "Review/",
+            ):
+                reply = ask(config_of(site).state_dir, valid | {"images": [{**images[0], "path": f"{site}/{place}"}]})
+                assert reply is not None
+                assert [one["destination"] for one in reply["assigned"]] == [None], place
         assert user_files(site) == before
         assert names_in(site / "Clases") == ["blue", "green", "red"]
 

@@ -146,8 +146,9 @@ def test_assign_class_that_is_no_folder_is_refused(opened: OpenDataset, tmp_path
 def test_assign_file_outside_of_review_is_refused(opened: OpenDataset, place: str) -> None:
     """No request moves a reference, or a file that sortd does not look at; no class is made for it."""
     image = {**waiting(opened)[0], "path": f"{opened.layout.root}/{place}"}
-    with pytest.raises(DataError, match="not an image in Review/"):
-        assign(opened, "sky", [image])
+    (refused,) = assign(opened, "sky", [image])
+    assert refused["destination"] is None
+    assert "not an image in Review/ or Dataset/" in refused["message"]
     assert not (opened.layout.root / "Clases" / "sky").exists()
 
 
@@ -299,8 +300,8 @@ class TestFiledImages:
     def test_assign_to_the_class_that_it_is_in_is_refused(self, opened: OpenDataset) -> None:
         """It would get a number in its name."""
         (path,) = filed(opened, {"a.png": "red"})
-        with pytest.raises(DataError, match="in this class already"):
-            assign(opened, "red", facts_of(path))
+        (refused,) = assign(opened, "red", facts_of(path))
+        assert "in this class already" in refused["message"]
         assert path.exists()
 
 
@@ -310,8 +311,8 @@ class TestFiledImages:
 def test_assign_rejected_or_new_image_is_refused_with_advice(opened: OpenDataset, place: str, advice: str) -> None:
     """These are sortd's to decide."""
     image = {**waiting(opened)[0], "path": f"{opened.layout.root}/{place}"}
-    with pytest.raises(DataError, match=advice):
-        assign(opened, "_none", [image])
+    (refused,) = assign(opened, "_none", [image])
+    assert advice in refused["message"]
 
 
 @pytest.mark.parametrize(
@@ -325,3 +326,10 @@ def test_assign_hostile_label_is_refused(opened: OpenDataset, label: str) -> Non
     with pytest.raises(DataError, match="cannot be a class"):
         assign(opened, label, waiting(opened))
     assert sorted(opened.layout.root.rglob("*")) == before
+
+
+def test_assign_without_images_is_refused(opened: OpenDataset) -> None:
+    """No class is made for nothing."""
+    with pytest.raises(DataError, match="no image was named"):
+        assign(opened, "sky", [])
+    assert not (opened.layout.root / "Clases" / "sky").exists()
