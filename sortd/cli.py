@@ -8,11 +8,12 @@ import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sortd import __version__
+from sortd.cli_models import models
 from sortd.commands.console import (
     Command,
     ConfigOption,
@@ -22,17 +23,13 @@ from sortd.commands.console import (
     JsonOption,
     SinceOption,
     UntilOption,
+    load_config,
     show,
     spinner,
     time_option,
 )
-from sortd.errors import ConfigError
 from sortd.exits import exit_on_error, open_missing_streams
 from sortd.finetune.recipe import Recipe, Source, TrainingRequest
-from sortd.layout import misplaced_root
-
-if TYPE_CHECKING:
-    from sortd.config import Config
 
 OPENBLAS_SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
 """Binary logarithm of the cycles that OpenBLAS threads spin after a product (default 26). Spinning took 3 ms of
@@ -56,16 +53,6 @@ def print_version(wanted: bool) -> None:  # noqa: FBT001 -- typer passes it
     if wanted:
         typer.echo(__version__)
         raise typer.Exit
-
-
-def load_config(path: Path | None) -> "Config":
-    """Read the configuration; raise ConfigError if it is not valid, or if its root is or lies in a dataset."""
-    from sortd.config import read_config
-
-    config = read_config(path, os.environ)
-    if (problem := misplaced_root(config.root)) is not None:
-        raise ConfigError(problem)
-    return config
 
 
 @app.callback()
@@ -217,19 +204,24 @@ def undo(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
 @app.command(cls=Command)
 def release(
     path: Annotated[
-        Path | None, typer.Argument(help="Release this held file, or the dataset with this folder.")
+        Path | None,
+        typer.Argument(help="Release this held file or the dataset with this folder, or retry this file in Rejected/."),
     ] = None,
     config: ConfigOption = None,
     everything: Annotated[bool, typer.Option("--all", help="Release all held files and datasets.")] = False,
     dataset: DatasetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Release files that are held after an undo, and datasets that the guard holds."""
+    """Release files that are held after an undo, datasets that the guard holds, and a rejected file to try it again."""
     from sortd.commands.moves import release_files
+    from sortd.commands.rejected import is_rejected, show_retried
 
     if (path is None) != everything:
         raise typer.BadParameter("give either a PATH or --all")
-    release_files(load_config(config), path, dataset=dataset, as_json=as_json)
+    loaded = load_config(config)
+    if path is not None and is_rejected(loaded, path):
+        show_retried(loaded, path, as_json=as_json)
+    release_files(loaded, path, dataset=dataset, as_json=as_json)
 
 
 @app.command(cls=Command)
@@ -296,6 +288,32 @@ def groups_command(
         show_groups(load_config(config), dataset, page, as_json=as_json)
     else:
         accept(load_config(config), dataset, accepted, name, without or (), as_json=as_json)
+
+
+@app.command(cls=Command)
+def assign(
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE... CLASS", help="Images in Review/ or Dataset/, then their class.")
+    ],
+    config: ConfigOption = None,
+    none: Annotated[
+        bool, typer.Option("--none", help="The images belong to no class; give no CLASS. They go to Dataset/_none.")
+    ] = False,
+    example: Annotated[
+        bool, typer.Option("--example", help="With --none: the images are also examples of what belongs to no class.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Move images of Review/ or Dataset/ to a class that you name, as references of it; a new class is created."""
+    from sortd.commands.assign import assign_paths
+    from sortd.events import NO_CLASS
+
+    if example and not none:
+        raise typer.BadParameter("give --example only with --none")
+    paths, label = (images, NO_CLASS) if none else (images[:-1], images[-1])
+    if not paths:
+        raise typer.BadParameter("give at least one IMAGE, then the CLASS; or --none")
+    assign_paths(load_config(config), [Path(path) for path in paths], label, is_example=example, as_json=as_json)
 
 
 @app.command(cls=Command)
@@ -403,75 +421,6 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
         resume_command=" ".join(["sortd finetune", dataset, *options, "--resume"]),
         as_json=as_json,
     )
-
-
-models = typer.Typer(
-    name="models",
-    cls=Group,
-    help="List the models on this machine; fetch, export, promote and demote models.",
-    invoke_without_command=True,
-)
-
-
-@models.callback()
-def list_models_by_default(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """List the models on this machine and those in use; fetch, export, promote and demote models."""
-    if context.invoked_subcommand is None:
-        list_models(config, as_json)
-
-
-@models.command("list", cls=Command)
-def list_models(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """List the models on this machine, the selected one and its backend, and the classifier of each dataset."""
-    from sortd.commands.models import model_list, print_models
-
-    show(model_list(load_config(config)), print_models, as_json=as_json)
-
-
-@models.command("fetch", cls=Command)
-def fetch_command(
-    name: Annotated[str, typer.Argument(help="Name on the Hugging Face hub, for example clip-ViT-B-32.")],
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Download a model into sortd's cache. Only this command uses the network."""
-    from sortd.commands.models import fetch_model
-
-    fetch_model(load_config(config), name, as_json=as_json)
-
-
-@models.command("export", cls=Command)
-def export_command(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Export the model to ONNX Runtime and compare int8 with float32 on your references. Needs the extra onnx."""
-    from sortd.commands.models import export_model
-
-    export_model(load_config(config), as_json=as_json)
-
-
-@models.command("promote", cls=Command)
-def promote(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Folder that `sortd finetune` wrote. Default: the newest of the dataset.")
-    ] = None,
-    config: ConfigOption = None,
-    dataset: DatasetOption = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Promote it even if it is weaker than the prototypes.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Use a fine-tuned model for a dataset. A running sortd switches to it at once."""
-    from sortd.commands.finetuning import print_promoted, promote_model
-
-    show(promote_model(load_config(config), dataset, folder, force=force), print_promoted, as_json=as_json)
-
-
-@models.command("demote", cls=Command)
-def demote(config: ConfigOption = None, dataset: DatasetOption = None, as_json: JsonOption = False) -> None:
-    """Use the prototypes for a dataset again. The folder of the fine-tuned model is kept."""
-    from sortd.commands.finetuning import demote_model, print_demoted
-
-    show(demote_model(load_config(config), dataset), print_demoted, as_json=as_json)
 
 
 app.add_typer(models)

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sortd.errors import StartupError
+from sortd.config import Config
+from sortd.errors import AlreadyRunningError, StartupError
 from sortd.files import read_regular, write_json
 
 STOP = frozenset({signal.SIGTERM, signal.SIGINT})  # request an orderly stop; a second one has the default effect
@@ -191,3 +192,18 @@ def _has_open(pid: str, path: Path) -> bool:
         return any(os.path.realpath(f"{folder}/{name}") == real for name in os.listdir(folder))
     except OSError as refusal:
         return isinstance(refusal, PermissionError)
+
+
+def require_to_be_alone(config: Config) -> None:
+    """Raise ``AlreadyRunningError`` if another sortd uses this state directory for this root."""
+    try:
+        status = read_status(config.state_dir)
+    except (StartupError, OSError):
+        return  # the lock of each dataset still protects it
+    if (
+        status is not None
+        and status["alive"]
+        and status["pid"] != os.getpid()
+        and status.get("root") == str(config.root)
+    ):
+        raise AlreadyRunningError(f"another sortd works on {config.root} (pid {status['pid']}); stop it first")

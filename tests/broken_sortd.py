@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sortd import cli, exits
+from sortd import exits
+from sortd.commands.console import load_config
 from sortd.commands.run import run_daemon
 from sortd.config import Config
 from tests.fake_encoder import FakeEncoder
@@ -52,7 +53,7 @@ def load_encoder(_: Config) -> BrokenEncoder:
 def main() -> None:
     """Do what ``sortd run`` does."""
     with exits.exit_on_error():
-        configured = partial(cli.load_config, Path(sys.argv[sys.argv.index("--config") + 1]))
+        configured = partial(load_config, Path(sys.argv[sys.argv.index("--config") + 1]))
         run_daemon(configured, once=sys.argv[1] == "once", load_encoder=load_encoder)
 
 

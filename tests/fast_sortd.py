@@ -4,7 +4,8 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from sortd import cli, exits
+from sortd import exits
+from sortd.commands.console import load_config
 from sortd.commands.run import run_daemon, show_dry_run
 from sortd.config import Config
 from tests.fake_encoder import FakeEncoder
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-c", "--config", type=Path)
     arguments = parser.parse_args()
-    configured = partial(cli.load_config, arguments.config)
+    configured = partial(load_config, arguments.config)
     with exits.exit_on_error():
         if arguments.dry_run:
             show_dry_run(configured, as_json=False, load_encoder=load_encoder)

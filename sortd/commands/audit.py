@@ -102,40 +102,59 @@ def _image(layout: Layout, record: Record) -> dict[str, Any]:
 
 
 def answer_sample(config: Config, layout: Layout, wrong: Sequence[Path]) -> dict[str, Any]:
+    """Record the answers to the open sample by paths; see ``answer_sample_by_ids``."""
+    sample = _required_sample(config, layout)
+    places = {without_links(image["path"]): image["id"] for image in sample.images}
+    named = {path: places.get(without_links(path)) for path in wrong}
+    if strange := sorted(os.path.abspath(path) for path, found in named.items() if found is None):
+        raise DataError(f"{strange[0]} is not in the sample; `sortd audit {layout.name}` shows it")
+    return answer_sample_by_ids(config, layout, [found for found in named.values() if found is not None])
+
+
+def answer_sample_by_ids(config: Config, layout: Layout, wrong: Sequence[int]) -> dict[str, Any]:
     """Record the answers to the open sample, and return them and what all samples prove as plain values.
 
     An image that is no longer where it was filed counts as wrong: whoever moves it away corrects it.
 
+    Args:
+        config: the configuration.
+        layout: the dataset.
+        wrong: the ``id`` of each image of the sample that is in a wrong class.
+
     Raises:
-        DataError: no sample is open, or a path is not in it.
+        DataError: no sample is open, or an image is not in it.
         SortdError: the dataset is not there, or its journal cannot be written.
     """
-    folder = layout.state_folder(config.state_dir)
-    sample = open_sample(folder)
-    if sample is None:
-        raise DataError(f"{layout.name} has no sample to answer; draw one: sortd audit {layout.name}")
-    spelled = {without_links(image["path"]): image["path"] for image in sample.images}
-    named = {spelled.get(without_links(path), os.path.abspath(path)) for path in wrong}
-    if strange := sorted(named - {image["path"] for image in sample.images}):
-        raise DataError(f"{strange[0]} is not in the sample; `sortd audit {layout.name}` shows it")
-    gone = {one["path"] for one in sample.images if one["path"] not in named and not os.path.isfile(one["path"])}
-    answers = [[image["id"], image["path"] not in named | gone] for image in sample.images]
+    sample, named = _required_sample(config, layout), set(wrong)
+    if strange := sorted(named - {image["id"] for image in sample.images}):
+        raise DataError(f"the image of move {strange[0]} is not in the sample; another one was drawn since")
+    gone = [one for one in sample.images if one["id"] not in named and not os.path.isfile(one["path"])]
+    not_right = named | {one["id"] for one in gone}
+    answers = [[image["id"], image["id"] not in not_right] for image in sample.images]
     request = {"do": "check", "dataset": layout.name, "root": str(layout.root), "answers": answers}
     if ask(config.state_dir, request) is None:
         with open_dataset(layout, config.state_dir) as opened:
             if (problem := opened.presence.problem()) is not None:
                 raise LayoutError(problem)
             opened.journal.record_checks([(int(move), bool(right)) for move, right in answers])
+    folder = layout.state_folder(config.state_dir)
     (folder / SAMPLE_FILE).unlink(missing_ok=True)
     with History.open(folder / JOURNAL_FILE) as history:
         accuracy = history.accuracy().values()
     return {
         "dataset": layout.name,
-        "sample": proportion(len(answers) - len(named | gone), len(answers)),
-        "wrong": [image for image in sample.images if image["path"] in named],
-        "gone": sorted(gone),
+        "sample": proportion(len(answers) - len(not_right), len(answers)),
+        "wrong": [image for image in sample.images if image["id"] in named],
+        "gone": sorted(one["path"] for one in gone),
         "all": proportion(sum(one.audited_right for one in accuracy), sum(one.audited for one in accuracy)),
     }
+
+
+def _required_sample(config: Config, layout: Layout) -> AuditSample:
+    sample = open_sample(layout.state_folder(config.state_dir))
+    if sample is None:
+        raise DataError(f"{layout.name} has no sample to answer; draw one: sortd audit {layout.name}")
+    return sample
 
 
 # ---------------------------------------------------------------- output

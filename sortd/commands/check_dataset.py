@@ -111,7 +111,7 @@ def class_folder_findings(_config: Config, layout: Layout) -> Iterator[Finding]:
             elif entry.is_dir(follow_symlinks=False):
                 yield from _permission_findings(Path(entry.path), area)
                 files = sum(one.is_file(follow_symlinks=False) for one in entries_of(Path(entry.path)))
-                known = classes | {NO_CLASS} if area is Area.REVIEW else classes
+                known = classes | {NO_CLASS}
                 if area in {Area.DATASET, Area.REVIEW} and classes and entry.name not in known and files:
                     what = f"holds {counted(files, 'file')} of a class that Clases/ does not have (renamed or removed?)"
                     advice = f"rename it to the class's new name, or create {layout.area(Area.CLASES)}/{entry.name}"
@@ -234,7 +234,8 @@ def _assigned_counts(config: Config, layout: Layout) -> Counter[str]:
     if not file.is_file():
         return Counter()
     with suppress(JournalError), History.open(file) as history:  # another finding reports a damaged journal
-        return Counter(label for label, path, _ in history.assigned() if os.path.isfile(layout.root / path))
+        there = [label for label, path, _ in history.assigned() if os.path.isfile(layout.root / path)]
+        return Counter(label for label in there if label is not None)
     return Counter()
 
 

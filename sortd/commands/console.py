@@ -3,19 +3,25 @@
 Facts go to stdout, as JSON with ``--json``, as tables on a terminal, else as tab-separated lines; messages to stderr.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 import typer.core
 
 from sortd.classify.prompts import written_name
+from sortd.errors import ConfigError
 from sortd.files import readable_json
+from sortd.layout import misplaced_root
+
+if TYPE_CHECKING:
+    from sortd.config import Config
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|hours?|d|days?|w|weeks?)(?:\s+ago)?")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -38,6 +44,16 @@ SinceOption = Annotated[
 UntilOption = Annotated[str | None, typer.Option("--until", help="Only moves until this time.")]
 HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write an HTML page to this file.")]
 DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Use only this dataset.")]
+
+
+def load_config(path: Path | None) -> "Config":
+    """Read the configuration; raise ConfigError if it is not valid, or if its root is or lies in a dataset."""
+    from sortd.config import read_config
+
+    config = read_config(path, os.environ)
+    if (problem := misplaced_root(config.root)) is not None:
+        raise ConfigError(problem)
+    return config
 
 
 class _FlagsWithoutType:

@@ -14,6 +14,7 @@ import typer
 from sortd.arrays import Array, FloatArray
 from sortd.classify.groups import ImageGroup, find_groups, next_to_label, whitened_rows
 from sortd.classify.prototypes import PrototypeSet
+from sortd.commands.assign import assign_to_class, print_assigned
 from sortd.commands.check_dataset import FEW_REFERENCES, NAMED_AT_MOST
 from sortd.commands.console import counted, print_line, print_table, printable, say, show, spinner
 from sortd.commands.evaluation import check_page_path, label_on_page, name_on_page, render, write_page
@@ -23,13 +24,11 @@ from sortd.commands.moves import without_links
 from sortd.commands.status import dataset_named, settings_with_corrections
 from sortd.companions import is_image
 from sortd.config import Config
-from sortd.daemon.assign import assign_images, image_facts
-from sortd.daemon.control import ANSWER_SECONDS, ask
-from sortd.daemon.dataset_lock import open_dataset
+from sortd.daemon.assign import image_facts
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import References, ReferencesAbsentError, class_name_problem
 from sortd.daemon.resources import LoadEncoder, Resources
-from sortd.errors import DataError, LayoutError
+from sortd.errors import DataError
 from sortd.events import EmbeddedImage, ImageRefused, Stamp
 from sortd.files import sha256_of
 from sortd.images.decode import thumbnail
@@ -44,8 +43,6 @@ NEXT_AT_MOST = 24
 """Largest number of images that are proposed to be labelled next; otherwise one for each class."""
 CHECKED_AT_MOST = 1500
 """Images that `sortd check` chooses from."""
-SECONDS_FOR_EACH = 0.05
-"""Additional time to wait for the answer, for each image to be moved."""
 PICTURES_OF_GROUP = 60
 PICTURES_OF_PAGE = 1200
 """Largest number of pictures of a page; the largest groups have theirs first."""
@@ -256,19 +253,8 @@ def accept_group(
     if strange := sorted(left_out - {path for path, _ in members}):
         raise DataError(f"{strange[0]} is not in the group {identifier}")
     images = [image_facts(path, mark) for path, mark in members if path not in left_out]
-    layout = pile.layout
-    request = {"do": "assign", "dataset": layout.name, "root": str(layout.root), "label": label, "images": images}
-    seconds = ANSWER_SECONDS + SECONDS_FOR_EACH * len(images)
-    reply = ask(config.state_dir, request, seconds=seconds) or _assign_here(config, layout, label, images)
-    return {"dataset": layout.name, "group": identifier, "label": label, **reply}
-
-
-def _assign_here(config: Config, layout: Layout, label: str, images: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    with open_dataset(layout, config.state_dir, companions=config.dataset(layout.name).companions) as opened:
-        if (problem := opened.presence.problem()) is not None:
-            raise LayoutError(problem)
-        steps = list(assign_images(layout, opened.journal, opened.mover.move_all, label, images))
-    return {"assigned": [one for results, _ in steps for one in results], "later": sum(later for _, later in steps)}
+    reply = assign_to_class(config, pile.layout, label, images)
+    return {"dataset": pile.layout.name, "group": identifier, "label": label, **reply}
 
 
 def show_groups(config: Config, dataset: str | None, page: Path | None, *, as_json: bool) -> None:
@@ -290,26 +276,13 @@ def accept(
     with spinner("reading the images"):
         piles = list(group_piles(config, dataset))
     reply = accept_group(config, piles, identifier, label, without)
-    show(reply, _print_accepted, as_json=as_json)
+    show(reply, print_assigned, as_json=as_json)
     raise typer.Exit(65 if any(one["destination"] is None for one in reply["assigned"]) else 0)
 
 
 def _print_all_groups(facts: Mapping[str, Any]) -> None:
     for one in facts["datasets"].items():
         _print_groups(*one)
-
-
-def _print_accepted(reply: Mapping[str, Any]) -> None:
-    for one in reply["assigned"]:
-        if one["destination"] is None:
-            print_line(f"not moved: {printable(one['message'])}", style="yellow")
-        else:
-            print_line(f"{printable(one['path'])} -> {printable(one['destination'])}")
-    done = sum(one["destination"] is not None for one in reply["assigned"])
-    said = f"sortd: {counted(done, 'image')} assigned to {printable(reply['label'])}, as references where they lie"
-    say(f"{said}; to take them back: sortd undo --last {done}" if done else said)
-    if reply["later"]:
-        say(f"sortd: {counted(reply['later'], 'image')} still to be copied to another file system")
 
 
 def _print_groups(name: str, facts: Mapping[str, Any]) -> None:

@@ -266,8 +266,6 @@ def _relative(path: str) -> str:
 
 # ---------------------------------------------------------------- undo, release and rebuild
 
-Chosen = Sequence[tuple[JournalPlace, Sequence[Record]]]
-
 
 def undo_moves(
     config: Config,
@@ -281,7 +279,7 @@ def undo_moves(
 ) -> int:
     """Undo the moves that meet the conditions, print the result of each, and return the exit code."""
     chosen = _undoable(config, file, dataset, limit=1 if file is not None else last, **conditions)
-    reply: Mapping[str, Any] = _undo(config, chosen, dry_run=dry_run) if chosen else {"undone": [], "later": 0}
+    reply = _undo(config, chosen, dry_run=dry_run)
     failed = sum(1 for one in reply["undone"] if one["restored"] is None)
     show({**reply, "dry_run": dry_run}, _print_undone, as_json=as_json)
     return 65 if failed else 0
@@ -294,46 +292,58 @@ def _undoable(
     *,
     limit: int | None,
     **conditions: Any,  # noqa: ANN401 -- of Selection
-) -> Chosen:
-    """Return the records to undo, newest first over all datasets; raise DataError if a path has none."""
+) -> list[tuple[Layout, list[int]]]:
+    """Return the records to undo by dataset, the newest over all; raise DataError if a path has none."""
     dataset, relative = narrowed(config, dataset, path)
-    records: list[tuple[JournalPlace, Record]] = []
+    records: list[tuple[Path, Record]] = []
     for place in journals(config, dataset):
         if place.is_there and place.root is not None:
             with History.open(place.file) as history:
                 here = history.moves(Selection(path=relative, undoable=True, limit=limit, **conditions))
-            records += [(place, record) for record in here]
+            records += [(place.root, record) for record in here]
     if path is not None and not records:
         raise DataError(f"the journal has no move of {path} that can be undone; see `sortd history --path`")
     records.sort(key=lambda one: one[1].ended_at or 0.0, reverse=True)
-    chosen: dict[str, tuple[JournalPlace, list[Record]]] = {}
-    for place, record in records[:limit]:
-        chosen.setdefault(place.dataset, (place, []))[1].append(record)
-    return list(chosen.values())
+    chosen: dict[Path, list[int]] = {}
+    for root, record in records[:limit]:
+        chosen.setdefault(root, []).append(record.id)
+    return [(Layout(root), identifiers) for root, identifiers in chosen.items()]
 
 
-def _undo(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str, Any]:
+def undo_records_of(config: Config, layout: Layout, identifiers: Sequence[int]) -> dict[str, Any]:
+    """Undo the moves with these numbers in the journal of a dataset, by the running sortd or in this process.
+
+    Returns:
+        ``undone``: for each move ``dataset``, ``id``, ``was``, ``restored`` (None: it was not moved back) and
+        ``message``; ``later``: how many are still to be copied back from another file system.
+
+    Raises:
+        DataError: the journal has no such move.
+        SortdError: the dataset is not there, or another sortd works on it.
+    """
+    return _undo(config, [(layout, identifiers)], dry_run=False)
+
+
+def _undo(config: Config, chosen: Sequence[tuple[Layout, Sequence[int]]], *, dry_run: bool) -> dict[str, Any]:
     """Send the request to the running sortd, or undo the moves in this process."""
     wanted = {
-        place.dataset: {"root": str(place.root), "records": [record.id for record in records]}
-        for place, records in chosen
+        layout.name: {"root": str(layout.root), "records": list(records)} for layout, records in chosen if records
     }
+    if not wanted:
+        return {"undone": [], "later": 0}
     number = sum(len(records) for _, records in chosen)
     request = {"do": "undo", "datasets": wanted, "dry_run": dry_run}
     reply = ask(config.state_dir, request, seconds=ANSWER_SECONDS + SECONDS_FOR_EACH * number)
     return _undo_here(config, chosen, dry_run=dry_run) if reply is None else reply
 
 
-def _undo_here(config: Config, chosen: Chosen, *, dry_run: bool) -> Mapping[str, Any]:
+def _undo_here(config: Config, chosen: Sequence[tuple[Layout, Sequence[int]]], *, dry_run: bool) -> dict[str, Any]:
     undone: list[dict[str, Any]] = []
     recovered = 0
-    for place, records in chosen:
-        assert place.root is not None
-        layout = Layout(place.root)
+    for layout, records in chosen:
         with inspect_dataset(layout, config.state_dir) if dry_run else open_dataset(layout, config.state_dir) as opened:
-            identifiers = [record.id for record in records]
-            for told, _ in undo_records(opened.mover, opened.journal.history, identifiers, dry_run=dry_run):
-                undone += [undo_facts(place.dataset, layout, one) for one in told]
+            for told, _ in undo_records(opened.mover, opened.journal.history, records, dry_run=dry_run):
+                undone += [undo_facts(layout.name, layout, one) for one in told]
                 if not dry_run:
                     forget_made_classes(layout, opened.journal, told)
             recovered += len(opened.recovered)
@@ -373,12 +383,17 @@ def release_files(config: Config, file: Path | None, *, dataset: str | None, as_
     absolute = None
     if file is not None:
         dataset, absolute = _held_place(config, file)
-    names = None if dataset is None else [dataset]
-    asked = ask(config.state_dir, {"do": "release", "datasets": names, "path": absolute})
-    reply = _release_here(config, dataset, absolute) if asked is None else asked
+    reply = release_held(config, dataset, absolute)
     if absolute is not None and not any(reply["released"].values()) and not reply.get("lifted"):
         raise DataError(f"{absolute} is not held")
     show(reply, _print_released, as_json=as_json)
+
+
+def release_held(config: Config, dataset: str | None, absolute: str | None) -> Mapping[str, Any]:
+    """Release a held file or dataset by its absolute path, or all, by the running sortd or in this process."""
+    names = None if dataset is None else [dataset]
+    asked = ask(config.state_dir, {"do": "release", "datasets": names, "path": absolute})
+    return _release_here(config, dataset, absolute) if asked is None else asked
 
 
 def _print_released(reply: Mapping[str, Any]) -> None:

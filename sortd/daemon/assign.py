@@ -1,7 +1,9 @@
-"""Assign: images in Review/ go to the class that a person names, and are references of it where they lie then.
+"""Assign: images in Review/ or Dataset/ go to the class that a person names, or to none.
 
-They are filed into ``Dataset/<class>`` with their companions, journaled like every move, and can be undone. A class
-that does not exist is made; its empty folder is removed when the last of these images is taken back.
+They are filed into ``Dataset/<class>`` with their companions, journaled like every move, and can be undone. They are
+references of the class where they lie then; of no class (``Dataset/_none``), they are examples of it if the person says
+so. A class that does not exist is made; its empty folder is removed when the last of these images is taken back. An
+image of Dataset/ counts as one that the person moved to another class by hand: see ``corrections``.
 """
 
 import os
@@ -9,13 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sortd.daemon.corrections import record_places
 from sortd.daemon.references import class_name_problem
 from sortd.errors import DataError, advice_for_write
-from sortd.events import ImageGone, Move, Moved, MoveFailed, Outcome, Stamp
+from sortd.events import NO_CLASS, ImageGone, Move, Moved, MoveFailed, Outcome, Stamp
 from sortd.layout import Area, Layout, rule_below
 from sortd.moving.fs import Folders
 from sortd.moving.recovery import UndoResult
+from sortd.store.history import History
 from sortd.store.journal import Journal
+from sortd.store.records import EXAMPLE_OF_NO_CLASS
 from sortd.watch.scan import stamp
 
 AT_ONCE = 32  # images moved in one turn of the loop
@@ -24,7 +29,12 @@ MADE_FACT = "class_made:"
 
 CarryOut = Callable[[Sequence[Move]], Sequence[Moved | MoveFailed | ImageGone]]
 Result = dict[str, Any]
-"""``path``, ``destination`` (None: it was not moved) and ``message`` (why not)."""
+"""``path``, ``destination`` (None: it was not moved), ``id`` of the move in the journal, ``message`` (why not)."""
+
+_ADVICE = {
+    Area.IMAGES: "; sortd decides about it",
+    Area.REJECTED: "; `sortd release` lets a rejected image be tried again",
+}
 
 
 def image_facts(path: str, version: Stamp) -> dict[str, object]:
@@ -33,34 +43,58 @@ def image_facts(path: str, version: Stamp) -> dict[str, object]:
 
 
 def assign_images(
-    layout: Layout, journal: Journal, carry_out: CarryOut, label: str, images: Sequence[Mapping[str, Any]]
+    layout: Layout,
+    journal: Journal,
+    carry_out: CarryOut,
+    label: str,
+    images: Sequence[Mapping[str, Any]],
+    *,
+    is_example: bool = False,
 ) -> Iterator[tuple[list[Result], int]]:
-    """Move images of Review/ into a class, which is made if it does not exist; some at a time.
+    """Move images of Review/ or Dataset/ into a class, which is made if it does not exist; some at a time.
 
     Args:
         layout: the dataset.
         journal: its journal.
         carry_out: carries out moves, and returns what has ended.
-        label: the class.
+        label: the class, or ``NO_CLASS``.
         images: as ``image_facts`` returns them; one that changed since is not moved.
+        is_example: whether images of no class become examples of it.
 
     Yields:
         The results of some images, and how many of them end later, since they are copied to another file system.
 
     Raises:
-        DataError: the name cannot be that of a class, its folder cannot be made, or no image is left.
+        DataError: the name cannot be that of a class, its folder cannot be made, or no image is named.
         JournalError: the journal cannot be written.
     """
-    if (problem := class_name_problem(label)) is not None:
-        raise DataError(f"{label!r} cannot be a class: {problem}")
-    found = [_move_or_refusal(layout, label, image) for image in distinct(images)]
+    if (problem := assigned_label_problem(label, is_example=is_example)) is not None:
+        raise DataError(problem)
+    reason = "assigned by a person"
+    if label == NO_CLASS:
+        reason = EXAMPLE_OF_NO_CLASS if is_example else "assigned to no class by a person"
+    found = [_move_or_refusal(layout, label, reason, image) for image in distinct(images)]
     moves = [one for one in found if isinstance(one, Move)]
     refusals = [one for one in found if not isinstance(one, Move)]
-    if not moves:
-        raise DataError(refusals[0]["message"] if refusals else "no image was named")
-    _make_class(layout.root, journal, label)
+    if not found:
+        raise DataError("no image was named")
+    if moves and label != NO_CLASS:
+        _make_class(layout.root, journal, label)
     yield refusals, 0
-    yield from carried_out(carry_out, moves)
+    filed = f"{layout.area(Area.DATASET)}/"
+    for results, later in carried_out(layout.root, journal.history, carry_out, moves):
+        there = [one["destination"] for one in results if one["destination"] and one["path"].startswith(filed)]
+        record_places(layout, journal, there)
+        yield results, later
+
+
+def assigned_label_problem(label: str, *, is_example: bool = False) -> str | None:
+    """Return why images cannot be assigned to a class of this name, or as examples; None if they can."""
+    if label == NO_CLASS:
+        return None
+    if (problem := class_name_problem(label)) is not None:
+        return f"{label!r} cannot be a class: {problem}"
+    return "only images of no class can be examples; those of a class are its references anyway" if is_example else None
 
 
 def distinct(images: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -68,26 +102,30 @@ def distinct(images: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list({str(image["path"]): image for image in images}.values())
 
 
-def carried_out(carry_out: CarryOut, moves: Sequence[Move]) -> Iterator[tuple[list[Result], int]]:
+def carried_out(
+    root: Path, history: History, carry_out: CarryOut, moves: Sequence[Move]
+) -> Iterator[tuple[list[Result], int]]:
     """Carry out moves, some at a time; yield their results, and how many of them end later."""
     for start in range(0, len(moves), AT_ONCE):
         asked = {move.path for move in moves[start : start + AT_ONCE]}
         ended = [one for one in carry_out(moves[start : start + AT_ONCE]) if one.path in asked]
-        results = [_facts(one) for one in ended if isinstance(one, Moved | MoveFailed)]
+        results = [_facts(root, history, one) for one in ended if isinstance(one, Moved | MoveFailed)]
         yield results, len(asked) - len(results)
 
 
 def forget_made_classes(layout: Layout, journal: Journal, undone: Sequence[UndoResult]) -> bool:
-    """Remove the empty folders of classes that were made, once their images are taken back.
+    """Remove the empty folders of classes that were made, once their images are taken back; forget the corrections.
 
     Returns whether any assigned image was taken back, so that its class has fewer references.
     """
-    labels = {
-        one.record.move_reason.label or ""
+    back = {
+        one.restored: one.record.move_reason.label or ""
         for one in undone
         if one.restored is not None and one.record.move_reason.outcome == Outcome.ASSIGNED
     }
-    used: set[str] = set()
+    record_places(layout, journal, [path for path in back if layout.area_of(path) is Area.DATASET])
+    labels = set(back.values())
+    used: set[str | None] = set()
     if labels:  # a person may have moved other images into the class too
         used = {one[0] for one in journal.history.assigned()} | {one[1] for one in journal.history.corrections()}
     for label in sorted(labels - used):
@@ -101,20 +139,23 @@ def forget_made_classes(layout: Layout, journal: Journal, undone: Sequence[UndoR
     return bool(labels)
 
 
-def _move_or_refusal(layout: Layout, label: str, image: Mapping[str, Any]) -> Move | Result:
-    found = found_version(layout, Area.REVIEW, image)
+def _move_or_refusal(layout: Layout, label: str, reason: str, image: Mapping[str, Any]) -> Move | Result:
+    found = found_version(layout, (Area.REVIEW, Area.DATASET), image)
     if isinstance(found, dict):
         return found
-    folder = f"{Area.DATASET}/{label}"
-    return Move(str(image["path"]), found, folder, Outcome.ASSIGNED, reason="assigned by a person")
+    path, folder = str(image["path"]), f"{Area.DATASET}/{label}"
+    if os.path.dirname(path) == f"{layout.root}/{folder}":
+        return refused(path, "it is in this class already")
+    return Move(path, found, folder, Outcome.ASSIGNED, reason=reason)
 
 
-def found_version(layout: Layout, area: Area, image: Mapping[str, Any]) -> Stamp | Result:
-    """Return the version of an image of a request; or why it cannot be moved, if it changed or is not in the area."""
+def found_version(layout: Layout, areas: Sequence[Area], image: Mapping[str, Any]) -> Stamp | Result:
+    """Return the version of an image of a request; or why it cannot be moved, if it changed or is not in the areas."""
     path, version = str(image["path"]), (int(image["size"]), int(image["mtime_ns"]))
-    root = os.fspath(layout.root)
-    if not path.startswith(f"{root}/{area}/") or os.path.normpath(path) != path or rule_below(path, root):
-        return refused(path, f"it is not an image in {area}/ of this dataset")
+    root, area = os.fspath(layout.root), layout.area_of(path)
+    if area not in areas or os.path.normpath(path) != path or rule_below(path, root):
+        places = " or ".join(f"{one}/" for one in areas)
+        return refused(path, f"it is not an image in {places} of this dataset{_ADVICE.get(area or Area.CLASES, '')}")
     try:
         found = stamp(path)
     except OSError as error:
@@ -128,13 +169,19 @@ def found_version(layout: Layout, area: Area, image: Mapping[str, Any]) -> Stamp
 
 def refused(path: str, message: str) -> Result:
     """Return the result of an image that is not moved, with the reason."""
-    return {"path": path, "destination": None, "message": f"{path}: {message}"}
+    return _result(path, f"{path}: {message}")
 
 
-def _facts(ended: Moved | MoveFailed) -> Result:
+def _facts(root: Path, history: History, ended: Moved | MoveFailed) -> Result:
     if isinstance(ended, MoveFailed):
-        return {"path": ended.path, "destination": None, "message": ended.message}
-    return {"path": ended.path, "destination": ended.destination, "message": ended.note}
+        return _result(ended.path, ended.message)
+    folder, _, name = ended.destination.removeprefix(f"{root}/").rpartition("/")
+    record = history.last_put(folder, name)
+    return _result(ended.path, ended.note, ended.destination, None if record is None else record.id)
+
+
+def _result(path: str, message: str, destination: str | None = None, identifier: int | None = None) -> Result:
+    return {"path": path, "destination": destination, "id": identifier, "message": message}
 
 
 def _make_class(root: Path, journal: Journal, label: str) -> None:

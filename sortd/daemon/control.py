@@ -12,7 +12,8 @@ user of the daemon may write to the directory: whoever can send requests could a
     {"do": "rebuild", "datasets": [name] or null: all, "force": bool}
         -> {"rebuilding": [name]}
     {"do": "assign", "dataset": name, "root": path, "label": class, "images": [{"path", "size", "mtime_ns"}]}
-        -> {"assigned": [{"path", "destination", "message"}], "later": number}
+        -> {"assigned": [{"path", "destination", "id", "message"}], "later": number};
+           the class "_none" is no class, and with "example": true the images are examples of it
     {"do": "refile", "dataset": name, "root": path, "images": as ``refile_facts`` returns them}
         -> {"refiled": as for assign, "later": number}
     {"do": "check", "dataset": name, "root": path, "answers": [[id of the journal, whether its image is right]]}
@@ -20,8 +21,9 @@ user of the daemon may write to the directory: whoever can send requests could a
     anything else, or a failure
         -> {"error": sentence, "exit_code": as in sysexits(3)}
 
-``was`` is the old path, ``restored`` or ``destination`` the new one (null: not moved, ``message`` says why); ``later``
-counts images that are being copied to another disk. A request is ignored after ``expires_at``, seconds since the epoch.
+``was`` is the old path, ``restored`` or ``destination`` the new one (null: not moved, ``message`` says why), ``id`` the
+number of the move in the journal; ``later`` counts images that are being copied to another disk. A request is ignored
+after ``expires_at``, seconds since the epoch.
 """
 
 import json
@@ -39,7 +41,6 @@ from typing import Any
 import structlog
 
 from sortd import errors
-from sortd.config import Config
 from sortd.daemon.assign import Result, assign_images, forget_made_classes
 from sortd.daemon.audit import checked_answers
 from sortd.daemon.dataset import Dataset
@@ -84,21 +85,6 @@ class NotRunningError(errors.StartupError):
     """No running sortd can be asked."""
 
     exit_code = 75
-
-
-def require_to_be_alone(config: Config) -> None:
-    """Raise ``AlreadyRunningError`` if another sortd uses this state directory for this root."""
-    try:
-        status = read_status(config.state_dir)
-    except (errors.StartupError, OSError):
-        return  # the lock of each dataset still protects it
-    if (
-        status is not None
-        and status["alive"]
-        and status["pid"] != os.getpid()
-        and status.get("root") == str(config.root)
-    ):
-        raise errors.AlreadyRunningError(f"another sortd works on {config.root} (pid {status['pid']}); stop it first")
 
 
 class Requests:
@@ -336,8 +322,10 @@ def answer(datasets: Datasets, request: Request) -> Reply | Steps:
                     dataset.rebuild(force=force)
             return {"rebuilding": [dataset.name for dataset in chosen]}
         case {"do": "assign", "dataset": str(name), "root": str(root), "label": str(label), "images": list(images)}:
+            if not isinstance(example := request.get("example", False), bool):
+                raise RequestError(f"{example!r:.100} is not whether the images are examples")
             dataset = _chosen_at(datasets, name, root)
-            steps = assign_images(dataset.layout, dataset.journal, dataset.assign, label, images)
+            steps = assign_images(dataset.layout, dataset.journal, dataset.assign, label, images, is_example=example)
             return _move(datasets, dataset, steps, "assigned")
         case {"do": "refile", "dataset": str(name), "root": str(root), "images": list(images)}:
             dataset = _chosen_at(datasets, name, root)

@@ -2,6 +2,7 @@
 
 A file in ``Dataset/<class>/`` that the journal knows, by inode or by content, at another place was moved by the user.
 It is corrected if it is in another class than the journal has, and confirmed if it comes from Review/ and was guessed.
+An image of Dataset/ that was assigned to another class by request is treated as if the user had moved it.
 Dataset/ may hold a million images, so it is scanned in slices, and only where something changed. The findings of a
 slice are recorded in one commit. Nothing but the journal is written.
 
@@ -427,11 +428,19 @@ class CorrectionScanner:
                 corrections.append(Correction(one.path, label, corrected or label, is_taken_back=corrected is None))
         return corrections
 
+    def _before_assignments(self, record: Record) -> Record:
+        """Return the move before a person assigned an image of Dataset/ to other classes, if there is one."""
+        while record.move_reason.outcome == Outcome.ASSIGNED and record.move.source.startswith(Area.DATASET):
+            if (earlier := self._journal.history.known_before(record)) is None:
+                break
+            record = earlier
+        return record
+
     def _record(self, path: str, found: Stamp) -> Generator[None, None, Record | None]:
         """Return the record of this file, or of a file with the same name and bytes, which was copied and removed."""
         known = self._journal.history.last_known(found)
         if known is not None:
-            return known
+            return self._before_assignments(known)
         named = self._journal.history.last_named(os.path.basename(path), found.size)
         if named is None or not named.move_reason.content:
             return None
@@ -479,3 +488,9 @@ def _files_in(folder: str) -> Iterator[Iterator["os.DirEntry[str]"]]:
     """List the entries of a folder except folders, lazily, since there may be a million."""
     with os.scandir(folder) as entries:
         yield (entry for entry in entries if not entry.is_dir(follow_symlinks=False))
+
+
+def record_places(layout: Layout, journal: Journal, paths: Sequence[str]) -> None:
+    """Record what the places of handled images say of their classes now, without waiting for a scan."""
+    scanner = CorrectionScanner(layout, journal, report=lambda _: None)
+    scanner.record([found for path in paths for found in scanner.look(path) if found is not None])

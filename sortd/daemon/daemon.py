@@ -27,7 +27,7 @@ import structlog
 from sortd import __version__, errors, logs
 from sortd.config import Config, restart_needed
 from sortd.core.schedule import PeriodicTimer
-from sortd.daemon.control import Requests, answer, apply_undo_results, require_to_be_alone
+from sortd.daemon.control import Requests, answer, apply_undo_results
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import ReportMove
 from sortd.daemon.datasets import Datasets
@@ -36,7 +36,7 @@ from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.layout import Area
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
-from sortd.service import Notifier, Signalled, Status, signals_posted, started_ticks
+from sortd.service import Notifier, Signalled, Status, require_to_be_alone, signals_posted, started_ticks
 from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, FileEvent, Watcher
 
 STOP_SECONDS = 4.0  # for the last forward of the worker when the daemon stops

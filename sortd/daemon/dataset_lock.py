@@ -7,10 +7,11 @@ file system; such a folder counts as missing while it is empty and on the datase
 
 import json
 import os
+import sqlite3
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from sortd.layout import JOURNAL_FILE, MARKER, Area, Layout
 from sortd.moving.copy import never
 from sortd.moving.copy_queue import Submit
 from sortd.moving.mover import MoveAnswer, Mover
-from sortd.store.history import copy_journal
+from sortd.store.history import open_for_reading, translated
 from sortd.store.journal import Journal
 from sortd.store.records import MoveRecord
 
@@ -211,10 +212,20 @@ def simulate_dataset(layout: Layout, state: Path, report: ReportMove) -> Iterato
     with tempfile.TemporaryDirectory(prefix="sortd-") as folder:
         file, copy = find_state_folder(layout, state) / JOURNAL_FILE, Path(folder) / JOURNAL_FILE
         if file.is_file():
-            copy_journal(file, copy)
+            _copy_journal(file, copy)
         with Journal(copy) as journal:
             presence = Presence(layout, journal, needs_marker=False)
             yield OpenDataset(layout, journal, DryRunMover(layout.root, journal, report), presence)
+
+
+def _copy_journal(path: Path, copy: Path) -> None:
+    """Copy the current state of a journal that another process may write.
+
+    Raises:
+        JournalError: it cannot be read, or the copy cannot be written.
+    """
+    with closing(open_for_reading(path)) as reader, translated(copy), closing(sqlite3.connect(copy)) as writer:
+        reader.backup(writer)
 
 
 @contextmanager

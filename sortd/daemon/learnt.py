@@ -1,13 +1,15 @@
 """Learnt images: those in Dataset/ that are references where they lie, because a person gave them their class.
 
-A person assigns images to a class by request, moves filed ones to another class (corrections), and moves those in
-Review/ to the class of their best guess (confirmations). The last two count with ``learn_from_corrections``.
+A person assigns images to a class by request, or to no class as examples of it, moves filed ones to another class
+(corrections), and moves those in Review/ to the class of their best guess (confirmations). The last two count with
+``learn_from_corrections``.
 """
 
 import os
 from collections import Counter
 from dataclasses import dataclass
 
+from sortd.events import NO_CLASS
 from sortd.layout import Area, Layout
 from sortd.store.history import History
 
@@ -29,21 +31,21 @@ def learnt_images(layout: Layout, history: History, *, with_corrections: bool) -
     Those that were removed since are among them, unless sortd has filed another image where they were.
     """
     given = history.corrections() if with_corrections else []
-    found = [
-        (corrected, path, at, CONFIRMED if corrected == label else CORRECTED) for label, corrected, path, at in given
-    ]
-    found += [(label, path, at, ASSIGNED) for label, path, at in history.assigned()]
-    filed_at = history.filed_at([path for _, path, *_ in found])
+    found: dict[str, tuple[str | None, float, str]] = {
+        path: (corrected, at, CONFIRMED if corrected == label else CORRECTED) for label, corrected, path, at in given
+    }
+    found |= {path: (label, at, ASSIGNED) for label, path, at in history.assigned()}  # each may be a correction as well
+    filed_at = history.filed_at(list(found))
     return [
         LearntImage(label, os.path.join(layout.root, path), how)
-        for label, path, at, how in found
-        if filed_at.get(path, 0.0) <= at
+        for path, (label, at, how) in found.items()
+        if label is not None and filed_at.get(path, 0.0) <= at
     ]
 
 
 def is_reference(layout: Layout, label: str, path: str) -> bool:
-    """Return whether an image of this class is a reference: it exists, and so does the folder of the class."""
-    return os.path.lexists(path) and os.path.isdir(layout.area(Area.CLASES) / label)
+    """Return whether an image of this class is a reference: it exists, and so does the folder of the class, if any."""
+    return os.path.lexists(path) and (label == NO_CLASS or os.path.isdir(layout.area(Area.CLASES) / label))
 
 
 def labelled_images(layout: Layout, history: History, *, with_corrections: bool) -> tuple[tuple[str, str], ...]:

@@ -22,7 +22,7 @@ from sortd.classify.types import DecisionSettings, Evidence, SupportSet
 from sortd.config import DEFAULT_TEMPLATES, Config, DatasetConfig
 from sortd.daemon.embedder import Embedder
 from sortd.errors import ImageError
-from sortd.events import EmbeddedImage, ImageRefused, Mode, Refusal, Stamp
+from sortd.events import NO_CLASS, EmbeddedImage, ImageRefused, Mode, Refusal, Stamp
 from sortd.files import open_regular, sha256_of
 from sortd.images.decode import DecodeLimits, check_header
 from sortd.images.pool import RESOURCE_ERRORS
@@ -30,8 +30,8 @@ from sortd.layout import Area, Layout, rule_for_folder
 from sortd.store.cache import PROTOTYPES_FOLDER, PrototypeFiles
 from sortd.watch.scan import stamp, whole_files
 
-STRANGERS_FOLDER = "_none"
-"""The folder of images of no class."""
+STRANGERS_FOLDER = NO_CLASS
+"""The folder of images of no class, in Clases/ and in Dataset/."""
 DESCRIPTIONS_FILE = "class.txt"
 """The file in a class folder with one description of the class per line."""
 DESCRIPTIONS_LIMIT_BYTES = 64 * 1024
@@ -192,7 +192,7 @@ class References:
             ReferencesAbsentError: there is no class folder.
         """
         forwards = embedder.forwards
-        folders, misnamed = self._folders(embedder.give_way)
+        folders, misnamed = self._folders(embedder.give_way, settings)
         held, refused = _read(embedder, folders, settings.corrections)
         emptied = tuple(label for label in sorted(held) if not held[label] and self._held.get(label))
         held |= {label: self._held[label] for label in emptied}
@@ -214,12 +214,12 @@ class References:
         Raises:
             ReferencesAbsentError: there is no class folder.
         """
-        folders, _ = self._folders(embedder.give_way)
+        folders, _ = self._folders(embedder.give_way, settings)
         held, refused = _read(embedder, folders, settings.corrections, tell)
         fingerprint = _fingerprint(held, folders, settings, embedder.encoder.encoder_id)
         return _support(embedder, held, folders, settings, fingerprint), refused
 
-    def _folders(self, between: Callable[[], None]) -> tuple[list[ClassFolder], list[str]]:
+    def _folders(self, between: Callable[[], None], settings: ReferenceSettings) -> tuple[list[ClassFolder], list[str]]:
         unreadable: list[OSError] = []
         folders, misnamed = class_folders(self._clases, report=unreadable.append, between=between)
         if unreadable:
@@ -227,8 +227,11 @@ class References:
             if error.errno in RESOURCE_ERRORS:
                 raise error
             raise ReferencesAbsentError(errors.unreadable(error))
-        if not [folder for folder in folders if folder.label != STRANGERS_FOLDER]:
+        strangers = [folder for folder in folders if folder.label == STRANGERS_FOLDER]
+        if len(folders) == len(strangers):
             raise ReferencesAbsentError(f"{self._clases} has no class folder: create one per class, with images in it")
+        if not strangers and any(label == STRANGERS_FOLDER for label, _ in settings.corrections):
+            folders.append(ClassFolder(STRANGERS_FOLDER, (), ()))  # its images are all in Dataset/
         return list(self._choose(folders)), misnamed
 
 

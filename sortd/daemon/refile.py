@@ -44,7 +44,7 @@ def refile_images(
         raise DataError(str(error)) from error
     found = [_move_or_refusal(layout, history, labels, image) for image in distinct(images)]
     yield [one for one in found if not isinstance(one, Move)], 0
-    yield from carried_out(carry_out, [one for one in found if isinstance(one, Move)])
+    yield from carried_out(layout.root, history, carry_out, [one for one in found if isinstance(one, Move)])
 
 
 def refile_facts(
@@ -80,7 +80,7 @@ def _move_or_refusal(
     path, label = str(image["path"]), str(image["label"])
     if label not in labels:
         return refused(path, f"there is no class {label!r}")
-    found = found_version(layout, Area.DATASET, image)
+    found = found_version(layout, (Area.DATASET,), image)
     if isinstance(found, dict):
         return found
     record = filed_record(layout, history.last_known(found), path)

@@ -8,6 +8,8 @@ sign of a look at its class. Images in Review/ are apart: a correction whose two
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sortd.events import LIKE_NO_CLASS
+
 if TYPE_CHECKING:
     import sqlite3
 
@@ -62,20 +64,35 @@ FROM judged WHERE mode = ? AND score IS NOT NULL ORDER BY id DESC LIMIT ?"""  # 
 TO_AUDIT = f"""{_REPLACED}
 SELECT id FROM moves WHERE {_FILED} AND undone_by IS NULL
 AND id NOT IN (SELECT move FROM corrections) AND id NOT IN (SELECT move FROM checks)"""  # noqa: S608 - our own words only
-GUESSES = """SELECT total(is_right) AS confirmed, count(*) AS judged FROM (
-    SELECT corrections.label IS corrections.corrected AS is_right
+_LIKE_NO_CLASS = ", ".join(f"'{reason}'" for reason in sorted(LIKE_NO_CLASS))
+GUESSES = f"""SELECT total(is_right) AS confirmed, count(*) AS judged FROM (
+    SELECT corrections.label IS corrections.corrected
+        OR corrections.corrected = ?1 AND moves.reason IN ({_LIKE_NO_CLASS}) AS is_right
     FROM corrections JOIN moves ON moves.id = corrections.move WHERE moves.outcome = 'sent_to_review'
     UNION ALL
-    SELECT guessed IS assigned FROM (
-        SELECT guess.label AS guessed, moves.label AS assigned, max(guess.id) FROM moves
+    SELECT guessed IS assigned OR assigned = ?1 AND reason IN ({_LIKE_NO_CLASS}) FROM (
+        SELECT guess.label AS guessed, guess.reason AS reason, moves.label AS assigned, max(guess.id) FROM moves
             JOIN members ON members.move = moves.id AND members.position = 0
             JOIN members AS put ON put.final = members.name AND put.position = 0 AND put.moved_inode = members.inode
             JOIN moves AS guess ON guess.id = put.move AND guess.destination = moves.source
         WHERE moves.progress = 'done' AND moves.outcome = 'assigned' AND moves.undone_by IS NULL
             AND guess.outcome = 'sent_to_review' GROUP BY moves.id
     )
-)"""
-"""An image that was sent to Review/ twice counts once: as a bare column beside ``max``, its label is the newest."""
+)"""  # noqa: S608 - our own words only
+"""Saying that an image is of no class confirms the decision that it looks like none. An image that was sent to Review/
+twice counts once: as bare columns beside ``max``, its label and reason are the newest."""
+
+GIVEN_SINCE = """WITH assigned AS (
+    SELECT moves.id, ended_at, moved_inode, CAST(destination || '/' || final AS BLOB) AS path
+    FROM moves JOIN members ON members.move = moves.id AND position = 0
+    WHERE progress = 'done' AND outcome = 'assigned' AND undone_by IS NULL
+)
+SELECT 'assigned' AS how, count(DISTINCT moved_inode) AS images FROM assigned
+WHERE ended_at >= ?1 AND id NOT IN (SELECT move FROM corrections)
+UNION ALL
+SELECT iif(corrected = label, 'confirmed', 'corrected') AS how, count(*) FROM corrections
+WHERE at >= ?1 AND path NOT IN (SELECT path FROM assigned) GROUP BY how"""
+"""An image that a person corrected by a request counts as assigned only."""
 
 FILED_AT = """SELECT destination, final, ended_at FROM members JOIN moves ON moves.id = members.move
 WHERE final IN ({}) AND position = 0 AND +progress = 'done' AND undone_by IS NULL

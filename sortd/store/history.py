@@ -5,17 +5,18 @@ import os
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from sortd import errors
 from sortd.core.guard import GuardState
 from sortd.errors import JournalError
-from sortd.events import Stamp
+from sortd.events import NO_CLASS, Stamp
 from sortd.store import checks
 from sortd.store.checks import CheckedImage, FiledImages
 from sortd.store.records import (
+    EXAMPLE_OF_NO_CLASS,
     MoveProgress,
     Record,
     Role,
@@ -105,7 +106,9 @@ class History:
 
     def moves(self, selection: Selection) -> list[Record]:
         """Return the selected finished moves, newest first."""
-        conditions = ["+progress = 'done'"]  # reads the newest fifty of a million instead of sorting them all
+        # The plus: read the newest fifty of a million instead of sorting them all; the index of an outcome is sorted.
+        is_by_outcome = selection == Selection(outcome=selection.outcome, undoable=True, limit=selection.limit)
+        conditions = ["progress = 'done'" if selection.outcome and is_by_outcome else "+progress = 'done'"]
         values: list[Any] = []
         for condition, value in conditions_of(selection):
             conditions.append(condition)
@@ -129,6 +132,10 @@ class History:
         if stamp is not None and (found := self._first(_OF_STAMP, (*stamp.columns[1:], 1))):
             return found
         return self._first(_OF_CONTENT, (content,)) if content else None
+
+    def known_before(self, record: Record) -> Record | None:
+        """Return the last move, before this one, of the file version that it moved, if not undone."""
+        return self._first(f"+moves.id < ? AND {_OF_STAMP}", (record.id, *record.move.image.stamp.columns[1:], 1))
 
     def moved_elsewhere(self, stamp: Stamp, folder: str, name: str) -> Record | None:
         """Return the newer of the last two moves of this file version that put it anywhere but here, if not undone."""
@@ -220,8 +227,12 @@ class History:
 
     def guesses(self) -> tuple[int, int]:
         """Return how many guesses of images in Review/ a person confirmed, and of how many the right class is known."""
-        (row,) = self._rows(checks.GUESSES)
+        (row,) = self._rows(checks.GUESSES, (label_column(NO_CLASS),))
         return int(row["confirmed"]), row["judged"]
+
+    def given_since(self, since: float) -> dict[str, int]:
+        """Return how many images a person assigned, corrected and confirmed since a time (Unix seconds)."""
+        return {row["how"]: row["images"] for row in self._rows(checks.GIVEN_SINCE, (since,))}
 
     def corrections(self) -> list[tuple[str, str, str, float]]:
         """Return each correction as label, corrected label, path relative to the dataset, seconds since the epoch.
@@ -258,15 +269,16 @@ class History:
                 for row in rows
             ]
 
-    def assigned(self) -> list[tuple[str, str, float]]:
+    def assigned(self) -> list[tuple[str | None, str, float]]:
         """Return class, path relative to the dataset, and time of each image that a person assigned and left there.
 
-        An image that the person moved to another class afterwards is a correction instead.
+        An image that the person moved to another class afterwards is a correction instead. The class is None for an
+        image of no class that is no example of it.
         """
         uncorrected = "NOT EXISTS (SELECT 1 FROM corrections WHERE move = moves.id)"
         where = f"progress = 'done' AND outcome = 'assigned' AND undone_by IS NULL AND {uncorrected}"
         return [
-            (one.move_reason.label or "", one.destination_path, one.ended_at or 0.0)
+            (_assigned_label(one), one.destination_path, one.ended_at or 0.0)
             for one in self._records(f"{where} ORDER BY id", ())
         ]
 
@@ -355,6 +367,11 @@ class History:
             return self._connection.execute(statement, values).fetchall()
 
 
+def _assigned_label(record: Record) -> str | None:
+    reason = record.move_reason
+    return None if reason.label == NO_CLASS and reason.reason != EXAMPLE_OF_NO_CLASS else reason.label or ""
+
+
 def _relative_path(column: bytes) -> str:
     """Return a validated path of a file below the dataset."""
     path = os.fsdecode(column)
@@ -412,16 +429,6 @@ def opened(connection: sqlite3.Connection, prepare: Callable[[sqlite3.Connection
         connection.close()
         raise
     return connection
-
-
-def copy_journal(path: Path, copy: Path) -> None:
-    """Copy the current state of a journal that another process may write.
-
-    Raises:
-        JournalError: it cannot be read, or the copy cannot be written.
-    """
-    with closing(open_for_reading(path)) as reader, translated(copy), closing(sqlite3.connect(copy)) as writer:
-        reader.backup(writer)
 
 
 @contextmanager

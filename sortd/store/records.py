@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import sqlite3
 
 UNDONE = "undone"  # outcome of a move that undoes another one
+EXAMPLE_OF_NO_CLASS = "assigned to no class by a person, as an example"
+"""The reason of a move of an image that is an example of no class from then on."""
 OBSOLETE_FROM = 1_000_000  # the positions of MoveRecord.obsolete start here
 
 TOPS = frozenset({"Images", "Dataset", "Review", "Rejected"})

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from sortd.commands.audit import SAMPLE_FILE, open_sample
+from sortd.commands.audit import SAMPLE_FILE, answer_sample_by_ids, draw_sample, open_sample
+from sortd.config import read_config
 from sortd.daemon.control import AnsweredError, ask
 from sortd.daemon.dataset_lock import APART_FACT
+from sortd.errors import DataError
 from sortd.layout import JOURNAL_FILE, Layout
 from sortd.store.journal import Journal
 from tests.command_line import Ran, sortd, write_config
@@ -210,3 +212,18 @@ class TestAnswersToDaemon:
                     ask(state, {**request, "answers": answers})
             assert ask(state, {**request, "answers": [[999, True], [1, False]]}) == {"checked": 1}
         assert audit_facts(site)["judged"] == 1
+
+
+def test_answers_by_ids_are_those_by_paths(site: Path) -> None:
+    """The numbers of the moves name the wrong images; one that was not drawn is refused, and nothing recorded."""
+    config = read_config(site.parents[1] / "config.yaml", {"HOME": "/nonexistent"})
+    sample = draw_sample(config, Layout(site), 4)
+    with pytest.raises(DataError, match="not in the sample"):
+        answer_sample_by_ids(config, Layout(site), [sample.images[0]["id"], 999])
+    os.unlink(sample.images[1]["path"])
+    answered = answer_sample_by_ids(config, Layout(site), [sample.images[0]["id"]])
+    assert (answered["sample"]["right"], answered["sample"]["judged"]) == (2, 4)
+    assert (answered["wrong"], answered["gone"]) == ([sample.images[0]], [sample.images[1]["path"]])
+    assert audit_facts(site)["judged"] == 4
+    with pytest.raises(DataError, match="no sample to answer"):
+        answer_sample_by_ids(config, Layout(site), [])

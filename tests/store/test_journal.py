@@ -283,6 +283,25 @@ def test_journal_confirmed_guesses_of_review_are_counted_apart(path: Path) -> No
         assert journal.history.guesses() == (1, 3)
 
 
+@pytest.mark.parametrize(("reason", "confirmed"), [("stranger", 2), ("margin", 0)])
+def test_journal_image_of_no_class_confirms_that_it_looked_like_none(path: Path, reason: str, confirmed: int) -> None:
+    """By request and by hand; where sortd guessed a class, the guess was wrong."""
+    with Journal(path, clock=Clock()) as journal:
+        for number in range(2):
+            file = replace(move("x").files[0], final=f"{number}.jpg", moved_stamp=replace(STAMP, inode=number))
+            review = MoveRecord(f"r{number}", "Images", "Review/_none", (file,))
+            journal.intend([(review, MoveReason("sent_to_review", "cat", 0.4, 0.1, "dog", "mixed", reason))])
+            journal.settle([replace(review, progress=MoveProgress.DONE)])
+        (by_hand,) = journal.history.moves(Selection(id=1))
+        journal.record_corrections([(by_hand, "_none", "Dataset/_none/0.jpg")])
+        file = replace(file, name="1.jpg", stamp=replace(STAMP, inode=1), final="1.jpg")
+        assigned = MoveRecord("a", "Review/_none", "Dataset/_none", (file,))
+        journal.intend([(assigned, MoveReason("assigned", "_none"))])
+        journal.settle([replace(assigned, progress=MoveProgress.DONE)])
+        assert journal.history.guesses() == (confirmed, 2)
+        assert journal.history.given_since(0.0) == {"assigned": 1, "corrected": 1}
+
+
 def test_journal_guess_of_an_image_sent_to_review_twice_counts_once(path: Path) -> None:
     """A person may take an image back, or move it back, before it is assigned: the last guess counts."""
     with Journal(path, clock=Clock()) as journal:

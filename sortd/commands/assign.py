@@ -1,0 +1,136 @@
+"""The command ``assign``: images in Review/ or Dataset/ go to the class that a person names, or to none."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from sortd.commands.console import counted, print_line, printable, say, show
+from sortd.commands.moves import JournalPlace, dataset_at, record_facts
+from sortd.config import Config
+from sortd.daemon.assign import assign_images, assigned_label_problem, image_facts
+from sortd.daemon.control import ANSWER_SECONDS, ask
+from sortd.daemon.dataset_lock import open_dataset
+from sortd.errors import DataError, LayoutError
+from sortd.events import NO_CLASS, Outcome
+from sortd.layout import JOURNAL_FILE, Layout
+from sortd.store.history import History
+from sortd.store.records import Selection
+from sortd.watch.scan import stamp
+
+SECONDS_FOR_EACH = 0.05
+"""Additional time to wait for the answer, for each image to be moved."""
+
+
+def assign_to_class(
+    config: Config, layout: Layout, label: str, images: Sequence[Mapping[str, Any]], *, is_example: bool = False
+) -> dict[str, Any]:
+    """Assign images to a class, by the running sortd or in this process, and return the outcome as plain values.
+
+    Args:
+        config: the configuration.
+        layout: the dataset that the images are in.
+        label: the class, or ``NO_CLASS``.
+        images: as ``image_facts`` returns them; one that changed since is not moved.
+        is_example: whether images of no class become examples of it.
+
+    Returns:
+        ``assigned``: for each image ``path``, ``destination`` (None: it was not moved), ``id`` of the move in the
+        journal, and ``message``; ``later``: how many are still to be copied to another file system.
+
+    Raises:
+        DataError: the class cannot have this name, or no image is named.
+        SortdError: the dataset is not there, or another sortd works on it.
+    """
+    if (problem := assigned_label_problem(label, is_example=is_example)) is not None:
+        raise DataError(problem)
+    request = {"do": "assign", "dataset": layout.name, "root": str(layout.root), "label": label, "images": images}
+    asked = {**request, "example": is_example}
+    reply = ask(config.state_dir, asked, seconds=ANSWER_SECONDS + SECONDS_FOR_EACH * len(images))
+    return _assign_here(config, layout, label, images, is_example=is_example) if reply is None else reply
+
+
+def _assign_here(
+    config: Config, layout: Layout, label: str, images: Sequence[Mapping[str, Any]], *, is_example: bool
+) -> dict[str, Any]:
+    with open_dataset(layout, config.state_dir, companions=config.dataset(layout.name).companions) as opened:
+        if (problem := opened.presence.problem()) is not None:
+            raise LayoutError(problem)
+        move_all = opened.mover.move_all
+        steps = list(assign_images(layout, opened.journal, move_all, label, images, is_example=is_example))
+    return {"assigned": [one for results, _ in steps for one in results], "later": sum(later for _, later in steps)}
+
+
+def newest_assigned(config: Config, layout: Layout, limit: int) -> list[dict[str, object]]:
+    """Return the newest moves by request that can be undone, newest first, as ``record_facts`` returns them."""
+    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
+    if not file.is_file():
+        return []
+    with History.open(file) as history:
+        records = history.moves(Selection(outcome=Outcome.ASSIGNED.value, undoable=True, limit=limit))
+    place = JournalPlace(layout.name, layout.root, file)
+    return [record_facts(place, record) for record in records]
+
+
+def given_since(config: Config, layout: Layout, since: float) -> dict[str, int]:
+    """Return how many images a person ``assigned``, ``corrected`` and ``confirmed`` since a time (Unix seconds)."""
+    file, none = layout.state_folder(config.state_dir) / JOURNAL_FILE, {"assigned": 0, "corrected": 0, "confirmed": 0}
+    if not file.is_file():
+        return none
+    with History.open(file) as history:
+        return none | history.given_since(since)
+
+
+def assign_paths(config: Config, paths: Sequence[Path], label: str, *, is_example: bool, as_json: bool) -> None:
+    """Assign the images with these paths, all of one dataset, and print what was moved; exit with 65 if one was not.
+
+    Raises:
+        DataError: a path is no file of a dataset, or lies in another dataset than the first; nothing was moved.
+        SortdError: the dataset is not there, or another sortd works on it.
+    """
+    layout, images = _images_at(config, paths)
+    reply = assign_to_class(config, layout, label, images, is_example=is_example)
+    show({"dataset": layout.name, "label": label, "example": is_example, **reply}, print_assigned, as_json=as_json)
+    raise typer.Exit(65 if any(one["destination"] is None for one in reply["assigned"]) else 0)
+
+
+def _images_at(config: Config, paths: Sequence[Path]) -> tuple[Layout, list[dict[str, object]]]:
+    """Return the dataset of these files, and the files as a request has them."""
+    layouts: dict[Path, Layout] = {}
+    images = []
+    for path in paths:
+        if (found := dataset_at(config, path)) is None:
+            raise DataError(f"{path} lies in no dataset below {config.root}")
+        layout, relative = found
+        layouts[layout.root] = layout
+        place = f"{layout.root}/{relative}"
+        try:
+            version = stamp(place)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        if version is None:
+            raise DataError(f"{path} is not a file")
+        images.append(image_facts(place, version))
+    if len(layouts) > 1:
+        names = ", ".join(sorted(layout.name for layout in layouts.values()))
+        raise DataError(f"the images are in several datasets ({names}); assign those of each one in a call of its own")
+    (layout,) = layouts.values()
+    return layout, images
+
+
+def print_assigned(reply: Mapping[str, Any]) -> None:
+    """Print what was assigned, from the reply with its ``label``."""
+    for one in reply["assigned"]:
+        if one["destination"] is None:
+            print_line(f"not moved: {printable(one['message'])}", style="yellow")
+        else:
+            print_line(f"{printable(one['path'])} -> {printable(one['destination'])}")
+    done = sum(one["destination"] is not None for one in reply["assigned"])
+    to, use = f"to {printable(reply['label'])}", ", as references where they lie"
+    if reply["label"] == NO_CLASS:
+        to, use = "to no class", ", as examples of no class where they lie" if reply.get("example") else ""
+    said = f"sortd: {counted(done, 'image')} assigned {to}{use}"
+    say(f"{said}; to take them back: sortd undo --last {done}" if done else said)
+    if reply["later"]:
+        say(f"sortd: {counted(reply['later'], 'image')} still to be copied to another file system")
