@@ -94,6 +94,8 @@ SELECT iif(corrected = label, 'confirmed', 'corrected') AS how, count(*) FROM co
 WHERE at >= ?1 AND path NOT IN (SELECT path FROM assigned) GROUP BY how"""
 """An image that a person corrected by a request counts as assigned only."""
 
+BY_DAY = """SELECT date(ended_at, 'unixepoch', 'localtime') AS day, outcome, count(*) AS n FROM moves
+WHERE ended_at >= ? AND +progress = 'done' AND undone_by IS NULL GROUP BY day, outcome ORDER BY day"""
 FILED_AT = """SELECT destination, final, ended_at FROM members JOIN moves ON moves.id = members.move
 WHERE final IN ({}) AND position = 0 AND +progress = 'done' AND undone_by IS NULL
 AND +outcome IN ('filed', 'refiled') ORDER BY ended_at"""

@@ -202,12 +202,7 @@ class History:
 
     def counts_by_day(self, since: float) -> list[tuple[str, str, int]]:
         """Return local day (``2026-03-01``), outcome and number of moves that ended since, without undone ones."""
-        rows = self._rows(
-            "SELECT date(ended_at, 'unixepoch', 'localtime') AS day, outcome, count(*) AS n FROM moves "
-            "WHERE ended_at >= ? AND +progress = 'done' AND undone_by IS NULL GROUP BY day, outcome ORDER BY day",
-            (since,),
-        )
-        return [(row["day"], row["outcome"], row["n"]) for row in rows]
+        return [(row["day"], row["outcome"], row["n"]) for row in self._rows(checks.BY_DAY, (since,))]
 
     def accuracy(self) -> dict[str, FiledImages]:
         """Return for each class how many of its filed images a person has checked, and what was wrong with them."""
