@@ -35,6 +35,8 @@ HEADER_BYTES: Final = 16 << 10
 BODY_BYTES: Final = 1 << 20
 BODY_SECONDS: Final = 20.0
 """How long the body of a POST may take."""
+DISCARD_SECONDS: Final = 2.0
+"""How long the body of a refused request is read, before the answer."""
 POSTS_PER_SECOND, POSTS_AT_ONCE = 20.0, 60
 WRONG_TOKENS_PER_SECOND, WRONG_TOKENS_AT_ONCE = 1.0, 10
 MOST_SESSIONS: Final = 1000
@@ -297,7 +299,7 @@ async def _discard(incoming: _Incoming) -> None:
     """Read what is left of a body, up to its limit: a client that still sends would not see the answer."""
     left = BODY_BYTES
     with suppress(TimeoutError):
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(DISCARD_SECONDS):
             while left > 0 and not incoming.is_complete:
                 left -= len((await incoming()).get("body", b""))
 
