@@ -285,31 +285,34 @@ def passed_sockets(environ: MutableMapping[str, str], *, first: int = FIRST_PASS
     environ.pop("LISTEN_FDNAMES", None)
     if process != str(os.getpid()) or not number.isdigit():
         return []
-    sockets = []
-    for descriptor in range(first, first + int(number)):
-        os.set_inheritable(descriptor, False)
-        try:
-            one = Socket(fileno=descriptor)
-            is_listening = one.getsockopt(SOL_SOCKET, SO_TYPE) == SOCK_STREAM and one.getsockopt(
-                SOL_SOCKET, SO_ACCEPTCONN
-            )
-        except OSError as error:
-            raise StartupError(f"descriptor {descriptor} of systemd is no socket: {error.strerror}") from error
-        if not is_listening or not _is_local(one):
-            raise StartupError(
-                f"the socket unit passes {_place(one)!r}; sortd review listens only on 127.0.0.1, [::1], or the path "
-                "of a Unix socket: correct ListenStream="
-            )
-        sockets.append(one)
+    sockets: list[Socket] = []
+    try:
+        for descriptor in range(first, first + int(number)):
+            os.set_inheritable(descriptor, False)
+            sockets.append(Socket(fileno=descriptor))
+            _check_passed(sockets[-1])
+    except (OSError, StartupError) as error:
+        for one in sockets:
+            one.close()
+        if isinstance(error, StartupError):
+            raise
+        raise StartupError(f"descriptor {descriptor} of systemd is no socket: {error.strerror}") from error
     return sockets
 
 
-def _is_local(one: Socket) -> bool:
-    """Tell whether a socket is of loopback, or has a path, whose permissions say who may connect."""
+def _check_passed(one: Socket) -> None:
+    """Raise StartupError unless a socket listens for streams, on loopback or at a path, which has permissions."""
     name = one.getsockname()
     if one.family in {AF_INET, AF_INET6}:
-        return ipaddress.ip_address(name[0]).is_loopback
-    return one.family == AF_UNIX and isinstance(name, str) and name.startswith("/")
+        is_local = ipaddress.ip_address(name[0]).is_loopback
+    else:
+        is_local = one.family == AF_UNIX and isinstance(name, str) and name.startswith("/")
+    is_stream = one.getsockopt(SOL_SOCKET, SO_TYPE) == SOCK_STREAM
+    if not (is_local and is_stream and one.getsockopt(SOL_SOCKET, SO_ACCEPTCONN)):
+        raise StartupError(
+            f"the socket unit passes {_place(one)!r}; sortd review listens only on 127.0.0.1, [::1], or the path of a "
+            "Unix socket: correct ListenStream="
+        )
 
 
 def _loopback_socket(port: int) -> Socket:
