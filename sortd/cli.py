@@ -361,6 +361,22 @@ def audit(
 
 
 @app.command(cls=Command)
+def review(
+    config: ConfigOption = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65_535, help="Port on 127.0.0.1. Default: 8337.")] = None,
+    socket: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead of a port.")] = None,
+    proxy: Annotated[str | None, typer.Option("--behind-proxy", help="Host of a proxy that ends TLS for it.")] = None,
+) -> None:
+    """Serve a web page, on this machine alone, to look at the images in Review/, confirm, correct and undo."""
+    from sortd.review import require_review_packages
+
+    require_review_packages()
+    from sortd.review.server import create_app, serve
+
+    serve(create_app, load_config(config), port=port, socket=socket, behind_proxy=proxy)
+
+
+@app.command(cls=Command)
 def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameters
     dataset: Annotated[str, typer.Argument(help="Name of the dataset.")],
     config: ConfigOption = None,

@@ -43,7 +43,7 @@ class StoppedError(StartupError):
 
 
 class ModelError(StartupError):
-    """The model is not available or is no CLIP model."""
+    """The model is not available or is no CLIP model, or a package that a command needs is not installed."""
 
     exit_code = 69
 

@@ -61,6 +61,10 @@ DAEMON_READY: Final = "daemon.ready"
 DAEMON_HAMPERED: Final = "daemon.hampered"
 DAEMON_STOPPED: Final = "daemon.stopped"
 DAEMON_FAILED: Final = "daemon.failed"
+REVIEW_READY: Final = "review.ready"
+REVIEW_REFUSED: Final = "review.refused"
+REVIEW_FAILED: Final = "review.failed"
+REVIEW_STOPPED: Final = "review.stopped"
 THREAD_DIED: Final = "thread.died"
 
 IMAGE_EVENTS: Final[Mapping[Outcome, str]] = {
@@ -174,7 +178,7 @@ def configure(
         cache_logger_on_first_use=False,
     )
     colours = is_terminal and not environ.get("NO_COLOR")
-    is_journal = not is_console and _is_journal(stream, environ.get("JOURNAL_STREAM", ""))
+    to_journal = not is_console and is_journal(stream, environ.get("JOURNAL_STREAM", ""))
     handler = _Lines(stream, is_json=not is_console)
     handler.addFilter(limit.filter)
     handler.setFormatter(
@@ -182,7 +186,7 @@ def configure(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name, _escape_event],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *(_console(level, colours=colours) if is_console else _json(stream.encoding, is_journal=is_journal)),
+                *(_console(level, colours=colours) if is_console else _json(stream.encoding, is_journal=to_journal)),
             ],
         )
     )
@@ -296,7 +300,7 @@ def _plain(value: object) -> object:
     return item() if callable(item) and getattr(value, "shape", None) == () else repr(value)
 
 
-def _is_journal(stream: TextIO, journal: str) -> bool:
+def is_journal(stream: TextIO, journal: str) -> bool:
     """Tell whether a stream is the systemd journal: systemd.exec(5), $JOURNAL_STREAM."""
     try:
         found = os.fstat(stream.fileno())

@@ -68,6 +68,17 @@ def test_systemd_has_nothing_to_say_about_the_users_unit(tmp_path: Path) -> None
 
 
 @needs_systemd
+@pytest.mark.parametrize("manager", ["--system", "--user"])
+def test_systemd_has_nothing_to_say_about_the_units_of_the_review_page(tmp_path: Path, manager: str) -> None:
+    """The same for the service of the page; it names its socket, which must be beside it."""
+    folder, program = (
+        (UNITS, "/opt/sortd/.venv/bin/sortd") if manager == "--system" else (UNITS / "user", "%h/.local/bin/sortd")
+    )
+    assert verify(folder / "sortd-review.socket", program, manager, runtime=tmp_path) == ""
+    assert verify(folder / "sortd-review.service", program, manager, runtime=tmp_path) == ""
+
+
+@needs_systemd
 def test_an_unknown_key_would_be_told(tmp_path: Path) -> None:
     """The two tests above can fail."""
     (tmp_path / "unit").mkdir()
@@ -268,6 +279,78 @@ def test_the_service_is_confined(service: Lab) -> None:
         assert "Read-only" in service.run(*inside, f"touch {path}", check=False).stderr
     for path in ("/srv/sortd/.x", "/var/lib/sortd/x", "/var/cache/sortd/x", "/run/sortd/x"):
         service.run(*inside, f"touch {path} && rm {path}")
+
+
+REVIEW_SOCKET = "/run/sortd-review/review.sock"
+
+
+def fetch(lab: Lab, user: str, path: str, *options: str) -> str:
+    """Return what a user gets from the review page: its status, and then headers and body."""
+    curl = ("curl", "--silent", "--include", "--max-time", "60", "--unix-socket", REVIEW_SOCKET, *options)
+    done = lab.run("runuser", "-u", user, "--", *curl, f"http://localhost:8337{path}", check=False)
+    return done.stdout or f"curl: {done.returncode}"
+
+
+@pytest.fixture(scope="module")
+def review(service: Lab) -> Lab:
+    """The socket of the review page, set up by the commands of docs/service.md."""
+    commands = documented("sh", "The review page").replace("sudo ", "")
+    service.run("sh", "-ec", f"cd /opt/sortd/src\n{commands}")
+    return service
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
+def test_the_review_page_is_for_the_group_and_needs_the_token(review: Lab) -> None:
+    """The first connection starts it; alice, who is in the group, sees nothing until she has the address."""
+    assert fetch(review, "nobody", "/").startswith("curl: 7")
+    first = fetch(review, "alice", "/")
+    assert first.startswith("HTTP/1.1 403 "), review.run("journalctl", "--no-pager", "--unit=sortd-review").stdout
+    assert review.property("ActiveState", "sortd-review") == "active"
+    assert review.run("runuser", "-u", "alice", "--", "cat", "/var/lib/sortd/review.url", check=False).returncode != 0
+    url = review.run("runuser", "-u", "sortd", "--", "cat", "/var/lib/sortd/review.url").stdout.strip()
+    address, token = url.rsplit("/", 1)
+    assert address == "http://127.0.0.1:8337/enter"
+    entered = fetch(review, "alice", f"/enter/{token}")
+    assert entered.startswith("HTTP/1.1 303 ")
+    cookie = re.findall(r"set-cookie: ([^;]+);", entered, re.IGNORECASE)[0]
+    assert not fetch(review, "alice", "/", "--cookie", cookie).startswith("HTTP/1.1 403 ")
+    journal = review.run("journalctl", "--no-pager", "--unit=sortd-review", "--output=cat").stdout
+    assert "review.ready" in journal
+    assert token not in journal
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
+def test_the_review_page_is_confined(review: Lab) -> None:
+    """No network, no capability, images that it can only read; and yet it can ask the daemon."""
+    fetch(review, "alice", "/")
+    process = review.property("MainPID", "sortd-review")
+    status = dict(re.findall(r"^(\w+):\s*(.*)$", review.run("cat", f"/proc/{process}/status").stdout, re.MULTILINE))
+    assert status["Uid"].split()[0] == review.run("id", "-u", "sortd").stdout.strip()
+    assert (status["CapEff"], status["CapBnd"]) == ("0" * 16, "0" * 16)
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    inside = ("nsenter", "--target", process, "--mount", "--net")
+    links = review.run(*inside, "cat", "/proc/net/dev").stdout.splitlines()[2:]
+    assert [line.split(":")[0].strip() for line in links] == ["lo"]
+    for path in ("/etc/x", "/opt/x", "/usr/x", "/srv/sortd/x", "/srv/sortd/Colours/Images/x"):
+        assert "Read-only" in review.run(*inside, "touch", path, check=False).stderr
+    for path in ("/var/lib/sortd/x", "/var/cache/sortd/x"):
+        review.run(*inside, "sh", "-c", f"touch {path} && rm {path}")
+    sortd = ("runuser", "-u", "sortd", "--", "/opt/sortd/.venv/bin/sortd")
+    review.run(*inside, *sortd, "rebuild", "-c", "/etc/sortd/config.yaml")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
+def test_the_review_page_stops_and_starts_again_by_a_connection(review: Lab) -> None:
+    """The socket outlives the service; the next start has another token."""
+    fetch(review, "alice", "/")
+    before = review.run("cat", "/var/lib/sortd/review.url").stdout
+    review.run("systemctl", "stop", "sortd-review.service")
+    assert review.property("Result", "sortd-review") == "success"
+    assert review.run("test", "-e", "/var/lib/sortd/review.url", check=False).returncode == 1
+    assert fetch(review, "alice", "/").startswith("HTTP/1.1 403 ")
+    assert review.run("cat", "/var/lib/sortd/review.url").stdout != before
+    review.run("systemctl", "stop", "sortd-review.socket", "sortd-review.service")
+    assert review.run("test", "-e", REVIEW_SOCKET, check=False).returncode == 1
 
 
 def reload(service: Lab) -> None:
