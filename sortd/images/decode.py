@@ -99,7 +99,7 @@ def decode_image(
         budget_pixels: pixels that it may hold in memory; None: as many as ``limits`` allow.
 
     Returns:
-        uint8 (crop_height, crop_width, 3), C-contiguous.
+        uint8 (crop_height, crop_width, 3), C-contiguous; at most that high and wide with ``Fit.WHOLE``.
 
     Raises:
         CrowdedError: it needs more than ``budget_pixels``; nothing was decoded.
@@ -296,8 +296,7 @@ def _check_size(opened: _Opened, limits: DecodeLimits, preprocessing: Preprocess
             "see decoding.max_side_pixels"
         )
     if image.format in {"JPEG", "MPO"} and jpeg == "draft":
-        side = _min_side(preprocessing)
-        image.draft(None, (side, side))
+        image.draft(None, _min_size(image.size, preprocessing))
     pixels = image.width * image.height
     if pixels > limits.max_pixels:
         raise TooLargeError(
@@ -334,11 +333,22 @@ def _transpose_of(image: ImageFile.ImageFile) -> Image.Transpose | None:
 # ------------------------------------------------------------ conversion and resizing
 
 
-def _min_side(preprocessing: Preprocessing) -> int:
-    """Return the shorter side, in pixels, below which an image is not reduced before the resize."""
+def _min_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return the width and height below which an image of this size is not reduced before the resize."""
+    if preprocessing.fit is Fit.WHOLE:
+        width, height = _whole_size(size, preprocessing)
+        return _OVERSAMPLING * width, _OVERSAMPLING * height
+    side = preprocessing.shortest_edge
     if preprocessing.fit is Fit.STRETCH:
-        return _OVERSAMPLING * max(preprocessing.crop_height, preprocessing.crop_width)
-    return _OVERSAMPLING * preprocessing.shortest_edge
+        side = max(preprocessing.crop_height, preprocessing.crop_width)
+    return _OVERSAMPLING * side, _OVERSAMPLING * side
+
+
+def _whole_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return the width and height of all of an image within the crop; no side is less than one pixel."""
+    width, height = size
+    scale = min(1.0, preprocessing.crop_width / width, preprocessing.crop_height / height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _to_opaque(image: Image.Image, turn: Image.Transpose | None, preprocessing: Preprocessing) -> Image.Image:
@@ -346,7 +356,8 @@ def _to_opaque(image: Image.Image, turn: Image.Transpose | None, preprocessing: 
     if _is_plain(image) and turn is None:
         return image
     shallow = _to_eight_bits(image)
-    factor = min(image.size) // _min_side(preprocessing)
+    least_width, least_height = _min_size(image.size, preprocessing)
+    factor = min(image.width // least_width, image.height // least_height)
     if image.width * image.height < _REDUCE_FROM_PIXELS or factor < _OVERSAMPLING:
         factor = 1
     small = shallow if factor == 1 and _is_plain(shallow) else _reduce_by_strips(shallow, factor)
@@ -421,6 +432,8 @@ def _resize(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     crop_width, crop_height = preprocessing.crop_width, preprocessing.crop_height
     if preprocessing.fit is Fit.STRETCH:
         return image.resize((crop_width, crop_height), resample)
+    if preprocessing.fit is Fit.WHOLE:
+        return image.resize(_whole_size(image.size, preprocessing), resample)
     edge = preprocessing.shortest_edge
     short, long = sorted(image.size)
     long_after = int(edge * long / short)
