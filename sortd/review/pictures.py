@@ -215,7 +215,7 @@ class _Maker:
             with suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
             with self._lock:
-                if len(self._queue) > pool.workers:
+                if len(self._queue) + batch.unanswered > pool.workers:
                     pool.workers = PROCESSES
                 while self._queue and len(batch.waiting) + batch.unanswered < pool.workers:
                     batch.waiting.append(self._queue.popleft())

@@ -37,21 +37,19 @@ class PictureCache:
         *,
         max_bytes: int = MAX_PICTURE_BYTES,
         report: Callable[[str], None] = _LOG.warning,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         """Use a folder, which is created when needed.
 
         Args:
             folder: it must belong to this user, and others must not be able to write to it.
             max_bytes: size limit, above which ``prune`` removes the least recently used pictures.
-            report: called with one sentence about each problem.
-            clock: seconds since the epoch, for the time of the last use.
+            report: called with one sentence about the first problem.
         """
-        self._folder, self._max_bytes, self._report, self._clock = folder, max_bytes, report, clock
+        self._folder, self._max_bytes, self._report = folder, max_bytes, report
         self._lock = threading.Lock()
         self._is_pruning = threading.Lock()
         self._unmeasured_bytes = max_bytes  # written since the size was read; the first ``prune`` reads it
-        self._reported: set[str] = set()
+        self._is_reported = False
 
     def read(self, key: str, side: int) -> bytes | None:
         """Return a picture and note its use; None if it is not there, damaged, or cannot be read.
@@ -64,18 +62,18 @@ class PictureCache:
         try:
             with self._private_folder(key[:2]) as folder:
                 content = read_regular(name, limit=_MOST_BYTES, folder=folder)
-                if self._clock() - os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime > _USED_SECONDS:
+                if time.time() - os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime > _USED_SECONDS:
                     with suppress(OSError):  # of a read-only folder the pictures are still of use
-                        os.utime(name, (self._clock(), self._clock()), dir_fd=folder, follow_symlinks=False)
+                        os.utime(name, dir_fd=folder, follow_symlinks=False)
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._report_unused(error)
+            self._report_once(error)
             return None
         return content if content.startswith(_START) and content.endswith(_END) else None
 
     def write(self, key: str, side: int, content: bytes) -> None:
-        """Store a picture; an error is reported once, and again only after a picture was stored."""
+        """Store a picture, unless that is not possible."""
         try:
             os.makedirs(os.path.dirname(self._folder), exist_ok=True)
             for folder in (self._folder, os.path.join(self._folder, key[:2])):
@@ -84,11 +82,10 @@ class PictureCache:
             with self._private_folder(key[:2]) as opened:
                 write_atomic(_name(key, side), content, folder=opened, mode=0o600, durable=False)
         except OSError as error:
-            self._report_unused(error)
+            self._report_once(error)
             return
         with self._lock:
             self._unmeasured_bytes += len(content)
-            self._reported.clear()
 
     def prune(self) -> None:
         """Remove the least recently used pictures if all are over the limit; returns at once if few are new."""
@@ -108,17 +105,20 @@ class PictureCache:
                     os.unlink(path)
                 size -= file_size
         except OSError as error:
-            self._report_once(f"old pictures in {self._folder} cannot be removed: {error.strerror}")
+            self._report_once(error)
         finally:
             self._is_pruning.release()
 
     def _files(self) -> Iterator[tuple[int, int, str]]:
         """Yield the time of the last use, in nanoseconds, the size and the path of each file of the cache."""
         for number in range(256):
-            with suppress(FileNotFoundError), self._private_folder(f"{number:02x}") as folder:
-                for name in os.listdir(folder):
-                    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                    if _OWN_FILE.fullmatch(name) and stat.S_ISREG(status.st_mode):
+            with suppress(OSError), self._private_folder(f"{number:02x}") as folder:
+                for name in filter(_OWN_FILE.fullmatch, os.listdir(folder)):
+                    try:
+                        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue  # another process has removed it
+                    if stat.S_ISREG(status.st_mode):
                         yield status.st_mtime_ns, status.st_size, os.path.join(self._folder, f"{number:02x}", name)
 
     @contextmanager
@@ -134,16 +134,11 @@ class PictureCache:
                     raise PermissionError(errno.EPERM, "it belongs to another user, or others may write to it")
             yield part
 
-    def _report_unused(self, error: OSError) -> None:
-        reason = f"pictures are not cached in {self._folder}: {error.strerror}"
-        self._report_once(f"{reason}; each is made when it is needed")
-
-    def _report_once(self, message: str) -> None:
+    def _report_once(self, error: OSError) -> None:
         with self._lock:
-            is_new = message not in self._reported
-            self._reported.add(message)
+            is_new, self._is_reported = not self._is_reported, True
         if is_new:
-            self._report(message)
+            self._report(f"pictures are not cached in {self._folder}: {error.strerror}; each is made when it is needed")
 
 
 def _name(key: str, side: int) -> str:
