@@ -5,10 +5,8 @@ convert to eight bits, apply the EXIF orientation, resize and crop. An opaque im
 the same pixels, bit for bit, as the Pillow image processors of transformers.
 """
 
-import base64
 import errno
 import importlib
-import io
 import os
 import re
 import stat
@@ -40,8 +38,6 @@ _REDUCE_FROM_PIXELS = 16_000_000  # larger images that must be rotated or conver
 _MAX_FULL_RESIZE_RATIO = (
     50  # of longer images (ratio of sides) only the crop is resized: the whole could fill the memory
 )
-_THUMBNAIL_PIXELS = 160
-_THUMBNAIL_QUALITY = 80
 _STRIP_ROWS = 128
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -54,7 +50,6 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """The operation that makes an image upright, by the orientation in its EXIF."""
-_EXCHANGES_SIDES = frozenset(turn for orientation, turn in _TURNS.items() if orientation >= 5)  # noqa: PLR2004 -- EXIF
 _UNSUPPORTED = re.compile(
     "unsupported|not (yet )?supported|unknown (?!data)|cannot handle|not implemented|no (codec|decod)|plugin|samples",
     re.IGNORECASE,
@@ -141,22 +136,6 @@ def load_decoders() -> list[str]:
         except NotAnImageError as error:
             missing.append(str(error))
     return missing
-
-
-def thumbnail(path: str, *, side_pixels: int = _THUMBNAIL_PIXELS) -> str | None:
-    """Return an image, upright, as a ``data:`` URL of a JPEG with that longer side; None if it is unreadable."""
-    limits = DecodeLimits()
-    try:
-        with _open_path(path) as file, _open_image(file, limits, "full") as opened:
-            is_transposed, size = _transpose_of(opened.image) in _EXCHANGES_SIDES, opened.image.size
-        scale = side_pixels / max(size)
-        width, height = (max(1, round(side * scale)) for side in (reversed(size) if is_transposed else size))
-        pixels = decode_file(path, Preprocessing(side_pixels, height, width, fit=Fit.STRETCH), limits)
-    except (ImageError, OSError):
-        return None  # `sortd check` reports it
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=_THUMBNAIL_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 # ------------------------------------------------------------ opening
