@@ -15,7 +15,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as WaitTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +56,7 @@ class Pictures:
         idle_seconds: float = IDLE_SECONDS,
         report: Callable[[str], None] = _LOG.warning,
     ) -> None:
-        """Start nothing: the first picture starts the processes.
+        """Start nothing: ``start`` or the first picture starts the processes.
 
         Args:
             config: the folder of the cache and the limits of decoding.
@@ -83,6 +82,13 @@ class Pictures:
     def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
+
+    def start(self) -> None:
+        """Start the process that decodes small pictures, unless it runs, without waiting for it.
+
+        That takes 0.4 s, which the first picture would have to wait.
+        """
+        self._makers[SIDES[0]].start()
 
     def close(self) -> None:
         """End the processes; requests that wait are answered with None. Idempotent."""
@@ -110,7 +116,7 @@ class Pictures:
             return known
         try:
             return maker.ask((path, stamp), is_content_known=bool(key)).result(WAIT_SECONDS)
-        except WaitTimeoutError:
+        except TimeoutError:
             return None
 
 
@@ -164,6 +170,17 @@ class _Maker:
         self._is_closed = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
+    def start(self) -> None:
+        """Start the thread and a process, unless they run."""
+        with self._lock:
+            self._start_thread()
+
+    def _start_thread(self) -> None:
+        if self._thread is None and not self._is_closed:
+            thread = threading.Thread(target=self._run, name=f"sortd-pictures-{self._side}")
+            thread.start()
+            self._thread = thread
+
     def ask(self, file: File, *, is_content_known: bool) -> "Future[bytes | None]":
         """Return the future of a picture; its key in the cache is its content if the caller knows that."""
         with self._lock:
@@ -173,10 +190,7 @@ class _Maker:
             if self._is_closed or file in self._refused:
                 future.set_result(None)
                 return future
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name=f"sortd-pictures-{self._side}")
-                thread.start()
-                self._thread = thread
+            self._start_thread()
             self._requests[file] = _Request(future, is_content_known)
             self._queue.append(file)
             os.eventfd_write(self._wake, 1)

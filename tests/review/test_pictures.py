@@ -303,6 +303,18 @@ class TestThreads:
             assert len(decoders()) == 1
         assert decoders() == []
 
+    def test_start_starts_one_process(self, tmp_path: Path) -> None:
+        """Before the first request, and once; a closed one starts none."""
+        with Pictures(configuration(tmp_path)) as pictures:
+            pictures.start()
+            wait_until(lambda: len(decoders()) == 1)
+            (process_id,) = decoders()
+            pictures.start()
+            assert jpeg(pictures, photo(tmp_path / "a.png"))
+            assert decoders() == [process_id]
+        pictures.start()
+        assert decoders() == []
+
     def test_pictures_without_requests_for_a_while_end_their_processes(self, tmp_path: Path) -> None:
         """The next request starts one again."""
         with Pictures(configuration(tmp_path), idle_seconds=0.0) as pictures:
