@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sortd.images.thumbnails import thumbnails
-from tests.bombs import bombs
+from tests.bombs import one_bit_png
 
 
 @pytest.mark.parametrize(("size", "orientation", "small"), [
@@ -38,7 +38,7 @@ def test_thumbnails_of_what_is_no_image_are_absent(tmp_path: Path) -> None:
     """Missing, broken and foreign files leave a gap and no error."""
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
     (tmp_path / "folder.png").mkdir()
-    (tmp_path / "bomb.png").write_bytes(bombs()["huge.png"])
+    (tmp_path / "bomb.png").write_bytes(one_bit_png(30_000, 30_000))
     Image.new("RGB", (9, 9)).save(tmp_path / "sound.png")
     (tmp_path / "link.png").symlink_to("sound.png")
     os.mkfifo(tmp_path / "pipe.png")

@@ -234,15 +234,13 @@ class TestRefusals:
             (folder / f"bomb {name}").write_bytes(content)
         files = [path for path in folder.rglob("*") if path.is_file()]
         with Pictures(configuration(tmp_path)) as pictures, ThreadPoolExecutor(8) as threads:
-            for side in SIDES:
-                answers = dict(
-                    zip(files, threads.map(lambda path, side=side: jpeg(pictures, path, side), files), strict=True)
-                )
-                assert all(answers[path] for path in sound)
-                for answer in filter(None, answers.values()):
-                    with Image.open(io.BytesIO(answer)) as image:
-                        assert image.format == "JPEG"
-                        assert max(image.size) <= side
+            answers = dict(zip(files, threads.map(lambda path: jpeg(pictures, path, 1024), files), strict=True))
+            assert jpeg(pictures, photo(tmp_path / "after.png"), 1024)
+        assert all(answers[path] for path in sound)
+        for answer in filter(None, answers.values()):
+            with Image.open(io.BytesIO(answer)) as image:
+                assert image.format == "JPEG"
+                assert max(image.size) <= 1024
 
     def test_jpeg_of_an_image_over_the_time_limit_is_none_and_is_remembered(self, tmp_path: Path) -> None:
         """It ends its process once; others are shown."""

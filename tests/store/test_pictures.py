@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,28 @@ def test_prune_counts_what_another_process_wrote(cache: PictureCache, tmp_path: 
     left = [number for number in range(215) if file_of(tmp_path, key(number)).exists()]
     assert len(left) * len(PICTURE) <= 80_000
     assert {*range(201, 215)} <= set(left)
+
+
+def test_caches_in_one_folder_never_return_another_picture(tmp_path: Path, reports: list[str]) -> None:
+    """Two processes that read, write and remove at the same time."""
+    folder = os.fspath(tmp_path / "cache" / "pictures")
+    caches = [PictureCache(folder, max_bytes=40_000, report=reports.append) for _ in range(2)]
+
+    def content(number: int) -> bytes:
+        return PICTURE[:4] + number.to_bytes(2, "big") + PICTURE[6:]
+
+    def use(start: int) -> None:
+        for step in range(100):
+            cache, number = caches[step % 2], (start + 7 * step) % 97
+            assert cache.read(key(number), 160) in {None, content(number)}
+            cache.write(key(number), 160, content(number))
+            cache.prune()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(use, (0, 20, 40, 60)))
+    assert reports == []
+    left = [path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert 0 < sum(left) < 40_000 * 1.5
 
 
 def test_prune_removes_unfinished_files_and_no_others(cache: PictureCache, tmp_path: Path) -> None:
