@@ -67,6 +67,7 @@ class Fit(StrEnum):
 
     CROP = "crop"  # the shortest edge resized, then the centre cropped (CLIP)
     STRETCH = "stretch"  # resized to height and width, without keeping the aspect ratio (SigLIP)
+    WHOLE = "whole"  # all of it, reduced to fit into height and width, never enlarged: for people, not for encoders
 
 
 @dataclass(frozen=True, slots=True)

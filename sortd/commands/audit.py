@@ -21,7 +21,7 @@ from sortd.daemon.control import ask
 from sortd.daemon.dataset_lock import open_dataset
 from sortd.errors import DataError, DestinationError, LayoutError, advice_for_write
 from sortd.files import read_regular, write_json
-from sortd.images.decode import thumbnail
+from sortd.images.thumbnails import thumbnails
 from sortd.layout import JOURNAL_FILE, Layout
 from sortd.store.history import History
 from sortd.store.records import Record
@@ -209,11 +209,12 @@ def _print_answers(facts: Mapping[str, Any]) -> None:
 def audit_page(facts: Mapping[str, Any], *, now: datetime) -> str:
     """Return the page of a sample, sorted by class."""
     labels = sorted({one["label"] for one in facts["images"]})
+    images = thumbnails(one["path"] for one in facts["images"])
     groups = [
         {
             "label": label_on_page(label),
             "pictures": [
-                {"image": thumbnail(one["path"]), "name": name_on_page(one["path"]), "path": printable(one["path"])}
+                {"image": images.get(one["path"]), "name": name_on_page(one["path"]), "path": printable(one["path"])}
                 for one in facts["images"]
                 if one["label"] == label
             ],

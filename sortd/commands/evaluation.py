@@ -26,7 +26,7 @@ from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.errors import DataError, DestinationError, SortdError, StorageError
 from sortd.events import ImageRefused
 from sortd.files import write_atomic
-from sortd.images.decode import thumbnail
+from sortd.images.thumbnails import thumbnails
 from sortd.layout import Area, Layout, find_datasets
 
 SUSPECTS_PRINTED = 5
@@ -395,23 +395,26 @@ def _strength(share: float) -> float:
 
 
 def _suspects(suspects: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    by_kind = {kind: [one for one in suspects if one["kind"] == kind] for kind in _SUSPECTS}
+    on_page = [one for members in by_kind.values() for one in members[:SUSPECTS_ON_PAGE]]
+    images = thumbnails(path for one in on_page for path in (one["source"], one["other_source"]) if path is not None)
     groups = []
     for kind, (title, verb) in _SUSPECTS.items():
-        members = [one for one in suspects if one["kind"] == kind]
+        members = by_kind[kind]
         if members:
-            shown = [_suspect(one) for one in members[:SUSPECTS_ON_PAGE]]
+            shown = [_suspect(one, images) for one in members[:SUSPECTS_ON_PAGE]]
             groups.append({"title": title, "verb": verb, "members": shown, "hidden": len(members) - len(shown)})
     return groups
 
 
-def _suspect(one: Mapping[str, Any]) -> dict[str, Any]:
+def _suspect(one: Mapping[str, Any], images: Mapping[str, str]) -> dict[str, Any]:
     other = one["other_source"]
     return {
-        "image": thumbnail(one["source"]),
+        "image": images.get(one["source"]),
         "label": label_on_page(one["label"]),
         "other_label": label_on_page(one["other_label"]),
         "score": one["score"],
         "name": name_on_page(one["source"]),
         "other_name": None if other is None else name_on_page(other),
-        "other_image": None if other is None else thumbnail(other),
+        "other_image": images.get(other),
     }

@@ -29,7 +29,7 @@ from sortd.daemon.references import (
 from sortd.daemon.resources import ActiveClassifier, LoadEncoder, Resources, reference_settings_of, select_classifier
 from sortd.errors import DataError, UnreadableError
 from sortd.events import LIKE_NO_CLASS, Abstained, Assigned, EmbeddedImage, Stamp
-from sortd.images.decode import thumbnail
+from sortd.images.thumbnails import thumbnails
 from sortd.layout import Area, Layout, Reason, Why, find_datasets
 from sortd.moving.fs import is_version
 from sortd.service import read_status
@@ -338,14 +338,15 @@ def _print_explained(facts: Mapping[str, Any]) -> None:
 
 def explain_page(facts: Mapping[str, Any], *, now: datetime) -> str:
     """Return the page of one explanation, from ``ImageExplanation.facts``."""
-    scores = facts["scores"][:CLASSES_AT_MOST]
+    path, scores = facts["path"], facts["scores"][:CLASSES_AT_MOST]
+    images = thumbnails(one["path"] for one in facts["neighbours"])
     return render(
         "explain.html",
         now,
         facts={**facts, "label": label_on_page(facts["label"])},
-        name=name_on_page(facts["path"]),
-        path=printable(facts["path"]),
-        image=thumbnail(facts["path"], side_pixels=LARGE_SIDE_PIXELS),
+        name=name_on_page(path),
+        path=printable(path),
+        image=thumbnails([path], side_pixels=LARGE_SIDE_PIXELS).get(path),
         unit="probability" if facts["mode"] in PROBABILISTIC else "cosine",
         scores=[{**one, "label": label_on_page(one["label"]), "width": width} for one, width in _widths(scores)],
         hidden=len(facts["scores"]) - len(scores),
@@ -353,7 +354,7 @@ def explain_page(facts: Mapping[str, Any], *, now: datetime) -> str:
             {
                 **one,
                 "label": label_on_page(one["label"]),
-                "image": thumbnail(one["path"]),
+                "image": images.get(one["path"]),
                 "name": name_on_page(one["path"]),
             }
             for one in facts["neighbours"]

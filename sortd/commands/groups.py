@@ -31,7 +31,7 @@ from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.errors import DataError
 from sortd.events import EmbeddedImage, ImageRefused, Stamp
 from sortd.files import sha256_of
-from sortd.images.decode import thumbnail
+from sortd.images.thumbnails import thumbnails
 from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
 from sortd.store.cache import CACHE_FILE, Cache
 from sortd.store.history import History
@@ -311,12 +311,15 @@ def _print_groups(name: str, facts: Mapping[str, Any]) -> None:
 def groups_page(found: Mapping[str, Mapping[str, Any]], *, now: datetime) -> str:
     """Return the page of several datasets, from ``GroupedPile.facts`` by name."""
     left = PICTURES_OF_PAGE
+    shown_on_page: list[dict[str, Any]] = []
 
     def pictures(paths: Sequence[str], most: int) -> list[dict[str, Any]]:
         nonlocal left
         shown = paths[: min(most, left)]
         left -= len(shown)
-        return [{"image": thumbnail(path), "name": name_on_page(path)} for path in shown]
+        taken = [{"path": path, "name": name_on_page(path)} for path in shown]
+        shown_on_page.extend(taken)
+        return taken
 
     datasets = []
     for name, facts in found.items():
@@ -328,4 +331,7 @@ def groups_page(found: Mapping[str, Mapping[str, Any]], *, now: datetime) -> str
                 {**group, "nearest_label": label_on_page(group["nearest_label"]), "pictures": members, "hidden": hidden}
             )
         datasets.append({**facts, "name": printable(name), "groups": groups, "next_to_label": asked})
+    images = thumbnails(one["path"] for one in shown_on_page)
+    for one in shown_on_page:
+        one["image"] = images.get(one["path"])
     return render("groups.html", now, datasets=datasets)

@@ -15,7 +15,7 @@ from sortd.classify.calibration import log_softmax
 from sortd.encoder.clip import LOADING_ERRORS, check_pixels, normalisation, torch_device
 from sortd.encoder.models import first_line
 from sortd.errors import DestinationError, ModelError
-from sortd.events import Preprocessing
+from sortd.events import Fit, Preprocessing
 from sortd.files import read_regular, sha256_of, sync_folder_at, write_json
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ def _check(facts: FinetunedFacts, weights_bytes: int) -> None:
     named = json_object(facts.folder / CONFIG_FILE).get("id2label", {})
     if [named.get(str(index)) for index in range(len(named))] != list(labels):
         raise ValueError(f"{CONFIG_FILE} names other classes")
+    if facts.preprocessing.fit is Fit.WHOLE:
+        raise ValueError("its images have different sizes")
     weights = facts.folder / WEIGHTS_FILE
     size = weights.stat().st_size if weights.is_file() else None
     if size != weights_bytes:

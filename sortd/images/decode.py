@@ -5,10 +5,8 @@ convert to eight bits, apply the EXIF orientation, resize and crop. An opaque im
 the same pixels, bit for bit, as the Pillow image processors of transformers.
 """
 
-import base64
 import errno
 import importlib
-import io
 import os
 import re
 import stat
@@ -40,8 +38,6 @@ _REDUCE_FROM_PIXELS = 16_000_000  # larger images that must be rotated or conver
 _MAX_FULL_RESIZE_RATIO = (
     50  # of longer images (ratio of sides) only the crop is resized: the whole could fill the memory
 )
-_THUMBNAIL_PIXELS = 160
-_THUMBNAIL_QUALITY = 80
 _STRIP_ROWS = 128
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -54,7 +50,6 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """The operation that makes an image upright, by the orientation in its EXIF."""
-_EXCHANGES_SIDES = frozenset(turn for orientation, turn in _TURNS.items() if orientation >= 5)  # noqa: PLR2004 -- EXIF
 _UNSUPPORTED = re.compile(
     "unsupported|not (yet )?supported|unknown (?!data)|cannot handle|not implemented|no (codec|decod)|plugin|samples",
     re.IGNORECASE,
@@ -99,7 +94,7 @@ def decode_image(
         budget_pixels: pixels that it may hold in memory; None: as many as ``limits`` allow.
 
     Returns:
-        uint8 (crop_height, crop_width, 3), C-contiguous.
+        uint8 (crop_height, crop_width, 3), C-contiguous; at most that high and wide with ``Fit.WHOLE``.
 
     Raises:
         CrowdedError: it needs more than ``budget_pixels``; nothing was decoded.
@@ -141,22 +136,6 @@ def load_decoders() -> list[str]:
         except NotAnImageError as error:
             missing.append(str(error))
     return missing
-
-
-def thumbnail(path: str, *, side_pixels: int = _THUMBNAIL_PIXELS) -> str | None:
-    """Return an image, upright, as a ``data:`` URL of a JPEG with that longer side; None if it is unreadable."""
-    limits = DecodeLimits()
-    try:
-        with _open_path(path) as file, _open_image(file, limits, "full") as opened:
-            is_transposed, size = _transpose_of(opened.image) in _EXCHANGES_SIDES, opened.image.size
-        scale = side_pixels / max(size)
-        width, height = (max(1, round(side * scale)) for side in (reversed(size) if is_transposed else size))
-        pixels = decode_file(path, Preprocessing(side_pixels, height, width, fit=Fit.STRETCH), limits)
-    except (ImageError, OSError):
-        return None  # `sortd check` reports it
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=_THUMBNAIL_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 # ------------------------------------------------------------ opening
@@ -296,8 +275,7 @@ def _check_size(opened: _Opened, limits: DecodeLimits, preprocessing: Preprocess
             "see decoding.max_side_pixels"
         )
     if image.format in {"JPEG", "MPO"} and jpeg == "draft":
-        side = _min_side(preprocessing)
-        image.draft(None, (side, side))
+        image.draft(None, _min_size(image.size, preprocessing))
     pixels = image.width * image.height
     if pixels > limits.max_pixels:
         raise TooLargeError(
@@ -334,11 +312,22 @@ def _transpose_of(image: ImageFile.ImageFile) -> Image.Transpose | None:
 # ------------------------------------------------------------ conversion and resizing
 
 
-def _min_side(preprocessing: Preprocessing) -> int:
-    """Return the shorter side, in pixels, below which an image is not reduced before the resize."""
+def _min_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return the width and height below which an image of this size is not reduced before the resize."""
+    if preprocessing.fit is Fit.WHOLE:
+        width, height = _whole_size(size, preprocessing)
+        return _OVERSAMPLING * width, _OVERSAMPLING * height
+    side = preprocessing.shortest_edge
     if preprocessing.fit is Fit.STRETCH:
-        return _OVERSAMPLING * max(preprocessing.crop_height, preprocessing.crop_width)
-    return _OVERSAMPLING * preprocessing.shortest_edge
+        side = max(preprocessing.crop_height, preprocessing.crop_width)
+    return _OVERSAMPLING * side, _OVERSAMPLING * side
+
+
+def _whole_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return the width and height of all of an image within the crop; no side is less than one pixel."""
+    width, height = size
+    scale = min(1.0, preprocessing.crop_width / width, preprocessing.crop_height / height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _to_opaque(image: Image.Image, turn: Image.Transpose | None, preprocessing: Preprocessing) -> Image.Image:
@@ -346,7 +335,8 @@ def _to_opaque(image: Image.Image, turn: Image.Transpose | None, preprocessing: 
     if _is_plain(image) and turn is None:
         return image
     shallow = _to_eight_bits(image)
-    factor = min(image.size) // _min_side(preprocessing)
+    least_width, least_height = _min_size(image.size, preprocessing)
+    factor = min(image.width // least_width, image.height // least_height)
     if image.width * image.height < _REDUCE_FROM_PIXELS or factor < _OVERSAMPLING:
         factor = 1
     small = shallow if factor == 1 and _is_plain(shallow) else _reduce_by_strips(shallow, factor)
@@ -421,6 +411,8 @@ def _resize(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     crop_width, crop_height = preprocessing.crop_width, preprocessing.crop_height
     if preprocessing.fit is Fit.STRETCH:
         return image.resize((crop_width, crop_height), resample)
+    if preprocessing.fit is Fit.WHOLE:
+        return image.resize(_whole_size(image.size, preprocessing), resample)
     edge = preprocessing.shortest_edge
     short, long = sorted(image.size)
     long_after = int(edge * long / short)

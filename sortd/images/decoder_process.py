@@ -24,15 +24,16 @@ from typing import Final, NamedTuple
 
 from sortd.arrays import Pixels
 from sortd.errors import CrowdedError, ImageError, NotAnImageError, TooLargeError, UnreadableError
-from sortd.events import Preprocessing, Refusal
+from sortd.events import Fit, Preprocessing, Refusal
 from sortd.files import sha256_of
 from sortd.images.decode import DecodeLimits, Jpeg, decode_image, load_decoders
 from sortd.images.formats import HEAD_BYTES, format_of
 
 REQUEST = struct.Struct("<IQ")
 """Slot of the shared memory, and memory budget in pixels; the file's descriptor is sent with it."""
-REPLY = struct.Struct("<IB32sdQH400s")
-"""Slot, status, sha256 of the content, seconds, needed budget in pixels, length of the message, message (UTF-8)."""
+REPLY = struct.Struct("<IB32sdQHHH400s")
+"""Slot, status, sha256 of the content, seconds, needed budget in pixels, height and width of the pixels, length of the
+message, message (UTF-8)."""
 READY_SLOT = 0xFFFF_FFFF  # in the first packet, which reports that the process has started
 DECODED = 0  # status of a decoded image, whose pixels are in its slot; 1 and up are the refusals, in this order
 REFUSALS: Final = (Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.NOT_AN_IMAGE, Refusal.DENIED)
@@ -67,8 +68,15 @@ class DecodeSettings:
 
     @property
     def pixel_bytes(self) -> int:
-        """The size of one decoded image."""
+        """The size of one decoded image; the largest with ``Fit.WHOLE``."""
         return self.preprocessing.crop_height * self.preprocessing.crop_width * 3
+
+    def may_return(self, height: int, width: int) -> bool:
+        """Return whether a decoded image may have this size."""
+        highest, widest = self.preprocessing.crop_height, self.preprocessing.crop_width
+        if self.preprocessing.fit is Fit.WHOLE:
+            return 0 < height <= highest and 0 < width <= widest
+        return (height, width) == (highest, widest)
 
     def to_argument(self) -> str:
         """Return the settings as one argument of a command line."""
@@ -179,7 +187,7 @@ def run_decoder(argument: str, control_descriptor: int, memory_descriptor: int) 
         os.close(memory_descriptor)
         load_decoders()
         in_use = _drop_privileges(settings.limits)
-        control.send(REPLY.pack(READY_SLOT, DECODED, b"", 0.0, 0, 0, b""))
+        control.send(REPLY.pack(READY_SLOT, DECODED, b"", 0.0, 0, 0, 0, 0, b""))
         while True:
             request, descriptors, _flags, _address = socket.recv_fds(control, REQUEST.size, 1)
             if not request:
@@ -227,14 +235,18 @@ def _serve(slot: int, descriptor: int, budget_pixels: int, memory: mmap.mmap, se
     resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     result = _decode_content(descriptor, budget_pixels, settings)
     signal.setitimer(signal.ITIMER_REAL, 0)
+    height, width = 0, 0
     if result.pixels is not None:
-        memory[slot * settings.pixel_bytes : (slot + 1) * settings.pixel_bytes] = result.pixels.tobytes()
+        height, width, _ = result.pixels.shape
+        start = slot * settings.pixel_bytes
+        memory[start : start + result.pixels.nbytes] = result.pixels.tobytes()
     status = DECODED if result.refusal is None else 1 + REFUSALS.index(result.refusal)
     if result.needed_pixels:
         status = CROWDED
     message = result.message.encode("utf-8", "replace")[:MESSAGE_BYTES]
     digest = bytes.fromhex(result.content)
-    return REPLY.pack(slot, status, digest, perf_counter() - began, result.needed_pixels, len(message), message)
+    seconds, needed = perf_counter() - began, result.needed_pixels
+    return REPLY.pack(slot, status, digest, seconds, needed, height, width, len(message), message)
 
 
 if __name__ == "__main__":

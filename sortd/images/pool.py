@@ -54,7 +54,7 @@ _GRACE_SECONDS = 5.0  # the process ends itself at the time limit; after this th
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """The pixels of one version of a file in the encoder's size: uint8 (height, width, 3), read-only."""
+    """The pixels of one version of a file in the size of the pool: uint8 (height, width, 3), read-only."""
 
     path: str
     stamp: Stamp
@@ -160,7 +160,7 @@ class _Decoder:
     def _parse(self, reply: bytes) -> Iterator[tuple[_Job, DecodeResult, float]]:
         if len(reply) != REPLY.size:
             raise _ProcessLostError("it closed its socket" if not reply else "a reply of invalid size")
-        slot, status, digest, seconds, needed_pixels, length, message = REPLY.unpack(reply)
+        slot, status, digest, seconds, needed_pixels, height, width, length, message = REPLY.unpack(reply)
         if slot == READY_SLOT and not self.is_ready:
             self.is_ready = True
             self._restart_clock()
@@ -170,16 +170,17 @@ class _Decoder:
         is_first_request = not self.jobs[0].needed_pixels and 0 < needed_pixels <= self._settings.limits.max_pixels
         if not (is_first_request if status == CROWDED else status <= len(REFUSALS)):
             raise _ProcessLostError("an invalid reply")
+        if status == DECODED and not self._settings.may_return(height, width):
+            raise _ProcessLostError("an invalid reply")
         job = self.jobs.popleft()
         self._free.append(slot)
         self._restart_clock()
         if status == CROWDED:
             result = DecodeResult("", needed_pixels=needed_pixels)
         elif status == DECODED:
-            size, preprocessing = self._settings.pixel_bytes, self._settings.preprocessing
-            pixels = np.frombuffer(self._memory[slot * size : (slot + 1) * size], np.uint8)
-            shape = preprocessing.crop_height, preprocessing.crop_width, 3
-            result = DecodeResult(digest.hex(), pixels.reshape(shape))
+            start = slot * self._settings.pixel_bytes
+            pixels = np.frombuffer(self._memory[start : start + height * width * 3], np.uint8)
+            result = DecodeResult(digest.hex(), pixels.reshape(height, width, 3))
         else:
             result = DecodeResult(digest.hex(), None, REFUSALS[status - 1], message[:length].decode("utf-8", "replace"))
         yield job, result, seconds
@@ -231,7 +232,7 @@ class DecoderPool:
 
         Args:
             workers: number of processes, at least one.
-            preprocessing: the size that the encoder takes.
+            preprocessing: the size that the encoder takes, or the largest with ``Fit.WHOLE``.
             limits: larger images are refused.
             timeout_seconds: time limit for one image.
             jpeg: see ``decode_image``.

@@ -1,16 +1,13 @@
 """Pages are one file each: whole, escaped, and with every picture inside."""
 
-import base64
 import re
 from datetime import UTC, datetime
 from html.parser import HTMLParser
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from sortd.classify.evaluate import evaluate
 from sortd.classify.explain import explain
@@ -27,7 +24,6 @@ from sortd.commands.explain import ImageExplanation, explain_page
 from sortd.commands.status import settings_with_corrections
 from sortd.config import read_config
 from sortd.errors import DataError, DestinationError, JournalError
-from sortd.images.decode import thumbnail
 from sortd.layout import Layout
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
@@ -95,37 +91,6 @@ def facts_of(folder: Path, **sizes: int) -> dict[str, Any]:
     """Return the facts of an evaluation with mistakes in it."""
     serving = {"deciding": "prototypes", "model_id": None, "refusal": None}
     return DatasetEvaluation("Noise", folder, evaluate(noisy_support(folder, **sizes)), (), serving).facts()
-
-
-class TestThumbnails:
-    """Pictures in a page."""
-
-    @pytest.mark.parametrize(("size", "orientation", "small"), [
-        ((300, 200), 1, (64, 43)), ((200, 300), 1, (43, 64)), ((300, 200), 6, (43, 64)), ((900, 4), 1, (64, 1)),
-    ])  # fmt: skip
-    def test_thumbnail_of_a_picture_shows_all_of_it(
-        self, tmp_path: Path, size: tuple[int, int], orientation: int, small: tuple[int, int]
-    ) -> None:
-        """Upright and in its own shape: what is cut off may be what it is doubted for."""
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        drawn = picture("red", 1, size)
-        drawn.paste((0, 0, 255), (0, 0, size[0] // 8, size[1]))  # at one edge, which a square would cut off
-        drawn.save(tmp_path / "a.png", exif=exif)
-        address = thumbnail(str(tmp_path / "a.png"), side_pixels=64)
-        assert address is not None
-        with Image.open(BytesIO(base64.b64decode(address.removeprefix("data:image/jpeg;base64,")))) as shown:
-            assert (shown.format, shown.size) == ("JPEG", small)
-            corner = shown.convert("RGB").getpixel((0, 0))
-        assert isinstance(corner, tuple)
-        assert corner[2] > corner[0]
-
-    def test_thumbnail_of_what_is_no_picture_is_none(self, tmp_path: Path) -> None:
-        """Missing, broken and foreign files leave a gap and no error."""
-        (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
-        assert thumbnail(str(tmp_path / "torn.png")) is None
-        assert thumbnail(str(tmp_path / "gone.png")) is None
-        assert thumbnail(str(tmp_path)) is None
 
 
 class TestExplainPage:

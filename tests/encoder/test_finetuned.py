@@ -142,6 +142,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "label twice": (lambda folder: change(folder / "sortd.json", labels=["a", "a", "b"]), "two or more"),
     "no temperature": (lambda folder: change(folder / "sortd.json", temperature=0), "temperature is 0"),
     "other classes": (lambda folder: change(folder / "config.json", id2label={"0": "x"}), "names other classes"),
+    "any size": (
+        lambda folder: change(
+            folder / "sortd.json",
+            preprocessing={"shortest_edge": 9, "crop_height": 9, "crop_width": 9, "resample": 3, "fit": "whole"},
+        ),
+        "its images have different sizes",
+    ),
     "no preprocessing": (lambda folder: change(folder / "sortd.json", preprocessing=7), "sortd.json is damaged"),
     "too large a number": (
         lambda folder: change(folder / "sortd.json", weights={"bytes": 1e400}),

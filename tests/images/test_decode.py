@@ -21,6 +21,7 @@ from sortd.images.decode import DecodeLimits, check_header, decode_file, decode_
 from sortd.images.formats import HEAD_BYTES, format_of, looks_like_image
 
 SMALL = Preprocessing(32, 32, 32)
+WHOLE = Preprocessing(64, 64, 64, fit=Fit.WHOLE)
 LIMITS = DecodeLimits()
 ORIENTATION = 0x0112
 LOSSLESS = ("PNG", "BMP", "TIFF", "WEBP")
@@ -368,6 +369,36 @@ class TestSize:
         image = picture(100, 300)
         wanted = np.asarray(image.resize((48, 24), Image.Resampling.BICUBIC))
         assert np.array_equal(decoded(encode(image, "PNG"), preprocessing), wanted)
+
+    @pytest.mark.parametrize(("size", "wanted"), [
+        ((300, 100), (64, 21)), ((100, 300), (21, 64)), ((64, 64), (64, 64)), ((9, 7), (9, 7)), ((1, 1), (1, 1)),
+        ((40_000, 1), (64, 1)), ((1, 40_000), (1, 64)), ((4001, 3000), (64, 48)),
+    ])  # fmt: skip
+    @pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+    def test_decode_whole_keeps_the_shape_and_enlarges_nothing(
+        self, size: tuple[int, int], wanted: tuple[int, int], image_format: str
+    ) -> None:
+        """No side is more than the limit or less than a pixel."""
+        pixels = decoded(encode(Image.new("RGB", size, "red"), image_format), WHOLE)
+        assert pixels.shape == (wanted[1], wanted[0], 3)
+        assert pixels[..., 0].min() > 250
+
+    def test_decode_whole_turns_and_reduces_at_once(self) -> None:
+        """A large photo that lies on its side stands upright, and its corners are where they belong."""
+        drawn = Image.new("RGB", (6000, 3000), "red")
+        drawn.paste((0, 0, 255), (0, 0, 1500, 1500))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        for image_format in ("JPEG", "PNG"):
+            pixels = decoded(encode(drawn, image_format, exif=exif), WHOLE)
+            assert pixels.shape == (64, 32, 3)
+            assert pixels[2, 29, 2] > 200
+            assert pixels[2, 2, 2] < 50
+
+    def test_decode_whole_jpeg_panorama_within_the_limit_at_its_scale(self) -> None:
+        """The longer side decides at which scale a JPEG is decoded."""
+        panorama = encode(Image.new("L", (12_000, 200), "white"), "JPEG")
+        assert decoded(panorama, WHOLE, DecodeLimits(max_pixels=100_000)).shape == (1, 64, 3)
 
     def test_decode_uses_the_configured_filter(self) -> None:
         """Bilinear and bicubic give the pixels of Pillow."""

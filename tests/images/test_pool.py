@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from sortd.errors import StartupError
-from sortd.events import ImageRefused, Preprocessing, Refusal, Stamp
+from sortd.events import Fit, ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.images import decoder_process
 from sortd.images.decode import DecodeLimits, decode_file
 from sortd.images.pool import DecodedImage, DecoderPool, _refusal_of
@@ -27,6 +27,7 @@ from tests.bombs import CORPUS, gif, one_bit_png, png, png_with_text, saved, wri
 from tests.daemon_process import PATIENCE_SECONDS
 
 SMALL = Preprocessing(64, 64, 64)
+REPLY = repr(decoder_process.REPLY.format)
 CEILING_KB = 300_000
 """What a decoding process may take beyond an idle one."""
 
@@ -99,6 +100,16 @@ class TestAnswers:
             assert answer.stamp == stamp(path)
             assert answer.decode_seconds > 0
             assert answer.pixels.flags["C_CONTIGUOUS"]
+
+    def test_pool_whole_images_have_their_own_sizes(self, tmp_path: Path) -> None:
+        """One after another in the same memory, each as ``decode_file`` gives it."""
+        whole = Preprocessing(64, 64, 64, fit=Fit.WHOLE)
+        sizes = [(200, 100), (100, 200), (300, 300), (30, 20), (900, 10)]
+        paths = [photo(tmp_path / f"{number}.png", number, size) for number, size in enumerate(sizes)]
+        with DecoderPool(1, whole, DecodeLimits()) as pool:
+            for answer in pool.decode_all(stamped(*paths)):
+                assert isinstance(answer, DecodedImage)
+                assert np.array_equal(answer.pixels, decode_file(answer.path, whole, DecodeLimits()))
 
     def test_pool_answers_keep_their_pixels(self, pool: DecoderPool, tmp_path: Path) -> None:
         """Pixels stay valid when the shared memory is used again."""
@@ -416,7 +427,7 @@ class TestProcesses:
 
     @pytest.mark.parametrize(
         "speak",
-        ["s.send(b'nonsense')", "s.send(struct.pack('<IB32sdQH400s', 99, 0, b'', 0, 0, 0, b''))", "sys.exit(3)"],
+        ["s.send(b'nonsense')", f"s.send(struct.pack({REPLY}, 99, 0, b'', 0, 0, 0, 0, 0, b''))", "sys.exit(3)"],
     )
     def test_pool_processes_that_do_not_start_raise(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, speak: str
@@ -439,12 +450,14 @@ class TestProcesses:
     @pytest.mark.parametrize(
         "lie",
         [
-            "while s.recv(99): s.send(reply.pack(4000000, 0, b'', 0, 0, 60000, b''))",
-            "while s.recv(99): s.send(reply.pack(31, 255, b'', 0, 5000000, 0, b''))",
-            "while s.recv(99): s.send(reply.pack(31, 255, b'', 0, 2**63, 0, b''))",
-            "while s.recv(99): s.send(reply.pack(31, 9, b'', 0, 0, 0, b''))",
+            "while s.recv(99): s.send(reply.pack(4000000, 0, b'', 0, 0, 64, 64, 60000, b''))",
+            "while s.recv(99): s.send(reply.pack(31, 255, b'', 0, 5000000, 0, 0, 0, b''))",
+            "while s.recv(99): s.send(reply.pack(31, 255, b'', 0, 2**63, 0, 0, 0, b''))",
+            "while s.recv(99): s.send(reply.pack(31, 9, b'', 0, 0, 0, 0, 0, b''))",
+            "while s.recv(99): s.send(reply.pack(31, 0, b'', 0, 0, 65535, 65535, 0, b''))",
+            "while s.recv(99): s.send(reply.pack(31, 0, b'', 0, 0, 64, 63, 0, b''))",
         ],
-        ids=["another slot", "more room for ever", "more room than there is", "no such status"],
+        ids=["another slot", "more room for ever", "more room than there is", "no such status", "huge", "too narrow"],
     )
     def test_pool_invalid_reply_ends_the_process(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lie: str
@@ -452,7 +465,7 @@ class TestProcesses:
         """A compromised process can neither make the daemon read elsewhere nor wait forever."""
         code = (
             "import socket, struct, sys; s = socket.socket(fileno=int(sys.argv[1]));"
-            "reply = struct.Struct('<IB32sdQH400s'); s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, 0, b''))\n" + lie
+            f"reply = struct.Struct({REPLY}); s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, 0, 0, 0, b''))\n" + lie
         )
         monkeypatch.setattr(
             decoder_process, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
