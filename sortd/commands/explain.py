@@ -107,14 +107,21 @@ class ImageExplanation:
 
 
 def explain_image(
-    config: Config, path: Path, dataset: str | None = None, *, load_encoder: LoadEncoder | None = None
+    config: Config,
+    path: Path,
+    dataset: str | None = None,
+    *,
+    load_encoder: LoadEncoder | None = None,
+    only_stored: bool = False,
 ) -> ImageExplanation:
     """Return the explanation of an image; a model is loaded only if its embedding or the prototypes are not stored.
 
-    Default of ``dataset``: that of the image, or the only one; ``load_encoder`` replaces the configured model.
+    Default of ``dataset``: that of the image, or the only one; ``load_encoder`` replaces the configured model. With
+    ``only_stored`` no model is loaded.
 
     Raises:
-        DataError: there is no such file or dataset, or the dataset has no references.
+        DataError: there is no such file or dataset, the dataset has no references, or with ``only_stored`` the
+            embedding or the prototypes are not stored.
         UnreadableError: the file cannot be embedded.
         ModelError: the model is not available.
     """
@@ -134,7 +141,10 @@ def explain_image(
     with open(absolute, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        sight = _remembered(config, layout, content) or _looked_at(config, layout, (absolute, mark), load_encoder)
+        sight = _remembered(config, layout, content)
+        if sight is None and only_stored:
+            raise DataError(f"{absolute} is not embedded yet with the current references; `sortd explain` does it now")
+        sight = sight or _looked_at(config, layout, (absolute, mark), load_encoder)
     except UnreadableError as error:
         if left is None:
             raise

@@ -1,0 +1,86 @@
+"""What the journal of a dataset says for the pages: the answers of today, the classes last used, and the last runs."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sortd.events import Outcome
+from sortd.layout import JOURNAL_FILE, Layout
+from sortd.store.history import open_for_reading, translated
+from sortd.store.records import label_from
+
+RUNS_SHOWN = 20
+NEWEST_MOVES = 20_000
+"""The moves in which the last runs are looked for."""
+NEWEST_ANSWERS = 500
+"""The answers in which the classes last used are looked for."""
+
+_TODAY = """SELECT outcome, count(*) AS number FROM moves
+WHERE ended_at >= ? AND +progress = 'done' AND undone_by IS NULL GROUP BY outcome"""
+_LABELS = """SELECT label, max(id) AS newest FROM (
+    SELECT label, id FROM moves WHERE progress = 'done' AND outcome = 'assigned' ORDER BY id DESC LIMIT ?
+) WHERE label IS NOT NULL GROUP BY label ORDER BY newest DESC"""
+_RUNS = """SELECT run, outcome, count(*) AS number, min(ended_at) AS first, max(ended_at) AS last,
+    total(undone_by IS NULL AND outcome NOT IN ('undone', 'followed')) AS standing
+FROM moves WHERE id > (SELECT max(id) FROM moves) - ? AND +progress = 'done' GROUP BY run, outcome"""
+_WRONG = """SELECT move FROM checks WHERE is_right = 0 AND move NOT IN (SELECT move FROM corrections)
+AND move NOT IN (SELECT id FROM moves WHERE undone_by IS NOT NULL) ORDER BY move DESC LIMIT ?"""
+
+
+@dataclass(slots=True)
+class RunSummary:
+    """The moves of one run of sortd."""
+
+    run: str
+    first: float  # seconds since the epoch
+    last: float
+    counts: dict[str, int] = field(default_factory=dict)  # by outcome
+    standing: int = 0  # moves that can be undone
+
+
+class Activity:
+    """Queries of one dataset's journal for the pages; each raises JournalError if it cannot be read."""
+
+    def __init__(self, state: Path, layout: Layout) -> None:
+        """Name the journal, which need not exist; it is then as if empty."""
+        self._file = layout.state_folder(state) / JOURNAL_FILE
+
+    def answered_today(self, now: datetime, outcomes: frozenset[str] = frozenset({Outcome.ASSIGNED})) -> int:
+        """Return how many images a person gave an answer since midnight, without those taken back."""
+        midnight = now.replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
+        return sum(row["number"] for row in self._rows(_TODAY, midnight) if row["outcome"] in outcomes)
+
+    def recent_labels(self) -> list[str]:
+        """Return the classes to which a person last assigned images, the last one first."""
+        return [label_from(row["label"]) or "" for row in self._rows(_LABELS, NEWEST_ANSWERS)]
+
+    def runs(self) -> list[RunSummary]:
+        """Return the last runs, the newest first."""
+        found: dict[str, RunSummary] = {}
+        for row in self._rows(_RUNS, NEWEST_MOVES):
+            run = found.setdefault(row["run"], RunSummary(row["run"], row["first"], row["last"]))
+            run.first, run.last = min(run.first, row["first"]), max(run.last, row["last"])
+            run.counts[row["outcome"]] = row["number"]
+            run.standing += int(row["standing"])
+        return sorted(found.values(), key=lambda run: -run.last)[:RUNS_SHOWN]
+
+    def found_wrong(self, most: int) -> list[int]:
+        """Return the newest moves whose images audits found wrong and nobody has corrected."""
+        return [row["move"] for row in self._rows(_WRONG, most)]
+
+    def _rows(self, statement: str, value: Any) -> list[sqlite3.Row]:  # noqa: ANN401 - one value of SQLite
+        with self._connection() as connection:
+            return [] if connection is None else connection.execute(statement, (value,)).fetchall()
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection | None]:
+        if not self._file.is_file():
+            yield None
+            return
+        with translated(self._file), closing(open_for_reading(self._file)) as connection:
+            connection.row_factory = sqlite3.Row
+            yield connection

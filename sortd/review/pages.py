@@ -1,0 +1,443 @@
+"""The pages: each answers a GET from what is on disk, and changes nothing.
+
+The state of a page is in its address. Forms contain ids of images, never paths; ``acts.py`` answers them.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlencode
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from sortd.classify.proportions import proportion
+from sortd.commands.audit import AuditSample, open_sample
+from sortd.commands.console import printable
+from sortd.commands.explain import explain_image
+from sortd.commands.moves import JournalPlace, record_facts
+from sortd.errors import DataError, ImageError, JournalError, SortdError
+from sortd.events import NO_CLASS
+from sortd.files import read_regular
+from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.review.activity import Activity
+from sortd.review.index import PAGE_SIZE, Batch, Index, ShownImage, dataset_key
+from sortd.review.rendering import error_page, index_of, present, rendered, static_files, translator
+from sortd.store.history import History
+from sortd.store.records import Selection
+
+DIGITS = 9
+"""Classes that a digit chooses."""
+CLASSES_AS_BUTTONS = 200
+CLASSES_TO_COMPLETE = 1000
+"""Classes in the completion of the field for a name; more would make the page slow."""
+LARGE_BATCH = 6
+"""Images up to which each is shown in the large size."""
+BATCHES_LISTED = 12
+NEAREST_OF_BATCH = 6
+MOVES_SHOWN = 100
+WRONG_SHOWN = 60
+REJECTED_SHOWN = 200
+SCORES_SHOWN = 12
+
+
+def pages() -> list[BaseRoute]:
+    """Return the routes of all pages."""
+    return [
+        Route("/", home),
+        Route("/static/{name}", static_file),
+        Route("/image/{id}", image_page),
+        Route("/d/{key}/", dataset_page),
+        Route("/d/{key}/waiting", waiting_page),
+        Route("/d/{key}/audit", audited_page),
+        Route("/d/{key}/rejected", rejected_page),
+        Route("/d/{key}/runs", runs_page),
+        Route("/d/{key}/references", references_page),
+    ]
+
+
+def error_handlers() -> Mapping[Any, Callable[[Request, Exception], Response]]:
+    """Return the pages of errors by exception or status, as an application takes them."""
+    return {HTTPException: _http_error, SortdError: _own_error, 500: _failure}
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    say = translator(request)
+    texts = {
+        404: say("There is no such page. A file that changed or was moved has another address: look again."),
+        405: say("This address does not answer that."),
+    }
+    page = error_page(request, error.status_code, texts.get(error.status_code, printable(error.detail)))
+    page.headers.update(error.headers or {})
+    return page
+
+
+def _own_error(request: Request, error: Exception) -> Response:
+    return error_page(request, 503, printable(str(error)))
+
+
+def _failure(request: Request, _: Exception) -> Response:
+    return error_page(request, 500, translator(request)("sortd review failed; its log says why."))
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _layout(request: Request) -> Layout:
+    try:
+        return index_of(request).dataset(request.path_params["key"])
+    except DataError as error:
+        raise HTTPException(404) from error
+
+
+def _number(request: Request, name: str) -> int:
+    """Return the number of a page in the address, from 1."""
+    text = request.query_params.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and 0 < len(text) < 8 and int(text) else 1  # noqa: PLR2004
+
+
+def _common(request: Request, layout: Layout, here: str) -> dict[str, Any]:
+    """Return what the head of each page of a dataset shows."""
+    return {"dataset": layout.name, "key": dataset_key(layout), "here": here}
+
+
+def _progress(request: Request, layout: Layout, waiting: int) -> dict[str, int]:
+    looked = Activity(request.app.state.config.state_dir, layout).answered_today(present())
+    return {"looked": looked, "waiting": waiting, "all": looked + waiting}
+
+
+def _choices(request: Request, layout: Layout) -> dict[str, Any]:
+    """Return the classes that a form offers: those of the digits, then all others."""
+    labels = index_of(request).labels(layout)
+    used = Activity(request.app.state.config.state_dir, layout).recent_labels()
+    known = set(labels)
+    recent = list(dict.fromkeys([*(one for one in used if one in known and one != NO_CLASS), *labels]))
+    return {
+        "recent": recent[:DIGITS],
+        "others": sorted(recent[DIGITS : DIGITS + CLASSES_AS_BUTTONS]),
+        "labels": labels[:CLASSES_TO_COMPLETE],
+    }
+
+
+def _address(path: str, **values: object) -> str:
+    """Return a relative address; empty values are left out."""
+    kept = {name: value for name, value in values.items() if value}
+    return f"{path}?{urlencode(kept)}" if kept else path
+
+
+def _shared(near: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+    """Return the references that are nearest to most of the images, each once with its largest similarity."""
+    found: dict[str, Mapping[str, Any]] = {}
+    counts = Counter[str]()
+    for one in (one for several in near.values() for one in several):
+        key = one["image"].id
+        counts[key] += 1
+        if key not in found or one["similarity"] > found[key]["similarity"]:
+            found[key] = one
+    ranked = sorted(found, key=lambda key: (-counts[key], -found[key]["similarity"]))
+    return [found[key] for key in ranked[:NEAREST_OF_BATCH]]
+
+
+# ---------------------------------------------------------------- datasets
+
+
+def home(request: Request) -> Response:
+    """List the datasets; with one there is only its page."""
+    index = index_of(request)
+    layouts = index.datasets()
+    if len(layouts) == 1:
+        return RedirectResponse(f"/d/{dataset_key(layouts[0])}/", 303)
+    rows = []
+    for layout in layouts:
+        waiting, problem = 0, ""
+        try:
+            waiting = len(index.waiting(layout))
+        except SortdError as error:
+            problem = str(error)
+        rows.append({"name": layout.name, "key": dataset_key(layout), "waiting": waiting, "problem": problem})
+    return rendered(request, "home.html", rows=rows)
+
+
+def dataset_page(request: Request) -> Response:
+    """Show what waits in a dataset, its classes and their figures."""
+    layout, index = _layout(request), index_of(request)
+    waiting = index.waiting(layout)
+    return rendered(
+        request,
+        "dataset.html",
+        **_common(request, layout, "overview"),
+        progress=_progress(request, layout, len(waiting)),
+        newest=sorted(waiting, key=lambda image: -(image.arrived_at or 0.0))[:BATCHES_LISTED],
+        figures=_figures(index, layout),
+        **_choices(request, layout),
+    )
+
+
+def _figures(index: Index, layout: Layout) -> dict[str, Any]:
+    """Return the figures of a dataset.
+
+    ``classes``: for each ``label``, ``references`` (None: not known), ``filed``, ``checked`` and ``right`` (words).
+    ``points``: the plot over time, oldest first: ``text`` (the time), ``right``, ``low`` and ``high`` (shares), and
+    ``judged`` (images). ``notes``: sentences.
+    """
+    journal = layout.state_folder(index.config.state_dir) / JOURNAL_FILE
+    accuracy = {}
+    if journal.is_file():
+        with History.open(journal) as history:
+            accuracy = history.accuracy()
+    classes = []
+    for label in dict.fromkeys([*index.labels(layout), *accuracy]):
+        found = accuracy.get(label)
+        right = "" if found is None or not found.checked else f"{found.right} / {found.checked}"
+        filed, checked = (0, 0) if found is None else (found.filed, found.checked)
+        classes.append({"label": label, "references": None, "filed": filed, "checked": checked, "right": right})
+    return {"classes": classes, "points": [], "notes": []}
+
+
+# ---------------------------------------------------------------- what waits
+
+
+def waiting_page(request: Request) -> Response:
+    """Show one batch of the images that wait, with the forms that answer it."""
+    layout, index = _layout(request), index_of(request)
+    batches = index.batches(layout)
+    asked, after = request.query_params.get("batch", ""), request.query_params.get("after", "")
+    position = _position(batches, asked, after)
+    common = _common(request, layout, "waiting") | {
+        "progress": _progress(request, layout, sum(len(one.images) for one in batches)),
+        "is_grouping": index.is_grouping(layout),
+        "path": f"/d/{dataset_key(layout)}/waiting",
+    }
+    if position is None:
+        return rendered(request, "nothing.html", **common, is_skipped=bool(batches))
+    batch = batches[position]
+    pages = ceil(len(batch.images) / PAGE_SIZE)
+    page = min(_number(request, "page"), pages)
+    shown = batch.images[(page - 1) * PAGE_SIZE : page * PAGE_SIZE]
+    near = index.nearest(layout, shown)
+    return rendered(
+        request,
+        "waiting.html",
+        **common,
+        batch=batch,
+        shown=shown,
+        near=near,
+        references=_shared(near),
+        second=_second(batch, shown),
+        page=page,
+        pages=pages,
+        after=after,
+        is_large=len(shown) <= LARGE_BATCH,
+        back=_address(common["path"], batch=batch.id, after=after, page=page if page > 1 else 0),
+        later=_address(common["path"], after=batch.id),
+        **_listed(request, batches, position),
+        **_choices(request, layout),
+    )
+
+
+def _position(batches: Sequence[Batch], asked: str, after: str) -> int | None:
+    """Return which batch to show: the one asked for, or else the one after another; None if there is none."""
+    places = {batch.id: position for position, batch in enumerate(batches)}
+    position = places.get(asked, places[after] + 1 if after in places else 0)
+    return position if position < len(batches) else None
+
+
+def _second(batch: Batch, shown: Sequence[ShownImage]) -> str | None:
+    """Return the most frequent second guess, or best guess if the batch has another one."""
+    guesses = [image.second if image.guess == batch.guess else image.guess for image in shown]
+    found = Counter(guess for guess in guesses if guess is not None and guess != batch.guess).most_common(1)
+    return found[0][0] if found else None
+
+
+def _listed(request: Request, batches: Sequence[Batch], position: int) -> dict[str, Any]:
+    """Return the other batches of one page of their list."""
+    others = [*batches[position + 1 :], *batches[:position]]
+    lists = max(1, ceil(len(others) / BATCHES_LISTED))
+    at = min(_number(request, "list"), lists)
+    return {"others_of_list": others[(at - 1) * BATCHES_LISTED : at * BATCHES_LISTED], "list": at, "lists": lists}
+
+
+# ---------------------------------------------------------------- one image
+
+
+def image_page(request: Request) -> Response:
+    """Explain the decision on one image."""
+    index, config = index_of(request), request.app.state.config
+    image = index.find(request.path_params["id"])
+    layout = None if image is None else next((one for one in index.datasets() if one.name == image.dataset), None)
+    if image is None or layout is None:
+        raise HTTPException(404)
+    area, problem, facts = layout.area_of(image.path), "", dict[str, Any]()
+    try:
+        facts = explain_image(config, Path(image.path), layout.name, only_stored=True).facts()
+    except JournalError:
+        raise
+    except (DataError, ImageError, OSError) as error:
+        problem = str(error)
+    here = f"/d/{dataset_key(layout)}"
+    is_waiting = area is Area.REVIEW
+    return rendered(
+        request,
+        "image.html",
+        **_common(request, layout, "image"),
+        image=image,
+        facts=facts,
+        problem=problem,
+        scores=facts.get("scores", ())[:SCORES_SHOWN],
+        near=_neighbours(index, layout, facts),
+        is_waiting=is_waiting,
+        is_filed=area is Area.DATASET,
+        relative=os.path.relpath(image.path, layout.root),
+        back=f"{here}/waiting" if is_waiting else f"{here}/",
+        **_choices(request, layout),
+    )
+
+
+def _neighbours(index: Index, layout: Layout, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = [{**one, "image": index.image_at(layout, one["path"])} for one in facts.get("neighbours", ())]
+    return [one for one in found if one["image"] is not None]
+
+
+# ---------------------------------------------------------------- audit
+
+
+def audited_page(request: Request) -> Response:
+    """Show the open sample of filed images, what the answers so far prove, and what was found wrong."""
+    layout, index, config = _layout(request), index_of(request), request.app.state.config
+    folder = layout.state_folder(config.state_dir)
+    sample, right, judged, unchecked = open_sample(folder), 0, 0, 0
+    wrong = list[ShownImage]()
+    if (folder / JOURNAL_FILE).is_file():
+        with History.open(folder / JOURNAL_FILE) as history:
+            accuracy = history.accuracy().values()
+            right, judged = sum(one.audited_right for one in accuracy), sum(one.audited for one in accuracy)
+            unchecked = len(history.to_audit())
+            records = history.finished(Activity(config.state_dir, layout).found_wrong(WRONG_SHOWN))
+        for record in records:
+            path = os.path.join(layout.root, record.destination_path)
+            image = index.image_at(layout, path, guess=record.move_reason.label, score=record.move_reason.score)
+            wrong += [] if image is None else [image]
+    size = 0 if sample is None else len(sample.images)
+    return rendered(
+        request,
+        "audit.html",
+        **_common(request, layout, "audit"),
+        groups=[] if sample is None else _sample_groups(index, layout, sample),
+        size=size,
+        drawn_from=0 if sample is None else sample.unchecked,
+        if_right=proportion(size, size),
+        proven=proportion(right, judged),
+        unchecked=unchecked,
+        wrong=wrong,
+        back=f"/d/{dataset_key(layout)}/audit",
+        **_choices(request, layout),
+    )
+
+
+def _sample_groups(index: Index, layout: Layout, sample: AuditSample) -> list[tuple[str, list[ShownImage], int]]:
+    """Return the images of a sample by class, and how many of each are gone."""
+    groups = []
+    for label in sorted({one["label"] for one in sample.images}):
+        ours = [one for one in sample.images if one["label"] == label]
+        found = [index.image_at(layout, one["path"], guess=label, score=one["score"]) for one in ours]
+        there = [image for image in found if image is not None]
+        groups.append((label, there, len(ours) - len(there)))
+    return groups
+
+
+# ---------------------------------------------------------------- rejected files, runs, references
+
+
+def rejected_page(request: Request) -> Response:
+    """List the rejected files with their reasons."""
+    layout = _layout(request)
+    files = _rejected(index_of(request), layout)
+    return rendered(
+        request,
+        "rejected.html",
+        **_common(request, layout, "rejected"),
+        files=files[:REJECTED_SHOWN],
+        hidden=max(0, len(files) - REJECTED_SHOWN),
+        back=f"/d/{dataset_key(layout)}/rejected",
+    )
+
+
+def _rejected(index: Index, layout: Layout) -> list[tuple[ShownImage, str]]:
+    """Return the rejected files, newest first, with the reason of each."""
+    folder = os.fspath(layout.area(Area.REJECTED))
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+    reasons = {name for name in names if name.endswith(_REASON)}
+    found = []
+    for name in names:
+        image = None if name in reasons or name.startswith(".") else index.image_at(layout, f"{folder}/{name}")
+        if image is not None:
+            found.append((image, _reason(f"{folder}/{name}{_REASON}") if name + _REASON in reasons else ""))
+    return sorted(found, key=lambda one: -one[0].stamp.mtime_ns)
+
+
+_REASON: Final = ".reason.json"
+
+
+def _reason(path: str) -> str:
+    try:
+        return str(json.loads(read_regular(Path(path)))["reason"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""
+
+
+def runs_page(request: Request) -> Response:
+    """List the last runs and the last moves."""
+    layout, index, config = _layout(request), index_of(request), request.app.state.config
+    place = JournalPlace(layout.name, layout.root, layout.state_folder(config.state_dir) / JOURNAL_FILE)
+    moves = list[dict[str, Any]]()
+    if place.is_there:
+        with History.open(place.file) as history:
+            moves = [record_facts(place, one) for one in history.moves(Selection(limit=MOVES_SHOWN))]
+    shown = [{**one, "image": index.image_at(layout, str(one["to"]))} for one in moves]
+    return rendered(
+        request,
+        "runs.html",
+        **_common(request, layout, "runs"),
+        runs=Activity(config.state_dir, layout).runs(),
+        moves=[
+            {**one, **{name: os.path.relpath(str(one[name]), layout.root) for name in ("from", "to")}} for one in shown
+        ],
+        back=f"/d/{dataset_key(layout)}/runs",
+    )
+
+
+def references_page(request: Request) -> Response:
+    """Show the references that look misplaced."""
+    layout = _layout(request)
+    groups = _misplaced(index_of(request), layout)
+    return rendered(request, "references.html", **_common(request, layout, "references"), groups=groups)
+
+
+def _misplaced(_index: Index, _layout: Layout) -> list[dict[str, Any]]:
+    """Return the suspect references in groups: ``title`` (words), ``hidden`` (number) and ``members``.
+
+    A member has ``image``, ``label``, ``score``, and, or None, ``other`` (an image) and ``other_label``.
+    """
+    return []
+
+
+def static_file(request: Request) -> Response:
+    """Return the style sheet or the script."""
+    found = static_files().get(request.path_params["name"])
+    if found is None:
+        raise HTTPException(404)
+    body, mark, kind = found
+    headers = {"Cache-Control": "private, max-age=31536000, immutable", "ETag": f'"{mark}"'}
+    return Response(body, media_type=kind, headers=headers)
