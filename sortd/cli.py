@@ -371,7 +371,8 @@ def review(
     from sortd.review import require_review_packages
 
     require_review_packages()
-    from sortd.review.server import create_app, serve
+    from sortd.review.app import create_app
+    from sortd.review.server import serve
 
     serve(create_app, load_config(config), port=port, socket=socket, behind_proxy=proxy)
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -24,6 +25,9 @@ SERIES = {
     "assigned": (Outcome.ASSIGNED,),
 }
 """The series of the plot, from bottom to top, and the outcomes that each of them counts."""
+KINDS = ("mislabelled", "duplicate", "outlier")
+"""The kinds of suspects, in the order of the page."""
+SUSPECTS_SHOWN = 24
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640.0, 190.0, 44.0, 160.0, 10.0
 """Size and margins of the plot, in SVG units."""
 _GAP = 0.2
@@ -154,6 +158,21 @@ class Misplaced:
             if key not in self._work:
                 self._work[key] = state, Background(_suspects_of, self._config, layout)
             return None
+
+
+def suspects_by_kind(index: Index, layout: Layout, found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the suspects that are still there by ``kind``, with ``image`` and, of a duplicate, ``other``."""
+    groups = []
+    for kind in KINDS:
+        members = []
+        for one in found:
+            image = index.image_at(layout, one["source"]) if one["kind"] == kind else None
+            other = None if one["other_source"] is None else index.image_at(layout, one["other_source"])
+            if image is not None and (other is not None or kind != "duplicate"):
+                members.append({**one, "image": image, "other": other})
+        if members:
+            groups.append({"kind": kind, "members": members[:SUSPECTS_SHOWN], "hidden": len(members[SUSPECTS_SHOWN:])})
+    return groups
 
 
 def _suspects_of(config: Config, layout: Layout) -> list[dict[str, Any]]:

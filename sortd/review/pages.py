@@ -27,6 +27,7 @@ from sortd.events import NO_CLASS
 from sortd.files import read_regular
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.review.activity import Activity
+from sortd.review.figures import dataset_figures, suspects_by_kind
 from sortd.review.index import PAGE_SIZE, Batch, Index, ShownImage, dataset_key
 from sortd.review.rendering import error_page, index_of, present, rendered, static_files, translator
 from sortd.store.history import History
@@ -103,7 +104,7 @@ def _number(request: Request, name: str) -> int:
     return int(text) if text.isascii() and text.isdigit() and 0 < len(text) < 8 and int(text) else 1  # noqa: PLR2004
 
 
-def _common(request: Request, layout: Layout, here: str) -> dict[str, Any]:
+def _common(layout: Layout, here: str) -> dict[str, Any]:
     """Return what the head of each page of a dataset shows."""
     return {"dataset": layout.name, "key": dataset_key(layout), "here": here}
 
@@ -172,33 +173,12 @@ def dataset_page(request: Request) -> Response:
     return rendered(
         request,
         "dataset.html",
-        **_common(request, layout, "overview"),
+        **_common(layout, "overview"),
         progress=_progress(request, layout, len(waiting)),
         newest=sorted(waiting, key=lambda image: -(image.arrived_at or 0.0))[:BATCHES_LISTED],
-        figures=_figures(index, layout),
+        figures=dataset_figures(index, layout),
         **_choices(request, layout),
     )
-
-
-def _figures(index: Index, layout: Layout) -> dict[str, Any]:
-    """Return the figures of a dataset.
-
-    ``classes``: for each ``label``, ``references`` (None: not known), ``filed``, ``checked`` and ``right`` (words).
-    ``points``: the plot over time, oldest first: ``text`` (the time), ``right``, ``low`` and ``high`` (shares), and
-    ``judged`` (images). ``notes``: sentences.
-    """
-    journal = layout.state_folder(index.config.state_dir) / JOURNAL_FILE
-    accuracy = {}
-    if journal.is_file():
-        with History.open(journal) as history:
-            accuracy = history.accuracy()
-    classes = []
-    for label in dict.fromkeys([*index.labels(layout), *accuracy]):
-        found = accuracy.get(label)
-        right = "" if found is None or not found.checked else f"{found.right} / {found.checked}"
-        filed, checked = (0, 0) if found is None else (found.filed, found.checked)
-        classes.append({"label": label, "references": None, "filed": filed, "checked": checked, "right": right})
-    return {"classes": classes, "points": [], "notes": []}
 
 
 # ---------------------------------------------------------------- what waits
@@ -210,7 +190,7 @@ def waiting_page(request: Request) -> Response:
     batches = index.batches(layout)
     asked, after = request.query_params.get("batch", ""), request.query_params.get("after", "")
     position = _position(batches, asked, after)
-    common = _common(request, layout, "waiting") | {
+    common = _common(layout, "waiting") | {
         "progress": _progress(request, layout, sum(len(one.images) for one in batches)),
         "is_grouping": index.is_grouping(layout),
         "path": f"/d/{dataset_key(layout)}/waiting",
@@ -286,7 +266,7 @@ def image_page(request: Request) -> Response:
     return rendered(
         request,
         "image.html",
-        **_common(request, layout, "image"),
+        **_common(layout, "image"),
         image=image,
         facts=facts,
         problem=problem,
@@ -328,7 +308,7 @@ def audited_page(request: Request) -> Response:
     return rendered(
         request,
         "audit.html",
-        **_common(request, layout, "audit"),
+        **_common(layout, "audit"),
         groups=[] if sample is None else _sample_groups(index, layout, sample),
         size=size,
         drawn_from=0 if sample is None else sample.unchecked,
@@ -362,7 +342,7 @@ def rejected_page(request: Request) -> Response:
     return rendered(
         request,
         "rejected.html",
-        **_common(request, layout, "rejected"),
+        **_common(layout, "rejected"),
         files=files[:REJECTED_SHOWN],
         hidden=max(0, len(files) - REJECTED_SHOWN),
         back=f"/d/{dataset_key(layout)}/rejected",
@@ -409,7 +389,7 @@ def runs_page(request: Request) -> Response:
     return rendered(
         request,
         "runs.html",
-        **_common(request, layout, "runs"),
+        **_common(layout, "runs"),
         runs=Activity(config.state_dir, layout).runs(),
         moves=[
             {**one, **{name: os.path.relpath(str(one[name]), layout.root) for name in ("from", "to")}} for one in shown
@@ -421,16 +401,9 @@ def runs_page(request: Request) -> Response:
 def references_page(request: Request) -> Response:
     """Show the references that look misplaced."""
     layout = _layout(request)
-    groups = _misplaced(index_of(request), layout)
-    return rendered(request, "references.html", **_common(request, layout, "references"), groups=groups)
-
-
-def _misplaced(_index: Index, _layout: Layout) -> list[dict[str, Any]]:
-    """Return the suspect references in groups: ``title`` (words), ``hidden`` (number) and ``members``.
-
-    A member has ``image``, ``label``, ``score``, and, or None, ``other`` (an image) and ``other_label``.
-    """
-    return []
+    found = request.app.state.misplaced.find(layout)
+    groups = None if found is None else suspects_by_kind(index_of(request), layout, found)
+    return rendered(request, "references.html", **_common(layout, "references"), groups=groups)
 
 
 def static_file(request: Request) -> Response:

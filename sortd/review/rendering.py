@@ -97,7 +97,7 @@ def _effect(request: Request) -> dict[str, Any] | None:
     effects, number = getattr(request.app.state, "effects", None), request.query_params.get("effect", "")
     if effects is None or not (number.isascii() and number.isdigit()) or len(number) > 9:  # noqa: PLR2004
         return None
-    found: dict[str, Any] | None = effects.line(int(number), translator(request))
+    found: dict[str, Any] | None = effects.line(int(number), catalogue(language_of(request)))
     return found
 
 

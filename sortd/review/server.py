@@ -21,7 +21,6 @@ import h11
 import structlog
 import typer
 import uvicorn
-from starlette.applications import Starlette
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -45,12 +44,6 @@ STOP_SECONDS: Final = 2
 
 _HOST = re.compile(r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.IGNORECASE)
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
-
-
-def create_app(config: Config) -> ASGIApp:
-    """Return the pages, without the checks of ``secured``."""
-    del config
-    return Starlette()
 
 
 def serve(

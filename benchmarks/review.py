@@ -1,0 +1,187 @@
+"""Measure the review page: its memory and its speed with 10,000 waiting images, and what a reader costs the daemon.
+
+    python -m benchmarks.review [pages] [filing] [--images 10000] [--rounds 5] [--json]
+
+Everything runs in a temporary folder, with the real programs as processes of their own.
+
+    pages    seconds to the first page and to its first picture, before and after the first request, largest page,
+             resident memory of the process that serves them and of its decoding processes, seconds to the groups
+    filing   seconds in which the daemon files 48 images while nobody reads, and while a person opens a page of pictures
+             every two seconds; the rounds alternate, and the ratio is that of their medians
+"""
+
+import io
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.harness import argument_parser, print_json, resident_mebibytes, write_config
+from tests.daemon_process import COLOURS, DaemonProcess, make_dataset, picture, teach
+from tests.review.world import Client, ReviewProcess
+
+REPOSITORY = Path(__file__).parents[1]
+PICTURE = re.compile(rb'src="(/picture/[0-9a-f]+/160\.jpg)"')
+KINDS = 40  # of strangers
+FILED_AT_ONCE = 48
+READS_EVERY_SECONDS = 2.0
+
+
+def draw_strangers(folder: Path, count: int, seed: int = 0) -> None:
+    """Write JPEGs of 1024 x 768 pixels that resemble no class: a few drawings, each with a comment of its own."""
+    dice = np.random.default_rng(seed)
+    drawings = []
+    for _ in range(KINDS):
+        pattern = dice.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+        drawn = io.BytesIO()
+        Image.fromarray(pattern).resize((1024, 768), Image.Resampling.NEAREST).save(drawn, "JPEG", quality=85)
+        drawings.append(drawn.getvalue())
+    for number in range(count):
+        text, content = f"{seed} {number}".encode(), drawings[number % KINDS]
+        comment = b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text
+        (folder / f"{seed}-{number:05}.jpg").write_bytes(content[:2] + comment + content[2:])
+
+
+def fill_review(folder: Path, images: int) -> Path:
+    """Let sortd, with the encoder of the tests, put so many images into Review/; return the configuration."""
+    dataset = make_dataset(folder / "Data")
+    teach(dataset)
+    draw_strangers(dataset / "Images", images)
+    config = write_config(folder, settle_seconds=0.1)
+    command = [sys.executable, "-m", "tests.fast_sortd", "once", "-c", str(config)]
+    subprocess.run(command, check=True, capture_output=True, cwd=REPOSITORY)
+    return config
+
+
+def children_mebibytes(pid: int) -> float:
+    """Return the resident memory of the children of a process."""
+    named = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    return sum(resident_mebibytes(child) for child in named)
+
+
+def measure_pages(folder: Path, images: int) -> dict[str, Any]:
+    """Open the page of a library with so many waiting images, cold and warm."""
+    config = fill_review(folder, images)
+    waiting = sum(1 for path in (folder / "Data").rglob("Review/**/*.jpg"))
+    figures: dict[str, Any] = {"waiting": waiting}
+    with ReviewProcess(config) as review:
+        client = Client(review)
+        (key,) = re.findall(r"/d/([0-9a-f]+)/", client.get("/").headers["location"])
+        for name in ("cold", "warm"):
+            began = time.perf_counter()
+            page = client.get(f"/d/{key}/waiting")
+            figures[f"{name}_page_seconds"] = round(time.perf_counter() - began, 3)
+            client.get(PICTURE.findall(page.content)[0 if name == "cold" else 1].decode())
+            figures[f"{name}_first_picture_seconds"] = round(time.perf_counter() - began, 3)
+        began, sizes = time.perf_counter(), [len(page.content)]
+        for address in PICTURE.findall(page.content):
+            client.get(address.decode())
+        figures["pictures_of_the_page"] = len(PICTURE.findall(page.content))
+        figures["all_pictures_seconds"] = round(time.perf_counter() - began, 3)
+        while b'data-grouping="yes"' in (page := client.get(f"/d/{key}/waiting")).content:
+            figures["while_grouping_children_mebibytes"] = round(
+                max(figures.get("while_grouping_children_mebibytes", 0), children_mebibytes(review.process.pid))
+            )
+            time.sleep(0.2)
+        figures["groups_seconds"] = round(time.perf_counter() - began, 1)
+        sizes += [len(client.get(f"/d/{key}/waiting?page={number}").content) for number in range(1, 11)]
+        figures["largest_page_kilobytes"] = round(max(sizes) / 1000)
+        figures["peak_mebibytes"] = round(resident_mebibytes(review.process.pid, peak=True))
+        figures["decoders_mebibytes"] = round(children_mebibytes(review.process.pid))
+    return figures
+
+
+@contextmanager
+def reading(review: ReviewProcess, seed: int) -> Iterator[None]:
+    """Open a page and all its pictures every two seconds, as a person does who looks at them."""
+    stop = threading.Event()
+
+    def read() -> None:
+        client, dice = Client(review), random.Random(seed)
+        (key,) = re.findall(r"/d/([0-9a-f]+)/", client.get("/").headers["location"])
+        while not stop.is_set():
+            page = client.get(f"/d/{key}/waiting?page={dice.randint(1, 5)}")
+            for address in PICTURE.findall(page.content):
+                client.get(address.decode())
+            stop.wait(READS_EVERY_SECONDS)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def measure_filing(folder: Path, rounds: int) -> dict[str, Any]:
+    """Time the daemon, with the packaged model, alone and beside a person who reads."""
+    dataset = make_dataset(folder / "Data")
+    teach(dataset)
+    draw_strangers(dataset / "Images", 300)
+    config = write_config(folder, model="packaged", settle_seconds=0.5)
+    seconds: dict[str, list[float]] = {"alone": [], "beside": []}
+    with DaemonProcess(config, program="sortd") as daemon, ReviewProcess(config) as review:
+        daemon.wait_for("daemon.ready")
+        daemon.wait_until(lambda: not any((dataset / "Images").iterdir()), "the images are moved")
+        for number in range(2 * rounds):
+            name = ("alone", "beside")[number % 2]
+            if name == "alone":
+                seconds[name].append(_filed_in(daemon, dataset, number))
+            else:
+                with reading(review, number):
+                    seconds[name].append(_filed_in(daemon, dataset, number))
+        daemon.stop()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "images": FILED_AT_ONCE,
+        **{f"{name}_seconds": [round(value, 2) for value in values] for name, values in seconds.items()},
+        "ratio": round(medians["beside"] / medians["alone"], 3),
+    }
+
+
+def _filed_in(daemon: DaemonProcess, dataset: Path, number: int) -> float:
+    """Return the seconds until so many new images have left Images/."""
+    colours = sorted(COLOURS)
+    for at in range(FILED_AT_ONCE):
+        seed = 10_000 * number + at
+        picture(colours[at % len(colours)], seed, (1024, 768)).save(dataset / "Images" / f"{seed}.jpg")
+    began = time.perf_counter()
+    daemon.wait_until(lambda: not any((dataset / "Images").iterdir()), "the images are moved")
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Measure what is named, or everything."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("what", nargs="*", choices=["pages", "filing", []], default=[])
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    figures = {}
+    for name in given.what or ["pages", "filing"]:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            figures[name] = (
+                measure_pages(place, given.images) if name == "pages" else measure_filing(place, given.rounds)
+            )
+    if given.json:
+        print_json(figures, n=given.rounds)
+    else:
+        print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

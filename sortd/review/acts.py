@@ -1,0 +1,288 @@
+"""What a person does on the pages: POST handlers, each of which sends a request to the running sortd.
+
+A form names images by their ids, so that an image that changed since it was shown is refused and nothing of it moves.
+Sending a form twice does nothing more: its images are no longer where they were.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse
+from starlette.routing import Route
+
+from sortd.commands.assign import assign_to_class, newest_assigned
+from sortd.commands.audit import answer_sample_by_ids, draw_sample, open_sample
+from sortd.commands.console import printable
+from sortd.commands.moves import undo_records_of
+from sortd.commands.rejected import retry_rejected
+from sortd.daemon.assign import image_facts
+from sortd.errors import DataError, SortdError
+from sortd.events import NO_CLASS
+from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.review.effects import Act, Effects, generation_of
+from sortd.review.index import Index, ShownImage, dataset_key
+from sortd.review.rendering import CLASS_MARK, class_key
+from sortd.store.history import History
+from sortd.store.records import Selection
+
+NONE_ACTIONS = {"none": False, "example": True}
+"""The buttons for images of no class, and whether they become examples of that."""
+LONGEST_BACK = 2000
+
+
+async def assign(request: Request) -> RedirectResponse:
+    """File the images of a form into a class, or set them apart as none of the classes."""
+    index, layout, form = await _begin(request)
+    images, refused = _found(index, form.getlist("image"), Area.REVIEW, layout)
+    return await _assigned(request, layout, form, images, refused, kind="assigned")
+
+
+async def correct(request: Request) -> RedirectResponse:
+    """File images of Dataset/ into another class."""
+    index, layout, form = await _begin(request)
+    images, refused = _found(index, form.getlist("image"), Area.DATASET, layout)
+    return await _assigned(request, layout, form, images, refused, kind="corrected")
+
+
+async def _assigned(
+    request: Request, layout: Layout, form: FormData, images: list[ShownImage], refused: list[str], *, kind: str
+) -> RedirectResponse:
+    index = _index(request)
+    action = _text(form, "action")
+    is_none = action in NONE_ACTIONS
+    label = NO_CLASS if is_none else _label(index, layout, _text(form, "label"))
+    act = _added(request, layout, "none" if is_none else kind, label=label, refused=refused)
+    if images:
+        await _carried_out(
+            act,
+            lambda: assign_to_class(
+                index.config,
+                layout,
+                label,
+                [image_facts(one.path, one.stamp) for one in images],
+                is_example=NONE_ACTIONS.get(action, False),
+            ),
+            "assigned",
+        )
+        await run_in_threadpool(index.waiting, layout, now=True)
+    return _back(form, act)
+
+
+async def undo(request: Request) -> RedirectResponse:
+    """Take back the newest act of this person in a dataset, else the newest assignment in the journal."""
+    form = await request.form()
+    index, effects = _index(request), _effects(request)
+    layout = await run_in_threadpool(index.dataset, _text(form, "dataset"))
+    newest = effects.newest(dataset_key(layout), _session(request))
+    if newest is None:
+        others = effects.ids_of_others(_session(request))
+        ids = await run_in_threadpool(_newest_assigned, index, layout, others)
+        return _back(form, await _undone(request, layout, ids))
+    newest.is_undone = True  # before the request, so that a second one takes the act before
+    act = await _undone(request, layout, newest.ids)
+    newest.is_undone = act.moved > 0
+    return _back(form, act)
+
+
+async def undo_consequences(request: Request) -> RedirectResponse:
+    """Take back what sortd filed because of an act."""
+    form = await request.form()
+    index, effects = _index(request), _effects(request)
+    act = effects.get(_number(form, "number"))
+    if act is None:
+        raise HTTPException(404, "this act is not known any more")
+    layout = await run_in_threadpool(index.dataset, act.dataset)
+    return _back(form, await _undone(request, layout, await run_in_threadpool(effects.consequences, act)))
+
+
+async def undo_run(request: Request) -> RedirectResponse:
+    """Take back all moves of one run of sortd."""
+    index, layout, form = await _begin(request)
+    ids = await run_in_threadpool(_of_run, index, layout, _text(form, "run"))
+    return _back(form, await _undone(request, layout, ids))
+
+
+async def _undone(request: Request, layout: Layout, ids: Sequence[int]) -> Act:
+    index = _index(request)
+    act = _added(request, layout, "undone")
+    if ids:
+        await _carried_out(act, lambda: undo_records_of(index.config, layout, ids), "undone")
+        act.ids = []
+        await run_in_threadpool(index.waiting, layout, now=True)
+    return act
+
+
+async def retry(request: Request) -> RedirectResponse:
+    """Try rejected images again."""
+    index, layout, form = await _begin(request)
+    images, refused = _found(index, form.getlist("image"), Area.REJECTED, layout)
+    act = _added(request, layout, "retried", refused=refused)
+    if images:
+        await _carried_out(act, lambda: retry_rejected(index.config, layout, [one.path for one in images]), "retried")
+        act.ids = []
+    return _back(form, act)
+
+
+async def draw(request: Request) -> RedirectResponse:
+    """Draw a random sample of filed images to look at."""
+    index, layout, form = await _begin(request)
+    act = _added(request, layout, "audited")
+    try:
+        await run_in_threadpool(draw_sample, index.config, layout, None)
+    except SortdError as error:
+        act.refused.append(printable(str(error)))
+    return _back(form, act)
+
+
+async def answer_audit(request: Request) -> RedirectResponse:
+    """Record which images of the open sample are in a wrong class; the form names all that were shown."""
+    index, layout, form = await _begin(request)
+    act = _added(request, layout, "audited")
+    shown, wrong = ({one for one in form.getlist(name) if isinstance(one, str)} for name in ("shown", "wrong"))
+    try:
+        told = await run_in_threadpool(_answered, index, layout, shown, wrong & shown)
+        act.words = f"{told['sample']['right']} / {told['sample']['judged']}; {told['all']['words']}"
+    except SortdError as error:
+        act.refused.append(printable(str(error)))
+    return _back(form, act)
+
+
+def _answered(index: Index, layout: Layout, shown: set[str], wrong: set[str]) -> dict[str, Any]:
+    """Answer the open sample; raise DataError if another one was shown."""
+    sample = open_sample(layout.state_folder(index.config.state_dir))
+    images = [(one, index.image_at(layout, one["path"])) for one in (() if sample is None else sample.images)]
+    if {image.id for _, image in images if image is not None} != shown:
+        raise DataError("the sample changed since it was shown, or was answered: look again")
+    return answer_sample_by_ids(
+        index.config, layout, [one["id"] for one, image in images if image is not None and image.id in wrong]
+    )
+
+
+routes = [
+    Route("/undo", undo, methods=["POST"]),
+    Route("/undo-consequences", undo_consequences, methods=["POST"]),
+    *(
+        Route(f"/d/{{key}}/{name}", handler, methods=["POST"])
+        for name, handler in {
+            "assign": assign,
+            "correct": correct,
+            "undo-run": undo_run,
+            "retry": retry,
+            "draw": draw,
+            "audit": answer_audit,
+        }.items()
+    ),
+]
+
+
+# ---------------------------------------------------------------- their parts
+
+
+def _index(request: Request) -> Index:
+    found: Index = request.app.state.index
+    return found
+
+
+def _effects(request: Request) -> Effects:
+    found: Effects = request.app.state.effects
+    return found
+
+
+def _session(request: Request) -> str:
+    """Return what tells the people at this server apart: the token of the forms of a session."""
+    token: str = request.state.form_token
+    return token
+
+
+def _added(request: Request, layout: Layout, kind: str, **facts: Any) -> Act:  # noqa: ANN401 - of Act
+    """Note an act of this person."""
+    generation = generation_of(_index(request).config, layout)
+    return _effects(request).add(dataset_key(layout), _session(request), kind, generation=generation, **facts)
+
+
+async def _begin(request: Request) -> tuple[Index, Layout, FormData]:
+    index = _index(request)
+    return index, await run_in_threadpool(index.dataset, request.path_params["key"]), await request.form()
+
+
+def _text(form: FormData, name: str) -> str:
+    value = form.get(name, "")
+    return value if isinstance(value, str) else ""
+
+
+def _number(form: FormData, name: str) -> int:
+    text = _text(form, name)
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else 0  # noqa: PLR2004 - 64 bits
+
+
+def _label(index: Index, layout: Layout, text: str) -> str:
+    """Return the class that a form names: an existing one by its key, or the text."""
+    if text.startswith(CLASS_MARK):
+        known = {class_key(label): label for label in index.labels(layout)}
+        if text.removeprefix(CLASS_MARK) not in known:
+            raise HTTPException(400, "this class does not exist any more; look again")
+        return known[text.removeprefix(CLASS_MARK)]
+    return text.strip()
+
+
+def _found(index: Index, ids: Iterable[object], area: Area, layout: Layout) -> tuple[list[ShownImage], list[str]]:
+    """Return the images of a form that are as they were shown, and a message for the others."""
+    found, changed = list[ShownImage](), 0
+    folder = f"{layout.root}{os.sep}{area}{os.sep}"
+    for one in dict.fromkeys(one for one in ids if isinstance(one, str)):
+        image = index.find(one)
+        if image is None or not image.path.startswith(folder):
+            changed += 1
+        else:
+            found.append(image)
+    return found, [f"{changed} changed or were moved since they were shown: look again"] if changed else []
+
+
+async def _carried_out(act: Act, work: Callable[[], Mapping[str, Any]], key: str) -> None:
+    """Carry out the request of an act and note its results, or why it failed."""
+    try:
+        reply = await run_in_threadpool(work)
+    except SortdError as error:
+        act.refused.append(printable(str(error)))
+        return
+    for one in reply[key]:
+        where = one.get("destination", one.get("restored"))
+        if where is None:
+            act.refused.append(printable(str(one["message"])))
+        else:
+            act.moved += 1
+            if one.get("id") is not None:
+                act.ids.append(one["id"])
+    act.later = reply.get("later", 0)
+
+
+def _back(form: FormData, act: Act) -> RedirectResponse:
+    """Return to the page of the form, which shows the effect; only addresses of this server count."""
+    given = _text(form, "back")[:LONGEST_BACK]
+    if not given.startswith("/") or given.startswith(("//", "/\\")) or not given.isprintable():
+        given = f"/d/{act.dataset}/"
+    parts = urlsplit(given)
+    query = [(name, value) for name, value in parse_qsl(parts.query) if name != "effect"]
+    return RedirectResponse(
+        urlunsplit(("", "", parts.path, urlencode([*query, ("effect", str(act.number))]), "")), status_code=303
+    )
+
+
+def _newest_assigned(index: Index, layout: Layout, others: frozenset[int]) -> list[int]:
+    """Return the newest move that a person asked for, that was not undone and is not among ``others``, as a list."""
+    newest = newest_assigned(index.config, layout, len(others) + 1)
+    return [found for one in newest if (found := int(str(one["id"]))) not in others][:1]
+
+
+def _of_run(index: Index, layout: Layout, run: str) -> list[int]:
+    journal = layout.state_folder(index.config.state_dir) / JOURNAL_FILE
+    if not journal.is_file():
+        return []
+    with History.open(journal) as history:
+        return [one.id for one in history.moves(Selection(run=run, undoable=True))]

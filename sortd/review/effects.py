@@ -1,0 +1,188 @@
+"""Effects: what the acts of people did, in words, and which of them can be taken back."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from gettext import NullTranslations
+from time import time
+from typing import Any
+
+from sortd.commands.console import printable
+from sortd.config import Config
+from sortd.errors import SortdError
+from sortd.events import Outcome
+from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.review.index import Index
+from sortd.service import read_status
+from sortd.store.history import History
+from sortd.store.records import Selection
+
+MOST_ACTS = 1000
+"""Acts whose effects are remembered; older ones can be undone from the journal."""
+REFUSED_SHOWN = 5
+MOST_FILED = 5000
+"""Images filed because of an act that are counted."""
+
+
+@dataclass(slots=True)
+class Act:
+    """One form that a person sent, and what came of it."""
+
+    number: int
+    dataset: str  # its key
+    session: str  # of the person
+    kind: str  # assigned, none, corrected, undone, retried, audited or refused
+    label: str | None = None
+    moved: int = 0
+    later: int = 0  # images still to be copied to another file system
+    ids: list[int] = field(default_factory=list)  # of the moves in the journal
+    refused: list[str] = field(default_factory=list)
+    words: str = ""  # what the answers of an audit prove
+    generation: int | None = None  # of the prototypes before; None: no sortd runs
+    at: float = field(default_factory=time)
+    is_undone: bool = False
+
+
+class Effects:
+    """The acts of the people at this server, newest last; may be used from several threads."""
+
+    def __init__(self, index: Index) -> None:
+        """Remember nothing yet."""
+        self._index, self._lock = index, threading.Lock()
+        self._acts: OrderedDict[int, Act] = OrderedDict()
+        self._last = 0
+
+    def add(self, dataset: str, session: str, kind: str, **facts: Any) -> Act:  # noqa: ANN401 - of Act
+        """Note an act and return it."""
+        with self._lock:
+            self._last += 1
+            act = self._acts[self._last] = Act(self._last, dataset, session, kind, **facts)
+            while len(self._acts) > MOST_ACTS:
+                self._acts.popitem(last=False)
+            return act
+
+    def get(self, number: int) -> Act | None:
+        """Return an act by its number."""
+        with self._lock:
+            return self._acts.get(number)
+
+    def newest(self, dataset: str, session: str) -> Act | None:
+        """Return the newest act of a person that moved images of a dataset and was not undone."""
+        with self._lock:
+            mine = [one for one in self._acts.values() if (one.dataset, one.session) == (dataset, session)]
+            return next((act for act in reversed(mine) if act.ids and not act.is_undone), None)
+
+    def ids_of_others(self, session: str) -> frozenset[int]:
+        """Return the moves of everybody else."""
+        with self._lock:
+            return frozenset(one for act in self._acts.values() if act.session != session for one in act.ids)
+
+    def line(self, number: int, translations: NullTranslations) -> dict[str, Any] | None:
+        """Return what an act did, for a person.
+
+        ``text``, ``tone`` (good, doubt or bad), ``refused``: messages, ``undo``: whether it can be taken back, and
+        ``consequences``: the number of waiting images that were filed because of it, or None.
+        """
+        act = self.get(number)
+        if act is None:
+            return None
+        ids = self.consequences(act)
+        told = [_done(act, translations)]
+        if act.kind in _REFERENCES and act.moved and not act.is_undone:
+            told.append(self._effect(act, ids, translations))
+        tone = "bad" if act.refused and not act.moved else "doubt" if act.refused else "good"
+        refused = act.refused[:REFUSED_SHOWN]
+        if len(act.refused) > len(refused):
+            hidden = len(act.refused) - len(refused)
+            refused.append(translations.ngettext("%(num)d more", "%(num)d more", hidden) % {"num": hidden})
+        undo = bool(act.ids) and not act.is_undone
+        return {
+            "number": number,
+            "text": " ".join(text for text in told if text),
+            "tone": tone,
+            "refused": refused,
+            "undo": undo,
+            "consequences": len(ids) if ids else None,
+        }
+
+    def consequences(self, act: Act) -> list[int]:
+        """Return the moves by which sortd filed waiting images after an act, since it has more references then."""
+        if act.kind not in _REFERENCES or not act.moved:
+            return []
+        journal = self._index.dataset(act.dataset).state_folder(self._index.config.state_dir) / JOURNAL_FILE
+        with History.open(journal) as history:
+            filed = history.moves(Selection(outcome=Outcome.FILED, since=act.at, undoable=True, limit=MOST_FILED))
+        return [one.id for one in filed if one.move.source.startswith(f"{Area.REVIEW}/")]
+
+    def _effect(self, act: Act, filed: Sequence[int], translations: NullTranslations) -> str:
+        now = generation_of(self._index.config, self._index.dataset(act.dataset))
+        answers = translations.ngettext("Your %(num)d answer", "Your %(num)d answers", act.moved) % {"num": act.moved}
+        if filed:
+            made = translations.ngettext(
+                "%(answers)s made %(num)d waiting image sure: it was filed.",
+                "%(answers)s made %(num)d waiting images sure: they were filed.",
+                len(filed),
+            )
+            return made % {"answers": answers, "num": len(filed)}
+        if now is None:
+            return translations.gettext("sortd does not run: it will use them when it runs again.")
+        if act.generation == now:
+            return translations.gettext("sortd rebuilds its prototypes with them …")
+        return translations.gettext("%(answers)s made no other waiting image sure yet.") % {"answers": answers}
+
+
+_REFERENCES = frozenset({"assigned", "corrected", "none"})
+"""The kinds of acts by which sortd gets references."""
+
+
+def _done(act: Act, translations: NullTranslations) -> str:
+    """Return what an act moved, in words."""
+    many, label = {"num": act.moved}, printable(act.label or "")
+    match act.kind:
+        case _ if act.is_undone:
+            text = translations.ngettext("Taken back: %(num)d image.", "Taken back: %(num)d images.", act.moved) % many
+        case _ if not act.moved and act.kind != "audited":
+            text = translations.gettext("Nothing was moved.")
+        case "assigned" | "corrected":
+            text = translations.ngettext(
+                "%(num)d image filed into %(label)s.", "%(num)d images filed into %(label)s.", act.moved
+            ) % {**many, "label": label}
+        case "none":
+            text = (
+                translations.ngettext(
+                    "%(num)d image set apart as none of the classes.",
+                    "%(num)d images set apart as none of the classes.",
+                    act.moved,
+                )
+                % many
+            )
+        case "undone":
+            text = translations.ngettext("%(num)d image is back.", "%(num)d images are back.", act.moved) % many
+        case "retried":
+            text = (
+                translations.ngettext("%(num)d image is tried again.", "%(num)d images are tried again.", act.moved)
+                % many
+            )
+        case _:
+            text = act.words
+    if act.later:
+        copied = translations.ngettext(
+            "%(num)d image is still being copied to another disk.",
+            "%(num)d images are still being copied to another disk.",
+            act.later,
+        )
+        text = f"{text} {copied % {'num': act.later}}"
+    return text
+
+
+def generation_of(config: Config, layout: Layout) -> int | None:
+    """Return the generation of the prototypes that the running sortd uses; None if none runs."""
+    try:
+        status = read_status(config.state_dir)
+    except SortdError:
+        return None
+    if status is None or not status["alive"]:
+        return None
+    found = status.get("datasets", {}).get(layout.name, {}).get("generation")
+    return found if isinstance(found, int) else None

@@ -1,0 +1,78 @@
+"""Server-sent events: what changes on a page while it is open, as texts by name."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime
+from functools import partial
+from gettext import NullTranslations
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+
+from sortd.commands.assign import given_since
+from sortd.errors import SortdError
+from sortd.layout import Layout
+from sortd.review.effects import Effects, generation_of
+from sortd.review.i18n import catalogue, chosen_language
+from sortd.review.index import Index
+
+EVERY_SECONDS = 1.0
+PING_EVERY = 15
+"""Turns without a change after which a comment is sent, so that a connection that is gone is noticed."""
+
+
+def answers_today(index: Index, layout: Layout) -> int:
+    """Return to how many images a person gave a class since midnight, local time."""
+    midnight = datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0)
+    return sum(given_since(index.config, layout, midnight.timestamp()).values())
+
+
+def live_texts(
+    index: Index, effects: Effects, layout: Layout, number: int, translations: NullTranslations
+) -> dict[str, str]:
+    """Return the texts of a page that change: ``waiting``, ``today``, ``state`` and ``effect``."""
+    waiting, today = len(index.waiting(layout)), answers_today(index, layout)
+    line = effects.line(number, translations)
+    is_running = generation_of(index.config, layout) is not None
+    gettext, ngettext = translations.gettext, translations.ngettext
+    return {
+        "waiting": ngettext("%(num)d image waits", "%(num)d images wait", waiting) % {"num": waiting},
+        "today": ngettext("%(num)d filed by you today", "%(num)d filed by you today", today) % {"num": today},
+        "state": gettext("sortd runs") if is_running else gettext("sortd does not run"),
+        "effect": "" if line is None else line["text"],
+    }
+
+
+async def events(request: Request) -> StreamingResponse:
+    """Send the changed texts of a page once a second, until it is closed."""
+    state = request.app.state
+    layout = await run_in_threadpool(state.index.dataset, request.path_params["key"])
+    number = request.query_params.get("effect", "")
+    translations = catalogue(chosen_language(request.headers.get("accept-language", "")))
+    known = int(number) if number.isascii() and number.isdigit() else 0
+    texts = partial(live_texts, state.index, state.effects, layout, known, translations)
+    return StreamingResponse(_stream(request, texts), media_type="text/event-stream")
+
+
+async def _stream(request: Request, current: Callable[[], dict[str, str]]) -> AsyncIterator[str]:
+    last: dict[str, str] = {}
+    silent = 0
+    while not await request.is_disconnected():
+        try:
+            texts = await run_in_threadpool(current)
+        except SortdError:
+            texts = last  # a disk that is away: the page itself says so when it is loaded
+        silent += 1
+        if changed := {name: text for name, text in texts.items() if last.get(name) != text}:
+            yield f"data: {json.dumps(changed)}\n\n"
+            last, silent = texts, 0
+        elif silent >= PING_EVERY:
+            yield ":\n\n"
+            silent = 0
+        await asyncio.sleep(EVERY_SECONDS)
+
+
+routes = [Route("/d/{key}/events", events)]
