@@ -206,8 +206,9 @@ def secured(app: ASGIApp, access: Access) -> ASGIApp:
     """Return an application that passes to ``app`` only the requests that it may see."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await app(scope, receive, send)
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":  # and no WebSocket, which no page opens
+                await app(scope, receive, send)
             return
         answer, incoming = _Answer(send), _Incoming(receive)
         try:
@@ -315,8 +316,6 @@ def _shown_path(scope: Scope) -> str:
 
 async def _admit(scope: Scope, receive: Receive, answer: _Answer, access: Access) -> Receive | None:
     """Return from what the application receives the request; None if it is answered. Raises RefusedRequest."""
-    if scope["type"] != "http":
-        raise RefusedRequest(_BAD, "kind")
     _check_form(scope)
     host = _host(scope, access)
     if str(scope["path"]).startswith(ENTRY):
