@@ -70,12 +70,13 @@ def test_systemd_has_nothing_to_say_about_the_users_unit(tmp_path: Path) -> None
 @needs_systemd
 @pytest.mark.parametrize("manager", ["--system", "--user"])
 def test_systemd_has_nothing_to_say_about_the_units_of_the_review_page(tmp_path: Path, manager: str) -> None:
-    """The same for the service of the page; it names its socket, which must be beside it."""
+    """The same for the service of the page and its socket, each of which names the other."""
     folder, program = (
         (UNITS, "/opt/sortd/.venv/bin/sortd") if manager == "--system" else (UNITS / "user", "%h/.local/bin/sortd")
     )
-    assert verify(folder / "sortd-review.socket", program, manager, runtime=tmp_path) == ""
+    shutil.copy(folder / "sortd-review.socket", tmp_path)
     assert verify(folder / "sortd-review.service", program, manager, runtime=tmp_path) == ""
+    assert verify(folder / "sortd-review.socket", program, manager, runtime=tmp_path) == ""
 
 
 @needs_systemd

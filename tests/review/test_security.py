@@ -1,10 +1,12 @@
 """What reaches the pages, and what does not: over real connections, byte by byte."""
 
 import html
+import os
 import re
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog.testing
@@ -20,7 +22,7 @@ from sortd.review.security import (
 )
 from sortd.review.server import LimitedProtocol
 from tests.daemon_process import PATIENCE_SECONDS
-from tests.review.served import FORM, Reply, Served, parsed, received_from, serving
+from tests.review.served import FORM, Reply, Served, nothing_changes, parsed, received_from, serving
 
 POLICY = {
     "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
@@ -152,6 +154,23 @@ def test_secured_page_of_an_error_escapes_markup() -> None:
     page = error_page(404, "<script>&").decode()
     assert "<script>" not in page
     assert html.escape("<script>&") in page
+
+
+def test_nothing_changes_sees_each_kind_of_change(tmp_path: Path) -> None:
+    """What other tests use to show that no GET changes anything can fail."""
+    file = tmp_path / "file"
+    file.write_text("a")
+    with nothing_changes(tmp_path):
+        assert file.read_text() == "a"
+    at = file.stat().st_mtime_ns
+
+    def rewrite() -> None:
+        file.write_text("b")
+        os.utime(file, ns=(at, at))
+
+    for change in (rewrite, (tmp_path / "new").touch, lambda: file.chmod(0o600), file.unlink):
+        with pytest.raises(AssertionError), nothing_changes(tmp_path):
+            change()
 
 
 # ---------------------------------------------------------------- hosts
