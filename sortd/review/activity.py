@@ -1,14 +1,12 @@
-"""What the journal of a dataset says for the pages: the answers of today, the classes last used, and the last runs."""
+"""What the journal of a dataset says for the pages: the classes last used, the last runs, and what audits found."""
 
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sortd.events import Outcome
 from sortd.layout import JOURNAL_FILE, Layout
 from sortd.store.history import open_for_reading, translated
 from sortd.store.records import label_from
@@ -19,8 +17,6 @@ NEWEST_MOVES = 20_000
 NEWEST_ANSWERS = 500
 """The answers in which the classes last used are looked for."""
 
-_TODAY = """SELECT outcome, count(*) AS number FROM moves
-WHERE ended_at >= ? AND +progress = 'done' AND undone_by IS NULL GROUP BY outcome"""
 _LABELS = """SELECT label, max(id) AS newest FROM (
     SELECT label, id FROM moves WHERE progress = 'done' AND outcome = 'assigned' ORDER BY id DESC LIMIT ?
 ) WHERE label IS NOT NULL GROUP BY label ORDER BY newest DESC"""
@@ -48,11 +44,6 @@ class Activity:
     def __init__(self, state: Path, layout: Layout) -> None:
         """Name the journal, which need not exist; it is then as if empty."""
         self._file = layout.state_folder(state) / JOURNAL_FILE
-
-    def answered_today(self, now: datetime, outcomes: frozenset[str] = frozenset({Outcome.ASSIGNED})) -> int:
-        """Return how many images a person gave an answer since midnight, without those taken back."""
-        midnight = now.replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
-        return sum(row["number"] for row in self._rows(_TODAY, midnight) if row["outcome"] in outcomes)
 
     def recent_labels(self) -> list[str]:
         """Return the classes to which a person last assigned images, the last one first."""

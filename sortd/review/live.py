@@ -40,7 +40,7 @@ def live_texts(
     gettext, ngettext = translations.gettext, translations.ngettext
     return {
         "waiting": ngettext("%(num)d image waits", "%(num)d images wait", waiting) % {"num": waiting},
-        "today": ngettext("%(num)d filed by you today", "%(num)d filed by you today", today) % {"num": today},
+        "today": gettext("%(num)d of %(all)d answered today") % {"num": today, "all": today + waiting},
         "state": gettext("sortd runs") if is_running else gettext("sortd does not run"),
         **({} if line is None else {"effect": line["text"]}),
     }

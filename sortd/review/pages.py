@@ -3,13 +3,12 @@
 The state of a page is in its address. Forms contain ids of images, never paths; ``acts.py`` answers them.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
@@ -22,14 +21,22 @@ from sortd.commands.audit import AuditSample, open_sample
 from sortd.commands.console import printable
 from sortd.commands.explain import explain_image
 from sortd.commands.moves import JournalPlace, record_facts
+from sortd.commands.rejected import rejected_images
 from sortd.errors import DataError, ImageError, JournalError, SortdError
 from sortd.events import NO_CLASS
-from sortd.files import read_regular
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.review.activity import Activity
 from sortd.review.figures import dataset_figures, suspects_by_kind
 from sortd.review.index import PAGE_SIZE, Batch, Index, ShownImage, dataset_key
-from sortd.review.rendering import error_page, index_of, present, rendered, static_files, translator
+from sortd.review.live import answers_today, live_texts
+from sortd.review.rendering import (
+    effect_number,
+    index_of,
+    problem_page,
+    rendered,
+    static_files,
+    translations_of,
+)
 from sortd.store.history import History
 from sortd.store.records import Selection
 
@@ -70,22 +77,23 @@ def error_handlers() -> Mapping[Any, Callable[[Request, Exception], Response]]:
 
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    say = translator(request)
+    say = translations_of(request).gettext
     texts = {
         404: say("There is no such page. A file that changed or was moved has another address: look again."),
         405: say("This address does not answer that."),
     }
-    page = error_page(request, error.status_code, texts.get(error.status_code, printable(error.detail)))
+    page = problem_page(request, error.status_code, texts.get(error.status_code, printable(error.detail)))
     page.headers.update(error.headers or {})
     return page
 
 
 def _own_error(request: Request, error: Exception) -> Response:
-    return error_page(request, 503, printable(str(error)))
+    return problem_page(request, 503, printable(str(error)))
 
 
 def _failure(request: Request, _: Exception) -> Response:
-    return error_page(request, 500, translator(request)("sortd review failed; its log says why."))
+    say = translations_of(request).gettext
+    return problem_page(request, 500, say("sortd review failed; its log says why."))
 
 
 # ---------------------------------------------------------------- parts
@@ -109,9 +117,12 @@ def _common(layout: Layout, here: str) -> dict[str, Any]:
     return {"dataset": layout.name, "key": dataset_key(layout), "here": here}
 
 
-def _progress(request: Request, layout: Layout, waiting: int) -> dict[str, int]:
-    looked = Activity(request.app.state.config.state_dir, layout).answered_today(present())
-    return {"looked": looked, "waiting": waiting, "all": looked + waiting}
+def _progress(request: Request, layout: Layout, waiting: int) -> dict[str, Any]:
+    """Return the progress of a dataset, and the texts that are kept up to date while a page is open."""
+    index, effects = index_of(request), request.app.state.effects
+    answered = answers_today(index, layout)
+    texts = live_texts(index, effects, layout, effect_number(request), translations_of(request))
+    return {"progress": {"answered": answered, "waiting": waiting, "all": answered + waiting}, "texts": texts}
 
 
 def _choices(request: Request, layout: Layout) -> dict[str, Any]:
@@ -174,7 +185,7 @@ def dataset_page(request: Request) -> Response:
         request,
         "dataset.html",
         **_common(layout, "overview"),
-        progress=_progress(request, layout, len(waiting)),
+        **_progress(request, layout, len(waiting)),
         newest=sorted(waiting, key=lambda image: -(image.arrived_at or 0.0))[:BATCHES_LISTED],
         figures=dataset_figures(index, layout),
         **_choices(request, layout),
@@ -190,8 +201,9 @@ def waiting_page(request: Request) -> Response:
     batches = index.batches(layout)
     asked, after = request.query_params.get("batch", ""), request.query_params.get("after", "")
     position = _position(batches, asked, after)
-    common = _common(layout, "waiting") | {
-        "progress": _progress(request, layout, sum(len(one.images) for one in batches)),
+    common = {
+        **_common(layout, "waiting"),
+        **_progress(request, layout, sum(len(one.images) for one in batches)),
         "is_grouping": index.is_grouping(layout),
         "path": f"/d/{dataset_key(layout)}/waiting",
     }
@@ -338,43 +350,19 @@ def _sample_groups(index: Index, layout: Layout, sample: AuditSample) -> list[tu
 def rejected_page(request: Request) -> Response:
     """List the rejected files with their reasons."""
     layout = _layout(request)
-    files = _rejected(index_of(request), layout)
+    index, found = index_of(request), list[tuple[ShownImage, str]]()
+    files = rejected_images(request.app.state.config, layout)
+    for one in files[:REJECTED_SHOWN]:
+        image = index.image_at(layout, one["path"])
+        found += [] if image is None else [(image, one["reason"])]
     return rendered(
         request,
         "rejected.html",
         **_common(layout, "rejected"),
-        files=files[:REJECTED_SHOWN],
+        files=found,
         hidden=max(0, len(files) - REJECTED_SHOWN),
         back=f"/d/{dataset_key(layout)}/rejected",
     )
-
-
-def _rejected(index: Index, layout: Layout) -> list[tuple[ShownImage, str]]:
-    """Return the rejected files, newest first, with the reason of each."""
-    folder = os.fspath(layout.area(Area.REJECTED))
-    try:
-        names = sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
-    reasons = {name for name in names if name.endswith(_REASON)}
-    found = []
-    for name in names:
-        image = None if name in reasons or name.startswith(".") else index.image_at(layout, f"{folder}/{name}")
-        if image is not None:
-            found.append((image, _reason(f"{folder}/{name}{_REASON}") if name + _REASON in reasons else ""))
-    return sorted(found, key=lambda one: -one[0].stamp.mtime_ns)
-
-
-_REASON: Final = ".reason.json"
-
-
-def _reason(path: str) -> str:
-    try:
-        return str(json.loads(read_regular(Path(path)))["reason"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return ""
 
 
 def runs_page(request: Request) -> Response:
@@ -385,15 +373,21 @@ def runs_page(request: Request) -> Response:
     if place.is_there:
         with History.open(place.file) as history:
             moves = [record_facts(place, one) for one in history.moves(Selection(limit=MOVES_SHOWN))]
-    shown = [{**one, "image": index.image_at(layout, str(one["to"]))} for one in moves]
+    shown = [
+        {
+            **one,
+            "image": index.image_at(layout, str(one["to"])),
+            "from": os.path.relpath(str(one["from"]), layout.root),
+            "to": os.path.relpath(str(one["to"]), layout.root),
+        }
+        for one in moves
+    ]
     return rendered(
         request,
         "runs.html",
         **_common(layout, "runs"),
         runs=Activity(config.state_dir, layout).runs(),
-        moves=[
-            {**one, **{name: os.path.relpath(str(one[name]), layout.root) for name in ("from", "to")}} for one in shown
-        ],
+        moves=shown,
         back=f"/d/{dataset_key(layout)}/runs",
     )
 

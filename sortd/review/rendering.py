@@ -3,8 +3,9 @@
 import hashlib
 import os
 from collections.abc import Callable
-from datetime import datetime
+from contextlib import suppress
 from functools import cache
+from gettext import NullTranslations
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -19,6 +20,7 @@ from sortd.classify.explain import REASONS
 from sortd.classify.prompts import written_name
 from sortd.classify.types import PROBABILISTIC
 from sortd.commands.console import format_time, printable
+from sortd.errors import SortdError
 from sortd.review.i18n import catalogue, chosen_language, translatable
 from sortd.review.index import Index, ShownImage
 
@@ -66,9 +68,9 @@ def language_of(request: Request) -> str:
     return chosen_language(request.headers.get("accept-language", ""))
 
 
-def translator(request: Request) -> Callable[[str], str]:
-    """Return the function that translates a text into the language of a request."""
-    return catalogue(language_of(request)).gettext
+def translations_of(request: Request) -> NullTranslations:
+    """Return the translations into the language of a request."""
+    return catalogue(language_of(request))
 
 
 def rendered(request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:  # noqa: ANN401
@@ -82,22 +84,29 @@ def rendered(request: Request, template: str, *, status: int = 200, **values: An
         "dataset": None,
         "key": None,
         "here": "",
+        "texts": None,
     }
     text = _environment(language).get_template(template).render(common | values)
     return _Page(text, status, headers={"Content-Language": language, "Vary": "Accept-Language"})
 
 
-def error_page(request: Request, status: int, message: str) -> HTMLResponse:
+def problem_page(request: Request, status: int, message: str) -> HTMLResponse:
     """Return the page of an error; ``message`` says what happened and what to do."""
     return rendered(request, "error.html", status=status, message=message)
 
 
+def effect_number(request: Request) -> int:
+    """Return the number of the act that led to this page; 0: none."""
+    number = request.query_params.get("effect", "")
+    return int(number) if number.isascii() and number.isdigit() and len(number) < 10 else 0  # noqa: PLR2004
+
+
 def _effect(request: Request) -> dict[str, Any] | None:
-    """Return the line about the act that led to this page, if any."""
-    effects, number = getattr(request.app.state, "effects", None), request.query_params.get("effect", "")
-    if effects is None or not (number.isascii() and number.isdigit()) or len(number) > 9:  # noqa: PLR2004
-        return None
-    found: dict[str, Any] | None = effects.line(int(number), catalogue(language_of(request)))
+    number = effect_number(request)
+    found: dict[str, Any] | None = None
+    if number:
+        with suppress(SortdError):  # its dataset may be away; the page says so
+            found = request.app.state.effects.line(number, translations_of(request))
     return found
 
 
@@ -170,8 +179,3 @@ def index_of(request: Request) -> Index:
     """Return the index of the server that a request came to."""
     index: Index = request.app.state.index
     return index
-
-
-def present() -> datetime:
-    """Return the time with its zone."""
-    return datetime.now().astimezone()
