@@ -27,7 +27,7 @@ from sortd.events import NO_CLASS
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.review.activity import Activity
 from sortd.review.figures import dataset_figures, suspects_by_kind
-from sortd.review.index import PAGE_SIZE, Batch, Index, ShownImage, dataset_key
+from sortd.review.index import PAGE_SIZE, ReviewBatch, Index, ShownImage, dataset_key
 from sortd.review.live import answers_today, live_texts
 from sortd.review.rendering import (
     effect_number,
@@ -234,21 +234,21 @@ def waiting_page(request: Request) -> Response:
     )
 
 
-def _position(batches: Sequence[Batch], asked: str, after: str) -> int | None:
+def _position(batches: Sequence[ReviewBatch], asked: str, after: str) -> int | None:
     """Return which batch to show: the one asked for, or else the one after another; None if there is none."""
     places = {batch.id: position for position, batch in enumerate(batches)}
     position = places.get(asked, places[after] + 1 if after in places else 0)
     return position if position < len(batches) else None
 
 
-def _second(batch: Batch, shown: Sequence[ShownImage]) -> str | None:
+def _second(batch: ReviewBatch, shown: Sequence[ShownImage]) -> str | None:
     """Return the most frequent second guess, or best guess if the batch has another one."""
     guesses = [image.second if image.guess == batch.guess else image.guess for image in shown]
     found = Counter(guess for guess in guesses if guess is not None and guess != batch.guess).most_common(1)
     return found[0][0] if found else None
 
 
-def _listed(request: Request, batches: Sequence[Batch], position: int) -> dict[str, Any]:
+def _listed(request: Request, batches: Sequence[ReviewBatch], position: int) -> dict[str, Any]:
     """Return the other batches of one page of their list."""
     others = [*batches[position + 1 :], *batches[:position]]
     lists = max(1, ceil(len(others) / BATCHES_LISTED))
