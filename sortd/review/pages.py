@@ -27,7 +27,7 @@ from sortd.events import NO_CLASS
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.review.activity import Activity
 from sortd.review.figures import dataset_figures, suspects_by_kind
-from sortd.review.index import PAGE_SIZE, ReviewBatch, Index, ShownImage, dataset_key
+from sortd.review.index import PAGE_SIZE, Index, ReviewBatch, ShownImage, dataset_key
 from sortd.review.live import answers_today, live_texts
 from sortd.review.rendering import (
     effect_number,
