@@ -31,10 +31,9 @@ def main() -> None:
         with DaemonProcess(config, program="sortd") as daemon, ReviewProcess(config) as review, chromium() as browser:
             daemon.wait_until(lambda: not any((dataset / "Images").iterdir()), "the images are moved")
             for name, viewport, scheme in (("review", DESKTOP, "light"), ("review-phone", PHONE, "dark")):
-                with session(
-                    browser, review, viewport=viewport, color_scheme=scheme, is_mobile=viewport is PHONE
-                ) as one:
-                    (page,) = one.pages
+                options = {"viewport": viewport, "color_scheme": scheme, "is_mobile": viewport is PHONE}
+                with session(browser, review, **options) as opened:
+                    (page,) = opened.pages
                     page.goto(f"{page.url}waiting")
                     while page.get_by_text("being grouped").count():
                         page.reload()
