@@ -53,6 +53,8 @@ def assign_images(
 ) -> Iterator[tuple[list[Result], int]]:
     """Move images of Review/ or Dataset/ into a class, which is made if it does not exist; some at a time.
 
+    Whoever carries out the moves records those out of another class as corrections: see ``record_places``.
+
     Args:
         layout: the dataset.
         journal: its journal.
@@ -81,11 +83,7 @@ def assign_images(
     if moves and label != NO_CLASS:
         _make_class(layout.root, journal, label)
     yield refusals, 0
-    filed = f"{layout.area(Area.DATASET)}/"
-    for results, later in carried_out(layout.root, journal.history, carry_out, moves):
-        there = [one["destination"] for one in results if one["destination"] and one["path"].startswith(filed)]
-        record_places(layout, journal, there)
-        yield results, later
+    yield from carried_out(layout.root, journal.history, carry_out, moves)
 
 
 def assigned_label_problem(label: str, *, is_example: bool = False) -> str | None:
