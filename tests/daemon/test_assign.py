@@ -331,3 +331,26 @@ def test_assign_without_images_is_refused(opened: OpenDataset) -> None:
     with pytest.raises(DataError, match="no image was named"):
         assign(opened, "sky", [])
     assert not (opened.layout.root / "Clases" / "sky").exists()
+
+
+def test_assign_sidecar_is_refused_and_moves_with_its_image(opened: OpenDataset) -> None:
+    """Named beside its image, as by a pattern of the shell, it does not leave the image."""
+    image = Path(waiting(opened)[0]["path"])
+    (sidecar := image.with_suffix(".aae")).write_text("<plist/>")
+    results = {one["path"]: one for one in assign(opened, "sky", facts_of(sidecar, image))}
+    assert "it belongs to 0.png" in results[str(sidecar)]["message"]
+    assert sorted(os.listdir(opened.layout.root / "Dataset" / "sky")) == ["0.aae", "0.png"]
+
+
+def test_assign_image_through_a_linked_folder_is_refused(opened: OpenDataset) -> None:
+    """A link in Review/ leads to no reference, and to nothing outside of the dataset."""
+    (opened.layout.root / "Review" / "link").symlink_to(opened.layout.root / "Clases" / "red")
+    (opened.layout.root / "Clases" / "red" / "0.xmp").write_text("<x:xmpmeta/>")
+    linked = facts_of(opened.layout.root / "Review" / "link" / "0.png")
+    (refused,) = assign(opened, "sky", linked)
+    assert refused["destination"] is None
+    assert (opened.layout.root / "Clases" / "red" / "0.png").exists()
+    assert not (opened.layout.root / "Clases" / "sky").exists()
+    assign(opened, "sky", waiting(opened)[:1])
+    assign(opened, "sky", linked)
+    assert (opened.layout.root / "Clases" / "sky").exists()  # the class of another image
