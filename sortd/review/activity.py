@@ -26,6 +26,9 @@ FROM moves WHERE id > (SELECT max(id) FROM moves) - ? AND +progress = 'done' GRO
 _WRONG = """SELECT move FROM checks WHERE is_right = 0 AND move NOT IN (SELECT move FROM corrections)
 AND move NOT IN (SELECT id FROM moves WHERE undone_by IS NOT NULL) ORDER BY move DESC LIMIT ?"""
 
+_FILED_FROM_REVIEW = """SELECT id FROM moves WHERE ended_at >= ? AND +progress = 'done' AND +outcome = 'filed'
+AND undone_by IS NULL AND source >= CAST('Review/' AS BLOB) AND source < CAST('Review0' AS BLOB)"""
+
 
 @dataclass(slots=True)
 class RunSummary:
@@ -62,6 +65,10 @@ class Activity:
     def found_wrong(self, most: int) -> list[int]:
         """Return the newest moves whose images audits found wrong and nobody has corrected."""
         return [row["move"] for row in self._rows(_WRONG, most)]
+
+    def filed_from_review(self, since: float) -> list[int]:
+        """Return the moves by which sortd filed images of Review/ since a time, without those taken back."""
+        return [row["id"] for row in self._rows(_FILED_FROM_REVIEW, since)]
 
     def _rows(self, statement: str, value: Any) -> list[sqlite3.Row]:  # noqa: ANN401 - one value of SQLite
         with self._connection() as connection:

@@ -16,7 +16,7 @@ from sortd.config import Config
 from sortd.errors import SortdError
 from sortd.review import acts, live, pages
 from sortd.review.effects import Effects
-from sortd.review.figures import Misplaced
+from sortd.review.figures import MisplacedReferences
 from sortd.review.index import Index
 from sortd.review.pictures import Pictures
 
@@ -33,7 +33,7 @@ _NO_PICTURE = (
 def create_app(config: Config) -> Starlette:
     """Return the application; what it holds is closed when the server ends."""
     index = Index(config)
-    effects, misplaced, pictures = Effects(index), Misplaced(config), Pictures(config)
+    effects, misplaced, pictures = Effects(index), MisplacedReferences(config), Pictures(config)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

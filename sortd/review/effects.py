@@ -11,18 +11,14 @@ from typing import Any
 from sortd.commands.console import printable
 from sortd.config import Config
 from sortd.errors import SortdError
-from sortd.events import Outcome
-from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.layout import Layout
+from sortd.review.activity import Activity
 from sortd.review.index import Index
 from sortd.service import read_status
-from sortd.store.history import History
-from sortd.store.records import Selection
 
 MOST_ACTS = 1000
 """Acts whose effects are remembered; older ones can be undone from the journal."""
 REFUSED_SHOWN = 5
-MOST_FILED = 5000
-"""Images filed because of an act that are counted."""
 
 
 @dataclass(slots=True)
@@ -110,10 +106,8 @@ class Effects:
         """Return the moves by which sortd filed waiting images after an act, since it has more references then."""
         if act.kind not in _REFERENCES or not act.moved:
             return []
-        journal = self._index.dataset(act.dataset).state_folder(self._index.config.state_dir) / JOURNAL_FILE
-        with History.open(journal) as history:
-            filed = history.moves(Selection(outcome=Outcome.FILED, since=act.at, undoable=True, limit=MOST_FILED))
-        return [one.id for one in filed if one.move.source.startswith(f"{Area.REVIEW}/")]
+        layout = self._index.dataset(act.dataset)
+        return Activity(self._index.config.state_dir, layout).filed_from_review(act.at)
 
     def _effect(self, act: Act, filed: Sequence[int], translations: NullTranslations) -> str:
         now = generation_of(self._index.config, self._index.dataset(act.dataset))

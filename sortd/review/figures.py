@@ -127,7 +127,7 @@ def _levels(top: int) -> list[int]:
     return sorted({0, top // 2, top})
 
 
-class Misplaced:
+class MisplacedReferences:
     """References that look misplaced, by dataset: computed in another process, again when the prototypes change."""
 
     def __init__(self, config: Config) -> None:

@@ -72,7 +72,7 @@ class ShownImage:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ReviewBatch:
     """Images of Review/ that are shown together: a group, or single images with the same best guess."""
 
     id: str
@@ -197,7 +197,7 @@ class Index:
         images = {one: known.get(one) or fresh[one] for one in found}
         return {one: image for one, image in images.items() if image.content or is_image(image.path)}
 
-    def batches(self, layout: Layout) -> list[Batch]:
+    def batches(self, layout: Layout) -> list[ReviewBatch]:
         """Return the images in Review/ in batches: proposed classes, groups by size, then single images by best guess.
 
         Groups are computed in another process; until they are there, and for images that came since, there are only
@@ -208,12 +208,12 @@ class Index:
             pile = self._piles[dataset_key(layout)]
             self._regroup(layout, pile, images)
             groups = pile.groups
-        batches, grouped = list[Batch](), set[str]()
+        batches, grouped = list[ReviewBatch](), set[str]()
         for group in groups:
             members = tuple(images[one] for one in group["members"] if one in images)
             if len(members) > 1:
                 guess = _commonest(members) if group["nearest_label"] is None else group["nearest_label"]
-                batches.append(Batch(group["id"], members, guess, is_group=True, is_new=group["is_new"]))
+                batches.append(ReviewBatch(group["id"], members, guess, is_group=True, is_new=group["is_new"]))
                 grouped |= {one.id for one in members}
         single: dict[str | None, list[ShownImage]] = {}
         for image in images.values():
@@ -221,7 +221,7 @@ class Index:
                 single.setdefault(image.guess, []).append(image)
         for guess, same in sorted(single.items(), key=lambda one: (-len(one[1]), one[0] or "")):
             surest_first = sorted(same, key=lambda image: (-(image.score or 0.0), image.path))
-            batches.append(Batch(_batch_id(guess), tuple(surest_first), guess, is_group=False))
+            batches.append(ReviewBatch(_batch_id(guess), tuple(surest_first), guess, is_group=False))
         return batches
 
     def _regroup(self, layout: Layout, pile: _Pile, images: Mapping[str, ShownImage]) -> None:

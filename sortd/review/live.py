@@ -42,7 +42,7 @@ def live_texts(
         "waiting": ngettext("%(num)d image waits", "%(num)d images wait", waiting) % {"num": waiting},
         "today": gettext("%(num)d of %(all)d answered today") % {"num": today, "all": today + waiting},
         "state": gettext("sortd runs") if is_running else gettext("sortd does not run"),
-        "effect": "" if line is None else line["text"],
+        **({} if line is None else {"effect": line["text"]}),
     }
 
 

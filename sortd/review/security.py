@@ -77,7 +77,7 @@ _TEXTS = {
 }
 
 
-class Refusal(Exception):  # noqa: N818 -- it is an answer, no error of sortd
+class RefusedRequest(Exception):  # noqa: N818 -- it is an answer, no error of sortd
     """The answer to a request that does not reach the pages."""
 
     def __init__(self, status: int, cause: str, text: str = "", *, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
@@ -206,13 +206,14 @@ def secured(app: ASGIApp, access: Access) -> ASGIApp:
     """Return an application that passes to ``app`` only the requests that it may see."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await app(scope, receive, send)
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":  # and no WebSocket, which no page opens
+                await app(scope, receive, send)
             return
         answer, incoming = _Answer(send), _Incoming(receive)
         try:
             given = await _admit(scope, incoming, answer, access)
-        except Refusal as refusal:
+        except RefusedRequest as refusal:
             await _refuse(refusal, scope, incoming, answer)
             return
         if given is not None:
@@ -285,7 +286,7 @@ async def _run(app: ASGIApp, scope: Scope, receive: Receive, answer: _Answer) ->
             await answer.page(500)
 
 
-async def _refuse(refusal: Refusal, scope: Scope, incoming: _Incoming, answer: _Answer) -> None:
+async def _refuse(refusal: RefusedRequest, scope: Scope, incoming: _Incoming, answer: _Answer) -> None:
     """Answer a refused request and close its connection, of which nobody reads the rest."""
     host = printable(", ".join(_values(scope, b"host")))[:200]
     line = {"refusal": refusal.cause, "status": refusal.status, "method": scope["method"], "host": host}
@@ -314,9 +315,7 @@ def _shown_path(scope: Scope) -> str:
 
 
 async def _admit(scope: Scope, receive: Receive, answer: _Answer, access: Access) -> Receive | None:
-    """Return from what the application receives the request; None if it is answered. Raises Refusal."""
-    if scope["type"] != "http":
-        raise Refusal(_BAD, "kind")
+    """Return from what the application receives the request; None if it is answered. Raises RefusedRequest."""
     _check_form(scope)
     host = _host(scope, access)
     if str(scope["path"]).startswith(ENTRY):
@@ -331,29 +330,29 @@ async def _admit(scope: Scope, receive: Receive, answer: _Answer, access: Access
 def _check_form(scope: Scope) -> None:
     """Check method, path, and the sizes of path and headers."""
     if scope["method"] not in _METHODS:
-        raise Refusal(405, "method", headers=[(b"allow", ", ".join(_METHODS).encode())])
+        raise RefusedRequest(405, "method", headers=[(b"allow", ", ".join(_METHODS).encode())])
     raw, path = bytes(scope["raw_path"]), str(scope["path"])
     if len(raw) + len(scope["query_string"]) > TARGET_BYTES:
-        raise Refusal(414, "target_size", f"The address is longer than {TARGET_BYTES} bytes.")
+        raise RefusedRequest(414, "target_size", f"The address is longer than {TARGET_BYTES} bytes.")
     if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
-        raise Refusal(431, "header_size", f"The headers are longer than {HEADER_BYTES} bytes.")
+        raise RefusedRequest(431, "header_size", f"The headers are longer than {HEADER_BYTES} bytes.")
     segments = path.split("/")[1:]
     is_plain = all(segments[:-1]) and not {".", ".."} & {*segments} and not any(c < " " or c == "\x7f" for c in path)
     if not raw.startswith(b"/") or not is_plain:
-        raise Refusal(_BAD, "path", "The path is not valid.")
+        raise RefusedRequest(_BAD, "path", "The path is not valid.")
     lengths, codings = _values(scope, b"content-length"), _values(scope, b"transfer-encoding")
     has_body = bool(codings) or any(length.strip() != "0" for length in lengths)
     if (scope["method"] != "POST" and has_body) or (codings and lengths):
-        raise Refusal(_BAD, "body")
+        raise RefusedRequest(_BAD, "body")
 
 
 def _host(scope: Scope, access: Access) -> str:
     """Return the Host, which must be an address of this server."""
     hosts = _values(scope, b"host")
     if len(hosts) != 1:
-        raise Refusal(_BAD, "host_count")
+        raise RefusedRequest(_BAD, "host_count")
     if access.origin_of(hosts[0]) is None:
-        raise Refusal(421, "host", f"sortd review has no such address. {_OPEN_ADDRESS}")
+        raise RefusedRequest(421, "host", f"sortd review has no such address. {_OPEN_ADDRESS}")
     return hosts[0]
 
 
@@ -363,11 +362,11 @@ async def _enter(scope: Scope, answer: _Answer, access: Access, host: str) -> No
     The right token always passes, whoever tries wrong ones: with 256 random bits, no rate makes guessing feasible.
     """
     if scope["method"] != "GET":
-        raise Refusal(405, "method", headers=[(b"allow", b"GET")])
+        raise RefusedRequest(405, "method", headers=[(b"allow", b"GET")])
     if not access.is_token(str(scope["path"]).removeprefix(ENTRY)):
         if not access.may_guess():
-            raise Refusal(429, "token_rate", "Too many wrong addresses.", headers=[(b"retry-after", b"1")])
-        raise Refusal(403, "token", f"This address is not, or no longer, valid. {_OPEN_ADDRESS}")
+            raise RefusedRequest(429, "token_rate", "Too many wrong addresses.", headers=[(b"retry-after", b"1")])
+        raise RefusedRequest(403, "token", f"This address is not, or no longer, valid. {_OPEN_ADDRESS}")
     is_tls = str(access.origin_of(host)).startswith("https:")
     cookie = f"{access.cookie_name(host)}={access.new_session()}; Path=/; HttpOnly; SameSite=Strict"
     headers = [(b"set-cookie", f"{cookie}{'; Secure' * is_tls}".encode())]
@@ -384,7 +383,7 @@ def _check_site(scope: Scope) -> None:
     site = _values(scope, b"sec-fetch-site")
     is_link = [_values(scope, b"sec-fetch-mode"), _values(scope, b"sec-fetch-dest")] == [["navigate"], ["document"]]
     if scope["method"] != "POST" and site not in ([], ["same-origin"], ["none"]) and not is_link:
-        raise Refusal(403, "site")
+        raise RefusedRequest(403, "site")
 
 
 def _session(scope: Scope, access: Access, host: str) -> str:
@@ -394,7 +393,7 @@ def _session(scope: Scope, access: Access, host: str) -> str:
     # Another server on this host, at any port, may have set a cookie of the same name: one of them must be ours.
     found = next((value for key, _, value in pairs if key == name and access.is_session(value)), None)
     if found is None:
-        raise Refusal(403, "session", f"This browser has no session. {_OPEN_ADDRESS}")
+        raise RefusedRequest(403, "session", f"This browser has no session. {_OPEN_ADDRESS}")
     return found
 
 
@@ -402,15 +401,15 @@ async def _checked_post(scope: Scope, receive: Receive, access: Access, host: st
     """Check a POST, and return from what the application receives its body."""
     site, origin = _values(scope, b"sec-fetch-site"), _values(scope, b"origin")
     if site != ["same-origin"] and (site or len(origin) != 1 or not access.is_own_origin(origin[0], host)):
-        raise Refusal(403, "cross_site", "Another site sent this request.")
+        raise RefusedRequest(403, "cross_site", "Another site sent this request.")
     if [value.partition(";")[0].strip().lower() for value in _values(scope, b"content-type")] != [_FORM]:
-        raise Refusal(415, "content_type", "Only forms are accepted.")
+        raise RefusedRequest(415, "content_type", "Only forms are accepted.")
     if not access.may_post(session):
-        raise Refusal(429, "rate", "Too many requests; wait a second.", headers=[(b"retry-after", b"1")])
+        raise RefusedRequest(429, "rate", "Too many requests; wait a second.", headers=[(b"retry-after", b"1")])
     body = await _body(scope, receive)
     given = _values(scope, b"x-sortd-token") + _fields(body, b"token")
     if not given or not all(access.is_form_token(text, session) for text in given):
-        raise Refusal(403, "form_token")
+        raise RefusedRequest(403, "form_token")
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:
@@ -421,7 +420,7 @@ async def _checked_post(scope: Scope, receive: Receive, access: Access, host: st
 
 async def _body(scope: Scope, receive: Receive) -> bytes:
     """Return the body, read within the limits of size and time."""
-    too_large = Refusal(413, "body_size", f"The request is larger than {BODY_BYTES:,} bytes.")
+    too_large = RefusedRequest(413, "body_size", f"The request is larger than {BODY_BYTES:,} bytes.")
     if any(int(length) > BODY_BYTES for length in _values(scope, b"content-length")):
         raise too_large
     body = bytearray()
@@ -434,8 +433,8 @@ async def _body(scope: Scope, receive: Receive) -> bytes:
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError as error:
-        raise Refusal(408, "body_time", f"The request took longer than {BODY_SECONDS:.0f} seconds.") from error
-    raise Refusal(_BAD, "disconnect")
+        raise RefusedRequest(408, "body_time", f"The request took longer than {BODY_SECONDS:.0f} seconds.") from error
+    raise RefusedRequest(_BAD, "disconnect")
 
 
 def _fields(body: bytes, name: bytes) -> list[str]:

@@ -387,7 +387,9 @@ def _common_port(sockets: Sequence[Socket]) -> int | None:
 
 
 def _origin(sockets: Sequence[Socket], proxy: str | None) -> str:
-    return f"https://{proxy}" if proxy is not None else f"http://{LOOPBACK}:{_common_port(sockets) or PORT}"
+    """Return the origin of the pages for a browser: at the proxy, at a port, or at the near end of `ssh -L`."""
+    ports = [one.getsockname()[1] for one in sockets if one.family != AF_UNIX]
+    return f"https://{proxy}" if proxy is not None else f"http://{LOOPBACK}:{(*ports, PORT)[0]}"
 
 
 def _place(one: Socket) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,7 +37,7 @@ FORM = "application/x-www-form-urlencoded"
 
 async def show(request: Request) -> JSONResponse:
     """Answer with what the application sees."""
-    request.app.state.seen.append((request.method, request.url.path))
+    request.app.state.seen.append((request.method, request.scope["path"]))
     body = await request.body()
     return JSONResponse(
         {
@@ -235,6 +236,23 @@ def serving(
         finally:
             server.should_exit = True
             thread.join(PATIENCE_SECONDS)
+
+
+@contextmanager
+def nothing_changes(*folders: Path) -> Iterator[None]:
+    """Fail if the block changes anything below the folders: names, inodes, modes, sizes, times or contents."""
+    before = [_tree(folder) for folder in folders]
+    yield
+    assert [_tree(folder) for folder in folders] == before
+
+
+def _tree(folder: Path) -> dict[str, tuple[object, ...]]:
+    found: dict[str, tuple[object, ...]] = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        found[str(path)] = (status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, sha256(content).digest())
+    return found
 
 
 def main(config: str, *options: str) -> None:

@@ -1,10 +1,12 @@
 """What reaches the pages, and what does not: over real connections, byte by byte."""
 
 import html
+import os
 import re
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog.testing
@@ -20,7 +22,7 @@ from sortd.review.security import (
 )
 from sortd.review.server import LimitedProtocol
 from tests.daemon_process import PATIENCE_SECONDS
-from tests.review.served import FORM, Reply, Served, parsed, received_from, serving
+from tests.review.served import FORM, Reply, Served, nothing_changes, parsed, received_from, serving
 
 POLICY = {
     "content-security-policy": "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
@@ -111,9 +113,10 @@ def test_secured_picture_may_be_cached_and_keeps_the_policy(served: Served) -> N
 
 
 @pytest.mark.parametrize(("method", "target", "status"), [("GET", "/nowhere", 404), ("POST", "/picture", 405)])
-def test_secured_error_of_starlette_becomes_a_page(served: Served, method: str, target: str, status: int) -> None:
-    """Starlette's own errors are two words of plain text."""
-    reply = served.post(target=target) if method == "POST" else served.ask(target)
+def test_secured_error_of_starlette_becomes_a_page(method: str, target: str, status: int) -> None:
+    """Starlette's own errors are two words of plain text; some versions make them in a thread of the server."""
+    with serving() as served:
+        reply = served.post(target=target) if method == "POST" else served.ask(target)
     assert reply.status == status
     assert_page(reply)
     assert (reply.headers["Allow"] is not None) == (status == 405)
@@ -152,6 +155,23 @@ def test_secured_page_of_an_error_escapes_markup() -> None:
     page = error_page(404, "<script>&").decode()
     assert "<script>" not in page
     assert html.escape("<script>&") in page
+
+
+def test_nothing_changes_sees_each_kind_of_change(tmp_path: Path) -> None:
+    """What other tests use to show that no GET changes anything can fail."""
+    file = tmp_path / "file"
+    file.write_text("a")
+    with nothing_changes(tmp_path):
+        assert file.read_text() == "a"
+    at = file.stat().st_mtime_ns
+
+    def rewrite() -> None:
+        file.write_text("b")
+        os.utime(file, ns=(at, at))
+
+    for change in (rewrite, (tmp_path / "new").touch, lambda: file.chmod(0o600), file.unlink):
+        with pytest.raises(AssertionError), nothing_changes(tmp_path):
+            change()
 
 
 # ---------------------------------------------------------------- hosts
@@ -485,10 +505,19 @@ def test_secured_path_that_is_not_plain_is_refused(served: Served, target: str) 
     assert_refused(served.ask(target), 400, served)
 
 
-@pytest.mark.parametrize("target", ["/%252e%252e/etc/passwd", "/..%5c..%5cetc", "/...", "/%c0%ae%c0%ae/etc/passwd"])
-def test_secured_path_of_strange_names_is_only_a_name(served: Served, target: str) -> None:
-    """Nothing decodes a path twice, so these are names that do not exist."""
-    assert served.ask(target).status == 404
+@pytest.mark.parametrize(
+    ("name", "decoded"),
+    [
+        ("%252e%252e/etc/passwd", "%2e%2e/etc/passwd"),
+        ("..%5c..%5cetc", "..\\..\\etc"),
+        ("...", "..."),
+        ("%c0%ae%c0%ae/etc", "\ufffd\ufffd\ufffd\ufffd/etc"),
+    ],
+)
+def test_secured_path_of_strange_names_is_only_a_name(served: Served, name: str, decoded: str) -> None:
+    """Nothing decodes a path twice, or takes other characters for a slash or a dot."""
+    assert served.ask(f"/names/{name}").status == 200
+    assert served.seen == [("GET", f"/names/{decoded}")]
 
 
 def test_secured_long_target_is_refused(served: Served) -> None:
@@ -653,7 +682,9 @@ def test_protocol_connections_are_limited() -> None:
                 connection.close()
 
 
-def test_refusals_name_no_file_of_the_program(served: Served) -> None:
+def test_refusals_name_no_file_of_the_program() -> None:
     """No page shows where the program lies."""
-    for reply in (served.ask("/fails"), served.ask("/nowhere"), served.ask("/", {"Cookie": None}), served.ask("/..")):
+    with serving() as served:
+        replies = [served.ask("/fails"), served.ask("/nowhere"), served.ask("/", {"Cookie": None}), served.ask("/..")]
+    for reply in replies:
         assert not re.search(r"\.py|/home|/usr|site-packages", reply.text)
