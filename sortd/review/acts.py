@@ -35,6 +35,8 @@ from sortd.store.records import Record, Selection
 NONE_ACTIONS = {"none": False, "example": True}
 """The buttons for images of no class, and whether they become examples of that."""
 LONGEST_BACK = 2000
+MOST_FIELDS = 25_000
+"""Fields of a form: those of the largest sample of an audit."""
 _CLASS_VALUE = re.compile(f"{CLASS_MARK}[0-9a-f]{{12}}")
 
 
@@ -79,7 +81,7 @@ async def _assigned(
 
 async def undo(request: Request) -> RedirectResponse:
     """Take back the act of this person that the form names, or the newest, or the newest assignment in the journal."""
-    form = await request.form()
+    form = await request.form(max_fields=MOST_FIELDS)
     index, effects, session = _index(request), _effects(request), session_of(request)
     layout = await run_in_threadpool(index.dataset, _text(form, "dataset"))
     if number := _number(form, "number"):
@@ -111,7 +113,7 @@ async def _taken_back(request: Request, layout: Layout, one: Act) -> Act:
 
 async def undo_consequences(request: Request) -> RedirectResponse:
     """Take back what sortd filed because of an act, as far as the page has shown it."""
-    form = await request.form()
+    form = await request.form(max_fields=MOST_FIELDS)
     index, effects = _index(request), _effects(request)
     act = effects.get(_number(form, "number"), session_of(request))
     if act is None:
@@ -223,7 +225,8 @@ async def _added(request: Request, layout: Layout, kind: str, **facts: Any) -> A
 
 async def _begin(request: Request) -> tuple[Index, Layout, FormData]:
     index = _index(request)
-    return index, await run_in_threadpool(index.dataset, request.path_params["key"]), await request.form()
+    form = await request.form(max_fields=MOST_FIELDS)
+    return index, await run_in_threadpool(index.dataset, request.path_params["key"]), form
 
 
 def _text(form: FormData, name: str) -> str:
