@@ -219,7 +219,10 @@ def test_pages_have_no_finding_of_axe_and_fit_the_screen(
         batches = [one.get_attribute("href") for one in page.locator("a.batch").all()]
         images = [one.get_attribute("href") for one in page.locator("[data-open]").all()][:1]
         page.goto(root)
-        classes = [one.get_attribute("href") for one in page.locator("th a").all()][:1]
+        classes = [one.get_attribute("href") for one in page.locator("a[href*='/class/']").all()][:1]
+        assert batches
+        assert images
+        assert classes
         for address in [
             *(root + name for name in PAGES),
             *(f"{review.origin}{one}" for one in [*batches, *images, *classes, "/no"]),
