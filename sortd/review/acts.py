@@ -25,14 +25,15 @@ from sortd.daemon.assign import image_facts
 from sortd.errors import DataError, SortdError
 from sortd.events import NO_CLASS
 from sortd.layout import JOURNAL_FILE, Area, Layout
-from sortd.review.effects import Act, Effects, generation_of
+from sortd.review.activity import Activity
+from sortd.review.effects import Act, Effects
 from sortd.review.index import Index, ShownImage, dataset_key
 from sortd.review.rendering import CLASS_MARK, class_key
 from sortd.store.history import History
 from sortd.store.records import Selection
 
-NONE_ACTIONS = {"none": False, "example": True}
-"""The buttons for images of no class, and whether they become examples of that."""
+NONE_ACTIONS = frozenset({"none", "example"})
+"""The buttons for images of no class, which become examples of that or do not."""
 LONGEST_BACK = 2000
 
 
@@ -57,7 +58,7 @@ async def _assigned(
     action = _text(form, "action")
     is_none = action in NONE_ACTIONS
     label = NO_CLASS if is_none else _label(index, layout, _text(form, "label"))
-    act = _added(request, layout, "none" if is_none else kind, label=label, refused=refused)
+    act = _added(request, layout, action if is_none else kind, label=label, refused=refused)
     if images:
         await _carried_out(
             act,
@@ -66,7 +67,7 @@ async def _assigned(
                 layout,
                 label,
                 [image_facts(one.path, one.stamp) for one in images],
-                is_example=NONE_ACTIONS.get(action, False),
+                is_example=act.kind == "example",
             ),
             "assigned",
         )
@@ -85,7 +86,7 @@ async def undo(request: Request) -> RedirectResponse:
         ids = await run_in_threadpool(_newest_assigned, index, layout, others)
         return _back(form, await _undone(request, layout, ids))
     newest.is_undone = True  # before the request, so that a second one takes the act before
-    act = await _undone(request, layout, newest.ids)
+    act = await _undone(request, layout, newest.ids, undoes=newest.number)
     newest.is_undone = act.moved > 0
     return _back(form, act)
 
@@ -108,9 +109,9 @@ async def undo_run(request: Request) -> RedirectResponse:
     return _back(form, await _undone(request, layout, ids))
 
 
-async def _undone(request: Request, layout: Layout, ids: Sequence[int]) -> Act:
+async def _undone(request: Request, layout: Layout, ids: Sequence[int], *, undoes: int = 0) -> Act:
     index = _index(request)
-    act = _added(request, layout, "undone")
+    act = _added(request, layout, "undone", undoes=undoes)
     if ids:
         await _carried_out(act, lambda: undo_records_of(index.config, layout, ids), "undone")
         act.ids = []
@@ -202,7 +203,7 @@ def _session(request: Request) -> str:
 
 def _added(request: Request, layout: Layout, kind: str, **facts: Any) -> Act:  # noqa: ANN401 - of Act
     """Note an act of this person."""
-    generation = generation_of(_index(request).config, layout)
+    generation = Activity(_index(request).config.state_dir, layout).last_generation()
     return _effects(request).add(dataset_key(layout), _session(request), kind, generation=generation, **facts)
 
 
