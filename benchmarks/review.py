@@ -90,7 +90,7 @@ def measure_pages(folder: Path, images: int) -> dict[str, Any]:
             client.get(address.decode())
         figures["pictures_of_the_page"] = len(PICTURE.findall(page.content))
         figures["all_pictures_seconds"] = round(time.perf_counter() - began, 3)
-        while b'data-grouping="yes"' in (page := client.get(f"/d/{key}/waiting")).content:
+        while b"being grouped" in client.get(f"/d/{key}/waiting").content:
             figures["while_grouping_children_mebibytes"] = round(
                 max(figures.get("while_grouping_children_mebibytes", 0), children_mebibytes(review.process.pid))
             )

@@ -442,8 +442,9 @@ def test_a_hung_service_is_noticed_and_started_again(fast: Lab) -> None:
     assert filed(fast, "third.png", "green").stat().st_ino == inode
 
 
-def test_the_users_unit_files_in_a_home(lab: Lab) -> None:
-    """A user's own manager runs it on datasets below /home, without root."""
+@pytest.fixture(scope="module")
+def alice(lab: Lab) -> tuple[str, ...]:
+    """What precedes a command of alice, who has a dataset in her home, and a manager of her own."""
     config = f"root: /home/alice/Data\n{CONFIG}"
     lab.run(
         "sh",
@@ -462,6 +463,11 @@ def test_the_users_unit_files_in_a_home(lab: Lab) -> None:
     number = lab.run("id", "-u", "alice").stdout.strip()
     alice = ("runuser", "-u", "alice", "--", "env", f"XDG_RUNTIME_DIR=/run/user/{number}", "HOME=/home/alice")
     lab.wait(lambda: lab.run(*alice, "systemctl", "--user", "status", check=False).returncode == 0, "alice's manager")
+    return alice
+
+
+def test_the_users_unit_files_in_a_home(lab: Lab, alice: tuple[str, ...]) -> None:
+    """A user's own manager runs it on datasets below /home, without root."""
     lab.run(*alice, "sh", "-ec", f"cd /opt/sortd/src\n{documented('sh', 'For one user')}")
     picture("green", 1).save(lab.srv / ".green.png")
     lab.run("install", "-o", "alice", "/srv/sortd/.green.png", "/home/alice/Data/Colours/Images/green.png")
@@ -475,3 +481,21 @@ def test_the_users_unit_files_in_a_home(lab: Lab) -> None:
         *alice, "systemctl", "--user", "show", "--value", "--property=Result,ExecMainStatus", "sortd"
     ).stdout
     assert shown.split() == ["success", "0"]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
+def test_the_users_review_page_has_a_port_and_a_socket(lab: Lab, alice: tuple[str, ...]) -> None:
+    """A browser of this machine and `ssh -L` reach the same page; the address is in alice's state folder."""
+    lab.run("ln", "-sf", "/opt/sortd/.venv/bin/sortd", "/home/alice/.local/bin/sortd")  # not that of the fake encoder
+    [commands] = re.findall(r"For one user:\n\n((?:    .*\n)+)", DOCUMENT)
+    url = lab.run(*alice, "sh", "-ec", f"cd /opt/sortd/src\n{commands}").stdout.strip()
+    number = lab.run("id", "-u", "alice").stdout.strip()
+    socket = f"/run/user/{number}/sortd-review/review.sock"
+    assert lab.run("stat", "--format=%a %U", socket).stdout.split() == ["600", "alice"]
+    for options in ((), ("--unix-socket", socket)):
+        for target, status in ((url, "303"), ("http://127.0.0.1:8337/", "403")):
+            ran = lab.run(
+                *alice, "curl", "--silent", "--output", "/dev/null", "--write-out", "%{http_code}", *options, target
+            )
+            assert ran.stdout == status
+    lab.run(*alice, "systemctl", "--user", "stop", "sortd-review.socket", "sortd-review.service")

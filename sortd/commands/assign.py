@@ -11,6 +11,7 @@ from sortd.commands.moves import JournalPlace, dataset_at, record_facts
 from sortd.config import Config
 from sortd.daemon.assign import assign_images, assigned_label_problem, image_facts
 from sortd.daemon.control import ANSWER_SECONDS, ask
+from sortd.daemon.corrections import record_places
 from sortd.daemon.dataset_lock import open_dataset
 from sortd.errors import DataError, LayoutError
 from sortd.events import NO_CLASS, Outcome
@@ -59,7 +60,9 @@ def _assign_here(
             raise LayoutError(problem)
         move_all = opened.mover.move_all
         steps = list(assign_images(layout, opened.journal, move_all, label, images, is_example=is_example))
-    return {"assigned": [one for results, _ in steps for one in results], "later": sum(later for _, later in steps)}
+        results = [one for some, _ in steps for one in some]
+        record_places(layout, opened.journal, [one["destination"] for one in results if one["destination"] is not None])
+    return {"assigned": results, "later": sum(later for _, later in steps)}
 
 
 def newest_assigned(config: Config, layout: Layout, limit: int) -> list[dict[str, object]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sortd.companions import claims, owners_of
 from sortd.daemon.corrections import record_places
 from sortd.daemon.references import class_name_problem
 from sortd.errors import DataError, advice_for_write
@@ -53,6 +54,8 @@ def assign_images(
 ) -> Iterator[tuple[list[Result], int]]:
     """Move images of Review/ or Dataset/ into a class, which is made if it does not exist; some at a time.
 
+    Whoever carries out the moves records those out of another class as corrections: see ``record_places``.
+
     Args:
         layout: the dataset.
         journal: its journal.
@@ -73,7 +76,11 @@ def assign_images(
     reason = "assigned by a person"
     if label == NO_CLASS:
         reason = EXAMPLE_OF_NO_CLASS if is_example else "assigned to no class by a person"
-    found = [_move_or_refusal(layout, label, reason, image) for image in distinct(images)]
+    try:
+        with Folders(layout.root) as folders:
+            found = [_move_or_refusal(layout, folders, label, reason, image) for image in distinct(images)]
+    except OSError as error:
+        raise DataError(f"{layout.root} cannot be read: {error.strerror}") from error
     moves = [one for one in found if isinstance(one, Move)]
     refusals = [one for one in found if not isinstance(one, Move)]
     if not found:
@@ -81,11 +88,12 @@ def assign_images(
     if moves and label != NO_CLASS:
         _make_class(layout.root, journal, label)
     yield refusals, 0
-    filed = f"{layout.area(Area.DATASET)}/"
+    is_used = False
     for results, later in carried_out(layout.root, journal.history, carry_out, moves):
-        there = [one["destination"] for one in results if one["destination"] and one["path"].startswith(filed)]
-        record_places(layout, journal, there)
+        is_used |= later > 0 or any(one["destination"] for one in results)
         yield results, later
+    if not is_used:
+        _remove_unused_classes(layout.root, journal, {label})
 
 
 def assigned_label_problem(label: str, *, is_example: bool = False) -> str | None:
@@ -124,28 +132,37 @@ def forget_made_classes(layout: Layout, journal: Journal, undone: Sequence[UndoR
         if one.restored is not None and one.record.move_reason.outcome == Outcome.ASSIGNED
     }
     record_places(layout, journal, [path for path in back if layout.area_of(path) is Area.DATASET])
-    labels = set(back.values())
-    used: set[str | None] = set()
-    if labels:  # a person may have moved other images into the class too
-        used = {one[0] for one in journal.history.assigned()} | {one[1] for one in journal.history.corrections()}
-    for label in sorted(labels - used):
-        if journal.history.fact(f"{MADE_FACT}{label}") == "yes":
-            try:
-                with Folders(layout.root) as folders:
-                    os.rmdir(label, dir_fd=folders.open(Area.CLASES.value))  # fails unless it is empty
-            except OSError:
-                continue
-            journal.note(f"{MADE_FACT}{label}", "no")
-    return bool(labels)
+    _remove_unused_classes(layout.root, journal, set(back.values()))
+    return bool(back)
 
 
-def _move_or_refusal(layout: Layout, label: str, reason: str, image: Mapping[str, Any]) -> Move | Result:
+def _remove_unused_classes(root: Path, journal: Journal, labels: set[str]) -> None:
+    """Remove the empty folders of those of these classes that were made and have no image in Dataset/ any more."""
+    made = {label for label in labels if journal.history.fact(f"{MADE_FACT}{label}") == "yes"}
+    if made:  # a person may have moved other images into the class too
+        made -= {label for label, *_ in journal.history.assigned()}
+        made -= {corrected for _, corrected, *_ in journal.history.corrections()}
+    for label in sorted(made):
+        try:
+            with Folders(root) as folders:
+                os.rmdir(label, dir_fd=folders.open(Area.CLASES.value))  # fails unless it is empty
+        except OSError:
+            continue
+        journal.note(f"{MADE_FACT}{label}", "no")
+
+
+def _move_or_refusal(
+    layout: Layout, folders: Folders, label: str, reason: str, image: Mapping[str, Any]
+) -> Move | Result:
     found = found_version(layout, (Area.REVIEW, Area.DATASET), image)
     if isinstance(found, dict):
         return found
     path, folder = str(image["path"]), f"{Area.DATASET}/{label}"
     if os.path.dirname(path) == f"{layout.root}/{folder}":
         return refused(path, "it is in this class already")
+    source, _, name = path.removeprefix(f"{layout.root}/").rpartition("/")
+    if claims(name) and (owners := owners_of(name, folders.names(source).near(name))):
+        return refused(path, f"it belongs to {owners[0]}, with which it moves")
     return Move(path, found, folder, Outcome.ASSIGNED, reason=reason)
 
 

@@ -408,6 +408,10 @@ class CorrectionScanner:
         if record is not None and self._was_moved(record, place):
             yield Misplaced(path, record, place)
 
+    def look_now(self, paths: Sequence[str]) -> list[Correction]:
+        """Inspect handled files without a schedule and return what was found."""
+        return self.record([found for path in paths for found in self.look(path) if found is not None])
+
     def _was_moved(self, record: Record, place: str) -> bool:
         """Return whether the user moved an image from where sortd had put it, perhaps there and back."""
         if record.destination_path == place:
@@ -492,5 +496,4 @@ def _files_in(folder: str) -> Iterator[Iterator["os.DirEntry[str]"]]:
 
 def record_places(layout: Layout, journal: Journal, paths: Sequence[str]) -> None:
     """Record what the places of handled images say of their classes now, without waiting for a scan."""
-    scanner = CorrectionScanner(layout, journal, report=lambda _: None)
-    scanner.record([found for path in paths for found in scanner.look(path) if found is not None])
+    CorrectionScanner(layout, journal, report=lambda _: None).look_now(paths)

@@ -334,6 +334,8 @@ class Dataset:
         heard = self.move_queue.carry_out(moves)
         for result in heard:
             self._hear(result)
+        for correction in self._corrections.look_now([one.destination for one in heard if isinstance(one, Moved)]):
+            self.log.corrected(correction)
         return heard
 
     def _hear(self, result: Heard) -> None:
@@ -377,8 +379,7 @@ class Dataset:
                 case Repaired(path, mark):
                     self.receive(events.ImageSeen(path, mark, is_aside=True))
                 case Correction():
-                    if not noticed.is_taken_back:
-                        self.log.corrected(noticed)
+                    self.log.corrected(noticed)
                     corrected = True
         if corrected and (self._reference_settings.learns_from_corrections or self._has_new_evidence()):
             self.receive(events.ReferencesTouched())

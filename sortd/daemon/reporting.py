@@ -225,7 +225,9 @@ class DatasetLog:
         return hash((path, why.reason)) in self._logged
 
     def corrected(self, correction: Correction) -> None:
-        """Log that the user moved an image to another class, or to the class that was the best guess."""
+        """Log that the user moved an image to another class, or to the class that was the best guess; not if back."""
+        if correction.is_taken_back:
+            return
         if correction.is_confirmation:
             self._log.info(logs.IMAGE_CONFIRMED, path=correction.path, label=correction.label)
             return

@@ -35,6 +35,8 @@ from sortd.store.records import Selection
 NONE_ACTIONS = frozenset({"none", "example"})
 """The buttons for images of no class, which become examples of that or do not."""
 LONGEST_BACK = 2000
+MOST_FIELDS = 25_000
+"""Fields of a form: those of the largest sample of an audit."""
 
 
 async def assign(request: Request) -> RedirectResponse:
@@ -77,7 +79,7 @@ async def _assigned(
 
 async def undo(request: Request) -> RedirectResponse:
     """Take back the newest act of this person in a dataset, else the newest assignment in the journal."""
-    form = await request.form()
+    form = await request.form(max_fields=MOST_FIELDS)
     index, effects = _index(request), _effects(request)
     layout = await run_in_threadpool(index.dataset, _text(form, "dataset"))
     newest = effects.newest(dataset_key(layout), _session(request))
@@ -93,7 +95,7 @@ async def undo(request: Request) -> RedirectResponse:
 
 async def undo_consequences(request: Request) -> RedirectResponse:
     """Take back what sortd filed because of an act."""
-    form = await request.form()
+    form = await request.form(max_fields=MOST_FIELDS)
     index, effects = _index(request), _effects(request)
     act = effects.get(_number(form, "number"))
     if act is None:
@@ -209,7 +211,8 @@ def _added(request: Request, layout: Layout, kind: str, **facts: Any) -> Act:  #
 
 async def _begin(request: Request) -> tuple[Index, Layout, FormData]:
     index = _index(request)
-    return index, await run_in_threadpool(index.dataset, request.path_params["key"]), await request.form()
+    form = await request.form(max_fields=MOST_FIELDS)
+    return index, await run_in_threadpool(index.dataset, request.path_params["key"]), form
 
 
 def _text(form: FormData, name: str) -> str:

@@ -22,14 +22,16 @@ from sortd.commands.console import printable
 from sortd.commands.explain import explain_image
 from sortd.commands.moves import JournalPlace, record_facts
 from sortd.commands.rejected import rejected_images
+from sortd.companions import is_image
 from sortd.errors import DataError, ImageError, JournalError, SortdError
-from sortd.events import NO_CLASS
+from sortd.events import NO_CLASS, Outcome
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.review.activity import Activity
 from sortd.review.figures import dataset_figures, suspects_by_kind
 from sortd.review.index import PAGE_SIZE, Index, ReviewBatch, ShownImage, dataset_key
 from sortd.review.live import answers_today, live_texts
 from sortd.review.rendering import (
+    class_key,
     effect_number,
     index_of,
     problem_page,
@@ -39,6 +41,7 @@ from sortd.review.rendering import (
 )
 from sortd.store.history import History
 from sortd.store.records import Selection
+from sortd.watch.scan import whole_files
 
 DIGITS = 9
 """Classes that a digit chooses."""
@@ -50,6 +53,8 @@ LARGE_BATCH = 6
 BATCHES_LISTED = 12
 NEAREST_OF_BATCH = 6
 MOVES_SHOWN = 100
+CLASS_MOVES = 500
+"""Moves in which the newest images of a class are looked for."""
 WRONG_SHOWN = 60
 REJECTED_SHOWN = 200
 SCORES_SHOWN = 12
@@ -63,6 +68,7 @@ def pages() -> list[BaseRoute]:
         Route("/image/{id}", image_page),
         Route("/d/{key}/", dataset_page),
         Route("/d/{key}/waiting", waiting_page),
+        Route("/d/{key}/class/{name}", class_page),
         Route("/d/{key}/audit", audited_page),
         Route("/d/{key}/rejected", rejected_page),
         Route("/d/{key}/runs", runs_page),
@@ -344,7 +350,40 @@ def _sample_groups(index: Index, layout: Layout, sample: AuditSample) -> list[tu
     return groups
 
 
-# ---------------------------------------------------------------- rejected files, runs, references
+# ---------------------------------------------------------------- classes, rejected files, runs, references
+
+
+def class_page(request: Request) -> Response:
+    """Show the references of a class and the newest images in it, which can be filed elsewhere."""
+    layout, index = _layout(request), index_of(request)
+    label = next((one for one in index.labels(layout) if class_key(one) == request.path_params["name"]), None)
+    if label is None:
+        raise HTTPException(404)
+    refusals: list[OSError] = []
+    paths = sorted(path for path, _ in whole_files(f"{layout.area(Area.CLASES)}/{label}", report=refusals.append))
+    pictures = [index.image_at(layout, path) for path in paths[:PAGE_SIZE] if is_image(path)]
+    filed: dict[str, ShownImage] = {}
+    journal = layout.state_folder(index.config.state_dir) / JOURNAL_FILE
+    if journal.is_file():
+        with History.open(journal) as history:
+            records = history.moves(Selection(label=label, undoable=True, limit=CLASS_MOVES))
+        for record in records:
+            path, why = os.path.join(layout.root, record.destination_path), record.move_reason
+            if record.move.destination == f"{Area.DATASET}/{label}" and path not in filed and len(filed) < PAGE_SIZE:
+                score = None if why.outcome == Outcome.ASSIGNED else why.score
+                found = index.image_at(layout, path, content=why.content, guess=label, score=score, mode=why.mode)
+                filed |= {} if found is None else {path: found}
+    return rendered(
+        request,
+        "class.html",
+        **_common(layout, "overview"),
+        label=label,
+        references=[image for image in pictures if image is not None],
+        hidden_references=max(0, len(paths) - PAGE_SIZE),
+        filed=list(filed.values()),
+        back=f"/d/{dataset_key(layout)}/class/{class_key(label)}",
+        **_choices(request, layout),
+    )
 
 
 def rejected_page(request: Request) -> Response:

@@ -131,6 +131,7 @@ def _environment(language: str) -> jinja2.Environment:
         "label": lambda label: _isolated(written_name(label)),
         "plain_label": lambda label: printable(written_name(label)),
         "form_label": form_label,
+        "class_key": class_key,
         "percent": percent,
         "when": lambda seconds: format_time(seconds)[:16],
         "score": lambda image: _score(image, say),

@@ -297,11 +297,13 @@ class TestByDaemon:
             mark = stamp(path := str(site / "Dataset" / "red" / "filed0.png"))
             assert mark is not None
             corrected = assign_to_class(config, layout, "blue", [image_facts(path, mark)])["assigned"][0]
+            assert daemon.wait_for("image.corrected", label="red")["corrected_label"] == "blue"
             assert run(site, "status", "--json").facts["datasets"]["Colours"]["accuracy"]["red"]["corrected"] == 1
             reply = undo_records_of(config, layout, [sky["id"], none["id"], corrected["id"]])
             assert {one["restored"] for one in reply["undone"]} == {sky["path"], none["path"], path}
             daemon.wait_for("prototypes.rebuilt", classes=3, references=12, changed=True)
             assert run(site, "status", "--json").facts["datasets"]["Colours"]["accuracy"]["red"]["corrected"] == 0
+            assert len(daemon.events("image.corrected")) == 1
         assert names_in(site / "Clases") == ["blue", "green", "red"]
         assert len(waiting(site)) == WAITING
 

@@ -1,18 +1,18 @@
 """Assigning images to a class or to none: what is refused, what is made, and which are references or corrections."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from time import time_ns
 from typing import Any
 
 import pytest
 
 from sortd.daemon.assign import assign_images, assigned_label_problem, forget_made_classes, image_facts
-from sortd.daemon.corrections import record_places
+from sortd.daemon.corrections import CorrectionScanner, record_places
 from sortd.daemon.dataset_lock import OpenDataset, open_dataset
 from sortd.daemon.learnt import labelled_images
 from sortd.errors import DataError
-from sortd.events import Move
 from sortd.layout import Layout
 from sortd.store.records import Selection
 from sortd.watch.scan import stamp
@@ -41,10 +41,12 @@ def waiting(opened: OpenDataset) -> list[dict[str, Any]]:
 def assign(
     opened: OpenDataset, label: str, images: list[dict[str, Any]], *, is_example: bool = False
 ) -> list[dict[str, Any]]:
-    """Assign images, and return the result of each."""
+    """Assign images, as a command does, and return the result of each."""
     carry_out = opened.mover.move_all
     steps = assign_images(opened.layout, opened.journal, carry_out, label, images, is_example=is_example)
-    return [one for results, _ in steps for one in results]
+    results = [one for some, _ in steps for one in some]
+    record_places(opened.layout, opened.journal, [one["destination"] for one in results if one["destination"]])
+    return results
 
 
 def references(opened: OpenDataset, *, with_corrections: bool = False) -> list[tuple[str, str]]:
@@ -285,16 +287,12 @@ class TestFiledImages:
     def test_assign_cut_short_before_the_correction_is_corrected_by_the_next_scan(self, opened: OpenDataset) -> None:
         """The move is durable; a crash right after it loses no correction."""
         (path,) = filed(opened, {"a.png": "red"})
-
-        def die(moves: Sequence[Move]) -> list[Any]:
-            opened.mover.move_all(moves)
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            list(assign_images(opened.layout, opened.journal, die, "blue", facts_of(path)))
+        list(assign_images(opened.layout, opened.journal, opened.mover.move_all, "blue", facts_of(path)))
         assert opened.journal.history.corrections() == []
-        there = opened.layout.root / "Dataset" / "blue" / "a.png"
-        record_places(opened.layout, opened.journal, [str(there)])
+        scanner = CorrectionScanner(opened.layout, opened.journal, report=lambda _: None)
+        scanner.begin(time_ns())
+        while scanner.is_under_way:
+            scanner.take()
         assert [one[:3] for one in opened.journal.history.corrections()] == [("red", "blue", "Dataset/blue/a.png")]
 
     def test_assign_to_the_class_that_it_is_in_is_refused(self, opened: OpenDataset) -> None:
@@ -333,3 +331,26 @@ def test_assign_without_images_is_refused(opened: OpenDataset) -> None:
     with pytest.raises(DataError, match="no image was named"):
         assign(opened, "sky", [])
     assert not (opened.layout.root / "Clases" / "sky").exists()
+
+
+def test_assign_sidecar_is_refused_and_moves_with_its_image(opened: OpenDataset) -> None:
+    """Named beside its image, as by a pattern of the shell, it does not leave the image."""
+    image = Path(waiting(opened)[0]["path"])
+    (sidecar := image.with_suffix(".aae")).write_text("<plist/>")
+    results = {one["path"]: one for one in assign(opened, "sky", facts_of(sidecar, image))}
+    assert "it belongs to 0.png" in results[str(sidecar)]["message"]
+    assert sorted(os.listdir(opened.layout.root / "Dataset" / "sky")) == ["0.aae", "0.png"]
+
+
+def test_assign_image_through_a_linked_folder_is_refused(opened: OpenDataset) -> None:
+    """A link in Review/ leads to no reference, and to nothing outside of the dataset."""
+    (opened.layout.root / "Review" / "link").symlink_to(opened.layout.root / "Clases" / "red")
+    (opened.layout.root / "Clases" / "red" / "0.xmp").write_text("<x:xmpmeta/>")
+    linked = facts_of(opened.layout.root / "Review" / "link" / "0.png")
+    (refused,) = assign(opened, "sky", linked)
+    assert refused["destination"] is None
+    assert (opened.layout.root / "Clases" / "red" / "0.png").exists()
+    assert not (opened.layout.root / "Clases" / "sky").exists()
+    assign(opened, "sky", waiting(opened)[:1])
+    assign(opened, "sky", linked)
+    assert (opened.layout.root / "Clases" / "sky").exists()  # the class of another image

@@ -37,7 +37,7 @@ FORM = "application/x-www-form-urlencoded"
 
 async def show(request: Request) -> JSONResponse:
     """Answer with what the application sees."""
-    request.app.state.seen.append((request.method, request.url.path))
+    request.app.state.seen.append((request.method, request.scope["path"]))
     body = await request.body()
     return JSONResponse(
         {

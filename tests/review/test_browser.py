@@ -1,7 +1,6 @@
 """The review page in a real browser, in front of real processes."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +12,7 @@ import pytest
 
 from benchmarks.harness import write_config
 from tests.daemon_process import DaemonProcess
-from tests.review.world import ROOT, ReviewProcess, chromium, every_file, needs_browser, session
+from tests.review.world import ReviewProcess, chromium, copy_sample, every_file, needs_browser, session
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -93,12 +92,11 @@ def answer_batch(keys: Keyboard, truth: dict[str, str], strange: str) -> dict[st
 
 def test_browser_sample_is_answered_by_keyboard_alone(browser: "Browser", tmp_path: Path) -> None:
     """As a new user: the images in Review/ get their classes, two answers are undone, strangers become a class."""
-    shutil.copytree(ROOT / "Data", tmp_path / "Data", ignore=shutil.ignore_patterns("Images", "Dataset", "Review"))
+    dataset = copy_sample(tmp_path)
     truth_file = tmp_path / "truth.json"
     draw = [sys.executable, "Data/draw.py", "incoming", "--truth", str(truth_file)]
     subprocess.run(draw, check=True, cwd=tmp_path, capture_output=True)
     truth = json.loads(truth_file.read_text(encoding="utf-8"))
-    dataset = tmp_path / "Data" / "Tornillos"
     before = Counter(every_file(dataset).values())
     config = write_config(tmp_path, model="packaged")
     with DaemonProcess(config, program="sortd") as daemon:

@@ -153,6 +153,12 @@ def session(browser: "Browser", review: ReviewProcess, **options: object) -> "It
         context.close()
 
 
+def copy_sample(folder: Path) -> Path:
+    """Copy the sample data with its references only, and return its dataset."""
+    moved = shutil.ignore_patterns("Images", "Dataset", "Review", "Rejected")
+    return Path(shutil.copytree(ROOT / "Data", folder / "Data", ignore=moved)) / "Tornillos"
+
+
 def every_file(root: Path) -> dict[str, bytes]:
     """Return the content of each file below a folder, but for those of sortd, by relative path."""
     found = {}

@@ -1,0 +1,232 @@
+"""The script of the pages in a real browser: selection and keys, forms that are sent once, layout and accessibility."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sortd.layout import Layout
+from sortd.review.index import dataset_key
+from tests.daemon_process import PATIENCE_SECONDS, make_dataset
+from tests.filed_images import file_images
+from tests.review.test_pages import HOSTILE, PAGES, send_to_review
+from tests.review.world import PHONE, ReviewProcess, chromium, every_file, needs_browser, session
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = needs_browser
+
+SMALL = """() => [...document.querySelectorAll("a, button, summary, input:not([type=hidden])")]
+    .filter((one) => one.checkVisibility() && !one.closest("p, td, dialog, .skip"))
+    .map((one) => [one.closest("label") ?? one, one])
+    .filter(([area]) => { const box = area.getBoundingClientRect(); return box.width < 43.5 || box.height < 43.5; })
+    .map(([, one]) => one.outerHTML.slice(0, 120))"""
+"""The targets that a finger misses; links in a text and in a table may be smaller (WCAG 2.2, 2.5.8)."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """One browser for all tests."""
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """A library with ten waiting images in two batches, and hostile names among the filed ones."""
+    dataset = make_dataset(tmp_path / "data")
+    file_images(dataset, tmp_path / "state", {"one.png": "red", "torn.png": "rejected"})
+    names = {f"img{number}.png".encode(): "green" if number < 7 else "red" for number in range(10)}
+    send_to_review(dataset, tmp_path / "state", dict(names))
+    text = f"root: {tmp_path / 'data'}\nstate_dir: {tmp_path / 'state'}\ncache_dir: {tmp_path / 'cache'}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    return dataset
+
+
+@pytest.fixture
+def page(library: Path, browser: "Browser") -> "Iterator[Page]":
+    """The first batch in a browser: seven images."""
+    with ReviewProcess(library.parents[1] / "config.yaml") as review, session(browser, review) as context:
+        (shown,) = context.pages
+        shown.goto(f"{review.origin}/d/{dataset_key(Layout(library))}/waiting")
+        yield shown
+
+
+def checked(page: "Page") -> list[bool]:
+    """Return which images are selected."""
+    return [box.is_checked() for box in page.locator("[data-grid] input").all()]
+
+
+def focused(page: "Page") -> int:
+    """Return which image has the focus; -1: none."""
+    found: int = page.evaluate("[...document.querySelectorAll('[data-grid] input')].indexOf(document.activeElement)")
+    return found
+
+
+def press(page: "Page", *keys: str) -> None:
+    """Press keys one after another."""
+    for key in keys:
+        page.keyboard.press(key)
+
+
+def in_class(library: Path, label: str) -> int:
+    """Return how many images are filed into a class."""
+    return sum(name.startswith(f"Dataset/{label}/") for name in every_file(library))
+
+
+def test_arrows_move_the_focus_by_rows_and_columns(page: "Page") -> None:
+    """The first arrow enters the grid; up and down keep the column."""
+    columns = page.evaluate(
+        "getComputedStyle(document.querySelector('[data-grid]')).gridTemplateColumns.split(' ').length"
+    )
+    assert 2 <= columns < 7
+    press(page, "ArrowRight")
+    assert focused(page) == 0
+    press(page, "ArrowRight")
+    assert focused(page) == 1
+    press(page, "ArrowDown")
+    assert focused(page) == 1 + columns if columns < 6 else focused(page) == 6
+    press(page, "ArrowUp", "ArrowLeft", "ArrowLeft")
+    assert focused(page) == 0
+    press(page, "End", "ArrowRight")
+    assert focused(page) == 6
+
+
+def test_shift_selects_a_range_by_arrows_and_by_clicks(page: "Page") -> None:
+    """A range takes the state of its first image, or of the one that was clicked last."""
+    press(page, "ArrowRight", "Space", "Shift+ArrowRight", "Shift+ArrowRight")
+    assert checked(page) == [False] * 3 + [True] * 4
+    press(page, "a")
+    assert all(checked(page))
+    press(page, "a")
+    assert not any(checked(page))
+    pictures = page.locator("[data-grid] label")
+    pictures.nth(1).click()
+    pictures.nth(4).click(modifiers=["Shift"])
+    assert checked(page) == [False, True, True, True, True, False, False]
+    assert page.locator("[data-selected]").inner_text() == "4 of 7 selected"
+
+
+def test_enter_files_the_selected_images_as_the_best_guess_and_u_takes_them_back(page: "Page", library: Path) -> None:
+    """Only what is selected is filed; what is left stays on the page; undo brings everything back."""
+    before = every_file(library)
+    press(page, "ArrowRight", "Space", "Enter")
+    page.wait_for_url("**effect=*")
+    assert in_class(library, "green") == 6
+    assert len(checked(page)) == 1
+    assert "6" in page.locator("[data-live=effect]").inner_text()
+    press(page, "u")
+    page.wait_for_function("document.querySelectorAll('[data-grid] input').length === 7")
+    assert every_file(library) == before
+
+
+def test_slash_types_a_class_and_escape_leaves_the_field(page: "Page", library: Path) -> None:
+    """In the field letters are letters; Enter files under the name, never under the best guess."""
+    press(page, "/")
+    page.keyboard.type("n")
+    assert page.locator("#label").input_value() == "n"
+    press(page, "Escape")
+    assert focused(page) == 0
+    press(page, "/", "Backspace", "Enter")
+    assert "effect" not in page.url
+    page.keyboard.type("new class")
+    press(page, "Enter")
+    page.wait_for_url("**effect=*")
+    assert in_class(library, "new class") == 7
+    assert in_class(library, "green") == 0
+
+
+def test_digits_none_and_later_do_what_their_buttons_say(page: "Page", library: Path) -> None:
+    """A digit files into the class beside it; s goes on; n sets the images apart."""
+    button = page.locator("[data-key='2']").inner_text().split("\n")[-1].strip().removeprefix("2").strip()
+    press(page, "2")
+    page.wait_for_url("**effect=*")
+    assert in_class(library, button) == 7 + (button == "red")
+    press(page, "n")
+    page.wait_for_function("document.body.innerText.includes('Nothing waits')")
+    assert not [name for name in every_file(library) if name.startswith("Review/red/")]
+
+
+def test_keys_with_modifiers_and_switched_off_keys_do_nothing(page: "Page") -> None:
+    """Shortcuts of the browser stay its own, and WCAG 2.1.4 asks for a switch."""
+    press(page, "Control+Enter", "Alt+n", "Meta+u")
+    assert "effect" not in page.url
+    press(page, "?")
+    dialog = page.locator("dialog#keys")
+    assert dialog.is_visible()
+    page.locator("#keys-on").uncheck()
+    press(page, "Escape")
+    assert not dialog.is_visible()
+    press(page, "a")
+    assert all(checked(page))
+    page.reload()
+    press(page, "a")
+    assert all(checked(page))
+
+
+def test_form_is_sent_once(page: "Page", library: Path) -> None:
+    """A second press while the answer is on its way sends nothing, and nothing is filed twice."""
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    page.evaluate(
+        "() => { const button = document.querySelector('[data-key=Enter]'); button.click(); button.click(); }"
+    )
+    page.wait_for_url("**effect=*")
+    assert len(sent) == 1
+    assert in_class(library, "green") == 7
+
+
+def test_pages_work_without_javascript(library: Path, browser: "Browser") -> None:
+    """Every answer is a button of a form; Enter in the field for a name presses the button beside it."""
+    with (
+        ReviewProcess(library.parents[1] / "config.yaml") as review,
+        session(browser, review, java_script_enabled=False) as context,
+    ):
+        (page,) = context.pages
+        page.goto(f"{review.origin}/d/{dataset_key(Layout(library))}/waiting")
+        page.locator("[data-grid] label").first.click()
+        page.locator("#label").fill("blue")
+        page.locator("#label").press("Enter")
+        page.wait_for_url("**effect=*")
+        assert in_class(library, "blue") == 6
+        assert page.locator(".needs-script").first.is_hidden()
+        page.get_by_role("link", name="Later").click()
+        page.get_by_role("link", name="Begin again").click()
+        page.get_by_role("button", name="None of these").click()
+        page.wait_for_url("**effect=*")
+        assert in_class(library, "blue") == 6
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 800}, PHONE], ids=["desktop", "phone"])
+def test_pages_have_no_finding_of_axe_and_fit_the_screen(
+    library: Path, browser: "Browser", viewport: dict[str, int], scheme: str
+) -> None:
+    """WCAG 2.2 AA as far as a program can tell, with hostile names, targets of 44 px, and no horizontal scrolling."""
+    from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]  # it publishes no types
+
+    send_to_review(library, library.parents[1] / "state", dict.fromkeys(HOSTILE, "blue"))
+    with (
+        ReviewProcess(library.parents[1] / "config.yaml") as review,
+        session(browser, review, viewport=viewport, color_scheme=scheme) as context,
+    ):
+        (page,) = context.pages
+        context.set_default_timeout(1000 * PATIENCE_SECONDS)
+        root = f"{review.origin}/d/{dataset_key(Layout(library))}/"
+        page.goto(f"{root}waiting")
+        batches = [one.get_attribute("href") for one in page.locator("a.batch").all()]
+        images = [one.get_attribute("href") for one in page.locator("[data-open]").all()][:1]
+        page.goto(root)
+        classes = [one.get_attribute("href") for one in page.locator("th a").all()][:1]
+        for address in [
+            *(root + name for name in PAGES),
+            *(f"{review.origin}{one}" for one in [*batches, *images, *classes, "/no"]),
+        ]:
+            page.goto(address)
+            found = Axe().run(page).response
+            assert len(found["passes"]) > 10
+            assert [(one["id"], one["nodes"][0]["html"]) for one in found["violations"]] == [], address
+            assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"], address
+            assert page.evaluate(SMALL) == [], address
