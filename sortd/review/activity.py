@@ -21,22 +21,25 @@ _LABELS = """SELECT label, max(id) AS newest FROM (
     SELECT label, id FROM moves WHERE progress = 'done' AND outcome = 'assigned' ORDER BY id DESC LIMIT ?
 ) WHERE label IS NOT NULL GROUP BY label ORDER BY newest DESC"""
 _RUNS = """SELECT run, outcome, count(*) AS number, min(ended_at) AS first, max(ended_at) AS last,
+    min(id) AS first_id, max(id) AS last_id,
     total(undone_by IS NULL AND outcome NOT IN ('undone', 'followed')) AS standing
 FROM moves WHERE id > (SELECT max(id) FROM moves) - ? AND +progress = 'done' GROUP BY run, outcome"""
 _FILED_BECAUSE = """SELECT id FROM moves WHERE ended_at >= ? AND generation > ? AND generation <= ?
 AND +progress = 'done' AND +outcome = 'filed' AND undone_by IS NULL
-AND substr(source, 1, 7) = CAST('Review/' AS BLOB)"""
+AND (source = CAST('Review' AS BLOB) OR substr(source, 1, 7) = CAST('Review/' AS BLOB))"""
 _WRONG = """SELECT move FROM checks WHERE is_right = 0 AND move NOT IN (SELECT move FROM corrections)
 AND move NOT IN (SELECT id FROM moves WHERE undone_by IS NOT NULL) ORDER BY move DESC LIMIT ?"""
 
 
 @dataclass(slots=True)
 class RunSummary:
-    """The moves of one run of sortd."""
+    """The moves of one run of sortd, among the newest ones."""
 
     run: str
     first: float  # seconds since the epoch
     last: float
+    first_id: int  # in the journal
+    last_id: int
     counts: dict[str, int] = field(default_factory=dict)  # by outcome
     standing: int = 0  # moves that can be undone
 
@@ -56,8 +59,10 @@ class Activity:
         """Return the last runs, the newest first."""
         found: dict[str, RunSummary] = {}
         for row in self._rows(_RUNS, NEWEST_MOVES):
-            run = found.setdefault(row["run"], RunSummary(row["run"], row["first"], row["last"]))
+            facts = [row[name] for name in ("run", "first", "last", "first_id", "last_id")]
+            run = found.setdefault(row["run"], RunSummary(*facts))
             run.first, run.last = min(run.first, row["first"]), max(run.last, row["last"])
+            run.first_id, run.last_id = min(run.first_id, row["first_id"]), max(run.last_id, row["last_id"])
             run.counts[row["outcome"]] = row["number"]
             run.standing += int(row["standing"])
         return sorted(found.values(), key=lambda run: -run.last)[:RUNS_SHOWN]

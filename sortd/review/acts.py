@@ -5,6 +5,7 @@ Sending a form twice does nothing more: its images are no longer where they were
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -23,20 +24,21 @@ from sortd.commands.moves import undo_records_of
 from sortd.commands.rejected import retry_rejected
 from sortd.daemon.assign import image_facts
 from sortd.errors import DataError, SortdError
-from sortd.events import NO_CLASS
+from sortd.events import NO_CLASS, Outcome
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.review.activity import Activity
 from sortd.review.effects import Act, Effects
 from sortd.review.index import Index, ShownImage, dataset_key
-from sortd.review.rendering import CLASS_MARK, class_key
+from sortd.review.rendering import CLASS_MARK, form_label, session_of
 from sortd.store.history import History
-from sortd.store.records import Selection
+from sortd.store.records import Record, Selection
 
 NONE_ACTIONS = frozenset({"none", "example"})
 """The buttons for images of no class, which become examples of that or do not."""
 LONGEST_BACK = 2000
 MOST_FIELDS = 25_000
 """Fields of a form: those of the largest sample of an audit."""
+_CLASS_VALUE = re.compile(f"{CLASS_MARK}[0-9a-f]{{12}}")
 
 
 async def assign(request: Request) -> RedirectResponse:
@@ -59,8 +61,10 @@ async def _assigned(
     index = _index(request)
     action = _text(form, "action")
     is_none = action in NONE_ACTIONS
-    label = NO_CLASS if is_none else _label(index, layout, _text(form, "label"))
-    act = _added(request, layout, action if is_none else kind, label=label, refused=refused)
+    label = NO_CLASS if is_none else await run_in_threadpool(_label, index, layout, _text(form, "label"))
+    act = await _added(
+        request, layout, action if is_none else "none" if label == NO_CLASS else kind, label=label, refused=refused
+    )
     if images:
         await _carried_out(
             act,
@@ -72,50 +76,69 @@ async def _assigned(
                 is_example=act.kind == "example",
             ),
             "assigned",
+            asked=frozenset(one.path for one in images),
         )
         await run_in_threadpool(index.waiting, layout, now=True)
     return _back(form, act)
 
 
 async def undo(request: Request) -> RedirectResponse:
-    """Take back the newest act of this person in a dataset, else the newest assignment in the journal."""
+    """Take back the act of this person that the form names, or the newest, or the newest assignment in the journal."""
     form = await request.form(max_fields=MOST_FIELDS)
-    index, effects = _index(request), _effects(request)
+    index, effects, session = _index(request), _effects(request), session_of(request)
     layout = await run_in_threadpool(index.dataset, _text(form, "dataset"))
-    newest = effects.newest(dataset_key(layout), _session(request))
-    if newest is None:
-        others = effects.ids_of_others(_session(request))
-        ids = await run_in_threadpool(_newest_assigned, index, layout, others)
-        return _back(form, await _undone(request, layout, ids))
-    newest.is_undone = True  # before the request, so that a second one takes the act before
-    act = await _undone(request, layout, newest.ids, undoes=newest.number)
-    newest.is_undone = act.moved > 0
-    return _back(form, act)
+    if number := _number(form, "number"):
+        named = effects.get(number, session)
+        if named is None or named.dataset != dataset_key(layout) or not named.can_be_undone:
+            message = "this was taken back before, or is not known any more: look again"
+            return _back(form, await _added(request, layout, "undone", refused=[message]))
+        return _back(form, await _taken_back(request, layout, named))
+    while (newest := effects.newest(dataset_key(layout), session)) is not None:
+        if newest.ids or newest.later or await run_in_threadpool(_ended_later, index, layout, newest):
+            return _back(form, await _taken_back(request, layout, newest))
+        newest.is_tried = True  # its request failed, and moved nothing
+    ids = await run_in_threadpool(_newest_assigned, index, layout, effects.ids_of_others(session))
+    return _back(form, await _undone(request, layout, ids))
+
+
+async def _taken_back(request: Request, layout: Layout, one: Act) -> Act:
+    """Undo the moves of an act, those included that ended after its answer."""
+    one.is_tried = True  # before the request, so that a second one takes the act before
+    ended = await run_in_threadpool(_ended_later, _index(request), layout, one)
+    act = await _undone(request, layout, [*one.ids, *ended], undoes=one.number)
+    one.is_tried = not act.is_unanswered
+    one.is_undone = act.moved > 0
+    if one.later > len(ended):
+        act.refused.append(f"{one.later - len(ended)} may still be copied to another disk: take this back again then")
+        one.is_undone = False
+    return act
 
 
 async def undo_consequences(request: Request) -> RedirectResponse:
-    """Take back what sortd filed because of an act."""
+    """Take back what sortd filed because of an act, as far as the page has shown it."""
     form = await request.form(max_fields=MOST_FIELDS)
     index, effects = _index(request), _effects(request)
-    act = effects.get(_number(form, "number"))
+    act = effects.get(_number(form, "number"), session_of(request))
     if act is None:
         raise HTTPException(404, "this act is not known any more")
     layout = await run_in_threadpool(index.dataset, act.dataset)
-    return _back(form, await _undone(request, layout, await run_in_threadpool(effects.consequences, act)))
+    filed, last = await run_in_threadpool(effects.consequences, act), _number(form, "last")
+    return _back(form, await _undone(request, layout, [one for one in filed if one <= last]))
 
 
 async def undo_run(request: Request) -> RedirectResponse:
-    """Take back all moves of one run of sortd."""
+    """Take back the moves of one run of sortd that the page has shown."""
     index, layout, form = await _begin(request)
-    ids = await run_in_threadpool(_of_run, index, layout, _text(form, "run"))
+    shown = range(_number(form, "first"), _number(form, "last") + 1)
+    ids = await run_in_threadpool(_of_run, index, layout, _text(form, "run"), shown)
     return _back(form, await _undone(request, layout, ids))
 
 
 async def _undone(request: Request, layout: Layout, ids: Sequence[int], *, undoes: int = 0) -> Act:
     index = _index(request)
-    act = _added(request, layout, "undone", undoes=undoes)
+    act = await _added(request, layout, "undone", undoes=undoes)
     if ids:
-        await _carried_out(act, lambda: undo_records_of(index.config, layout, ids), "undone")
+        await _carried_out(act, lambda: undo_records_of(index.config, layout, ids), "undone", only=frozenset(ids))
         act.ids = []
         await run_in_threadpool(index.waiting, layout, now=True)
     return act
@@ -125,7 +148,7 @@ async def retry(request: Request) -> RedirectResponse:
     """Try rejected images again."""
     index, layout, form = await _begin(request)
     images, refused = _found(index, form.getlist("image"), Area.REJECTED, layout)
-    act = _added(request, layout, "retried", refused=refused)
+    act = await _added(request, layout, "retried", refused=refused)
     if images:
         await _carried_out(act, lambda: retry_rejected(index.config, layout, [one.path for one in images]), "retried")
         act.ids = []
@@ -135,7 +158,7 @@ async def retry(request: Request) -> RedirectResponse:
 async def draw(request: Request) -> RedirectResponse:
     """Draw a random sample of filed images to look at."""
     index, layout, form = await _begin(request)
-    act = _added(request, layout, "audited")
+    act = await _added(request, layout, "audited")
     try:
         await run_in_threadpool(draw_sample, index.config, layout, None)
     except SortdError as error:
@@ -146,7 +169,7 @@ async def draw(request: Request) -> RedirectResponse:
 async def answer_audit(request: Request) -> RedirectResponse:
     """Record which images of the open sample are in a wrong class; the form names all that were shown."""
     index, layout, form = await _begin(request)
-    act = _added(request, layout, "audited")
+    act = await _added(request, layout, "audited")
     shown, wrong = ({one for one in form.getlist(name) if isinstance(one, str)} for name in ("shown", "wrong"))
     try:
         told = await run_in_threadpool(_answered, index, layout, shown, wrong & shown)
@@ -197,16 +220,11 @@ def _effects(request: Request) -> Effects:
     return found
 
 
-def _session(request: Request) -> str:
-    """Return what tells the people at this server apart: the token of the forms of a session."""
-    token: str = request.state.form_token
-    return token
-
-
-def _added(request: Request, layout: Layout, kind: str, **facts: Any) -> Act:  # noqa: ANN401 - of Act
+async def _added(request: Request, layout: Layout, kind: str, **facts: Any) -> Act:  # noqa: ANN401 - of Act
     """Note an act of this person."""
-    generation = Activity(_index(request).config.state_dir, layout).last_generation()
-    return _effects(request).add(dataset_key(layout), _session(request), kind, generation=generation, **facts)
+    activity = Activity(_index(request).config.state_dir, layout)
+    generation = await run_in_threadpool(activity.last_generation)
+    return _effects(request).add(dataset_key(layout), session_of(request), kind, generation=generation, **facts)
 
 
 async def _begin(request: Request) -> tuple[Index, Layout, FormData]:
@@ -227,12 +245,12 @@ def _number(form: FormData, name: str) -> int:
 
 def _label(index: Index, layout: Layout, text: str) -> str:
     """Return the class that a form names: an existing one by its key, or the text."""
-    if text.startswith(CLASS_MARK):
-        known = {class_key(label): label for label in index.labels(layout)}
-        if text.removeprefix(CLASS_MARK) not in known:
-            raise HTTPException(400, "this class does not exist any more; look again")
-        return known[text.removeprefix(CLASS_MARK)]
-    return text.strip()
+    if not _CLASS_VALUE.fullmatch(text):
+        return text.strip()
+    label = next((label for label in index.labels(layout) if form_label(label) == text), None)
+    if label is None:
+        raise HTTPException(400, "this class does not exist any more; look again")
+    return label
 
 
 def _found(index: Index, ids: Iterable[object], area: Area, layout: Layout) -> tuple[list[ShownImage], list[str]]:
@@ -248,22 +266,39 @@ def _found(index: Index, ids: Iterable[object], area: Area, layout: Layout) -> t
     return found, [f"{changed} changed or were moved since they were shown: look again"] if changed else []
 
 
-async def _carried_out(act: Act, work: Callable[[], Mapping[str, Any]], key: str) -> None:
-    """Carry out the request of an act and note its results, or why it failed."""
+async def _carried_out(
+    act: Act,
+    work: Callable[[], Mapping[str, Any]],
+    key: str,
+    *,
+    asked: frozenset[str] = frozenset(),
+    only: frozenset[int] | None = None,
+) -> None:
+    """Carry out the request of an act and note its results, or why it failed.
+
+    Args:
+        act: the act.
+        work: sends the request.
+        key: of the results in the reply.
+        asked: the images of the request, which may be moved later, or although it failed.
+        only: the moves that count; without it, all.
+    """
     try:
         reply = await run_in_threadpool(work)
     except SortdError as error:
         act.refused.append(printable(str(error)))
+        act.unknown, act.is_unanswered = asked, True
         return
     for one in reply[key]:
         where = one.get("destination", one.get("restored"))
         if where is None:
             act.refused.append(printable(str(one["message"])))
-        else:
+        elif only is None or one["id"] in only:  # otherwise a companion that follows its image
             act.moved += 1
             if one.get("id") is not None:
                 act.ids.append(one["id"])
     act.later = reply.get("later", 0)
+    act.unknown = asked - {one.get("path") for one in reply[key]}
 
 
 def _back(form: FormData, act: Act) -> RedirectResponse:
@@ -284,9 +319,21 @@ def _newest_assigned(index: Index, layout: Layout, others: frozenset[int]) -> li
     return [found for one in newest if (found := int(str(one["id"]))) not in others][:1]
 
 
-def _of_run(index: Index, layout: Layout, run: str) -> list[int]:
+def _of_run(index: Index, layout: Layout, run: str, shown: range) -> list[int]:
+    return [one.id for one in _moves(index, layout, Selection(run=run, undoable=True)) if one.id in shown]
+
+
+def _ended_later(index: Index, layout: Layout, act: Act) -> list[int]:
+    """Return the moves of an act that ended after its answer, or without one."""
+    if not act.unknown:
+        return []
+    found = _moves(index, layout, Selection(outcome=Outcome.ASSIGNED, since=act.at, undoable=True))
+    return [one.id for one in found if f"{layout.root}/{one.source_path}" in act.unknown and one.id not in act.ids]
+
+
+def _moves(index: Index, layout: Layout, selection: Selection) -> list[Record]:
     journal = layout.state_folder(index.config.state_dir) / JOURNAL_FILE
     if not journal.is_file():
         return []
     with History.open(journal) as history:
-        return [one.id for one in history.moves(Selection(run=run, undoable=True))]
+        return history.moves(selection)

@@ -33,12 +33,20 @@ class Act:
     moved: int = 0
     later: int = 0  # images still to be copied to another file system
     ids: list[int] = field(default_factory=list)  # of the moves in the journal
+    unknown: frozenset[str] = frozenset()  # images whose moves may have ended later, without an answer
     refused: list[str] = field(default_factory=list)
     words: str = ""  # what the answers of an audit prove
     generation: int = 0  # the last one of the prototypes before
     at: float = field(default_factory=time)
+    is_unanswered: bool = False  # its request failed
+    is_tried: bool = False  # to be taken back, whatever came of it
     is_undone: bool = False
     undoes: int = 0  # the number of the act that this one took back; 0: none
+
+    @property
+    def can_be_undone(self) -> bool:
+        """Whether it moved images, or may have, and was not taken back."""
+        return bool(self.ids or self.unknown) and not self.is_undone
 
 
 class Effects:
@@ -59,29 +67,31 @@ class Effects:
                 self._acts.popitem(last=False)
             return act
 
-    def get(self, number: int) -> Act | None:
-        """Return an act by its number."""
+    def get(self, number: int, session: str) -> Act | None:
+        """Return an act of a person by its number; nobody sees or takes back those of others by it."""
         with self._lock:
-            return self._acts.get(number)
+            found = self._acts.get(number)
+            return found if found is not None and found.session == session else None
 
     def newest(self, dataset: str, session: str) -> Act | None:
-        """Return the newest act of a person that moved images of a dataset and was not undone."""
+        """Return the newest act of a person that moved images of a dataset, or may have, and was not undone."""
         with self._lock:
             mine = [one for one in self._acts.values() if (one.dataset, one.session) == (dataset, session)]
-            return next((act for act in reversed(mine) if act.ids and not act.is_undone), None)
+            return next((act for act in reversed(mine) if act.can_be_undone and not act.is_tried), None)
 
     def ids_of_others(self, session: str) -> frozenset[int]:
         """Return the moves of everybody else."""
         with self._lock:
             return frozenset(one for act in self._acts.values() if act.session != session for one in act.ids)
 
-    def line(self, number: int, translations: NullTranslations) -> dict[str, Any] | None:
-        """Return what an act did, for a person.
+    def line(self, number: int, session: str, translations: NullTranslations) -> dict[str, Any] | None:
+        """Return what an act of a person did.
 
-        ``text``, ``tone`` (good, doubt or bad), ``refused``: messages, ``undo``: whether it can be taken back, and
-        ``consequences``: the number of waiting images that were filed because of it, or None.
+        ``text``, ``tone`` (good, doubt or bad), ``refused``: messages, ``undo``: whether it can be taken back,
+        ``consequences``: the number of waiting images that were filed because of it, or None, and ``last``: the newest
+        of these moves.
         """
-        act = self.get(number)
+        act = self.get(number, session)
         if act is None:
             return None
         ids = self.consequences(act)
@@ -100,14 +110,14 @@ class Effects:
         if len(act.refused) > len(refused):
             hidden = len(act.refused) - len(refused)
             refused.append(translations.ngettext("%(num)d more", "%(num)d more", hidden) % {"num": hidden})
-        undo = bool(act.ids) and not act.is_undone
         return {
             "number": number,
             "text": " ".join(text for text in told if text),
             "tone": tone,
             "refused": refused,
-            "undo": undo,
+            "undo": act.can_be_undone and bool(act.ids or act.later),
             "consequences": len(ids) if ids else None,
+            "last": max(ids, default=0),
         }
 
     def consequences(self, act: Act) -> list[int]:
@@ -115,7 +125,7 @@ class Effects:
 
         Those are the moves by the prototypes that had the references of the act, until a later act changed them again.
         """
-        cause = self.get(act.undoes) if act.undoes else act
+        cause = self.get(act.undoes, act.session) if act.undoes else act
         if cause is None or cause.kind not in _REFERENCES or not cause.moved:
             return []
         with self._lock:

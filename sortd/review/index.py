@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from time import monotonic
+from time import monotonic, time_ns
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ from sortd.watch.scan import whole_files
 
 FRESH_SECONDS = 2.0
 """Age from which a listing of Review/ is read again."""
+RECORDED_NS = 60 * 10**9
+"""Time after a change of a file in which it is looked up in the journal again."""
 MOST_KNOWN = 50_000
 """Images outside Review/ whose ids are remembered: those of the last pages."""
 PAGE_SIZE = 60
@@ -84,8 +86,9 @@ class ReviewBatch:
 
 @dataclass(slots=True)
 class _Pile:
-    """What is known of Review/ of one dataset."""
+    """What is known of Review/ of one dataset; ``images`` is replaced, never changed."""
 
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of all that waits for a disk or a process
     images: dict[str, ShownImage] = field(default_factory=dict)
     listed_at: float = -np.inf
     groups: tuple[Mapping[str, Any], ...] = ()  # fields of ``ImageGroup``, its members as ids
@@ -130,22 +133,25 @@ def _send_result(sender: Connection, function: Callable[..., Any], arguments: Se
 
 
 class Index:
-    """The images that the pages show; its methods may be called from several threads."""
+    """The images that the pages show; its methods may be called from several threads.
+
+    ``find`` never waits for a disk: one that does not respond stops neither the event loop nor other datasets.
+    """
 
     def __init__(self, config: Config) -> None:
         """Read nothing yet."""
         self.config = config
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._piles: dict[str, _Pile] = {}
         self._others: OrderedDict[str, ShownImage] = OrderedDict()
 
     def close(self) -> None:
         """End the processes that compute groups."""
         with self._lock:
-            for pile in self._piles.values():
-                if pile.work is not None:
-                    pile.work.close()
-                    pile.work = None
+            piles = list(self._piles.values())
+        for pile in piles:
+            if pile.work is not None:
+                pile.work.close()
 
     def datasets(self) -> list[Layout]:
         """Return the datasets that are there, by name; raise LayoutError if the root cannot be listed."""
@@ -172,12 +178,16 @@ class Index:
             DataError: Review/ cannot be read.
             JournalError: the journal cannot be read.
         """
-        with self._lock:
-            pile = self._piles.setdefault(dataset_key(layout), _Pile())
+        pile = self._pile(layout)
+        with pile.lock:
             if now or monotonic() - pile.listed_at >= FRESH_SECONDS:
                 pile.images = self._listed(layout, pile.images)
                 pile.listed_at = monotonic()
             return list(pile.images.values())
+
+    def _pile(self, layout: Layout) -> _Pile:
+        with self._lock:
+            return self._piles.setdefault(dataset_key(layout), _Pile())
 
     def _listed(self, layout: Layout, known: Mapping[str, ShownImage]) -> dict[str, ShownImage]:
         review = os.fspath(layout.area(Area.REVIEW))
@@ -187,14 +197,14 @@ class Index:
             raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
         found = {image_id(path, mark): (path, mark) for path, mark in sorted(files)}
         journal = layout.state_folder(self.config.state_dir) / JOURNAL_FILE
-        missing = {one: file for one, file in found.items() if one not in known}
+        missing = {one: file for one, file in found.items() if one not in known or _may_be_recorded(known[one])}
         fresh: dict[str, ShownImage] = {}
         if missing and journal.is_file():
             with History.open(journal) as history:
                 fresh = {one: _from_journal(layout, history, one, *file) for one, file in missing.items()}
-        elif missing:
+        else:
             fresh = {one: ShownImage(one, layout.name, *file) for one, file in missing.items()}
-        images = {one: known.get(one) or fresh[one] for one in found}
+        images = {one: fresh[one] if one in fresh else known[one] for one in found}
         return {one: image for one, image in images.items() if image.content or is_image(image.path)}
 
     def batches(self, layout: Layout) -> list[ReviewBatch]:
@@ -204,8 +214,8 @@ class Index:
         batches by best guess. Raises as ``waiting``.
         """
         images = {image.id: image for image in self.waiting(layout)}
-        with self._lock:
-            pile = self._piles[dataset_key(layout)]
+        pile = self._pile(layout)
+        with pile.lock:
             self._regroup(layout, pile, images)
             groups = pile.groups
         batches, grouped = list[ReviewBatch](), set[str]()
@@ -235,9 +245,9 @@ class Index:
 
     def is_grouping(self, layout: Layout) -> bool:
         """Return whether groups are being computed."""
-        with self._lock:
-            pile = self._piles.get(dataset_key(layout))
-            return pile is not None and pile.work is not None and not pile.work.is_done
+        pile = self._pile(layout)
+        with pile.lock:
+            return pile.work is not None and not pile.work.is_done
 
     def find(self, identifier: str) -> ShownImage | None:
         """Return the image with an id; None: it changed, is gone, or was never shown."""
@@ -291,6 +301,11 @@ class Index:
             ]
             found[image.id] = [one for one in near if one["image"] is not None]
         return found
+
+
+def _may_be_recorded(image: ShownImage) -> bool:
+    """Return whether the journal may get a decision on an image that it did not know: a move is recorded afterwards."""
+    return not image.content and time_ns() - image.stamp.ctime_ns < RECORDED_NS
 
 
 def _from_journal(layout: Layout, history: History, identifier: str, path: str, mark: Stamp) -> ShownImage:

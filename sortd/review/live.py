@@ -2,10 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime
-from functools import partial
 from gettext import NullTranslations
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -16,9 +16,10 @@ from sortd.commands.assign import given_since
 from sortd.commands.console import printable
 from sortd.errors import SortdError
 from sortd.layout import Layout
-from sortd.review.effects import Effects, running_state
+from sortd.review.effects import running_state
 from sortd.review.i18n import catalogue, chosen_language
 from sortd.review.index import Index
+from sortd.review.rendering import effect_number, session_of
 
 EVERY_SECONDS = 1.0
 PING_EVERY = 15
@@ -32,11 +33,10 @@ def answers_today(index: Index, layout: Layout) -> int:
 
 
 def live_texts(
-    index: Index, effects: Effects, layout: Layout, number: int, translations: NullTranslations
+    index: Index, layout: Layout, line: Mapping[str, Any] | None, translations: NullTranslations
 ) -> dict[str, str]:
-    """Return the texts of a page that change: ``waiting``, ``today``, ``state``, ``problem`` and ``effect``."""
+    """Return the texts of a page that change: waiting, today, state, problem, and effect, that of ``line``."""
     waiting, today = len(index.waiting(layout)), answers_today(index, layout)
-    line = effects.line(number, translations)
     running = running_state(index.config, layout)
     problem = "" if running is None else running.problem
     gettext, ngettext = translations.gettext, translations.ngettext
@@ -53,10 +53,13 @@ async def events(request: Request) -> StreamingResponse:
     """Send the changed texts of a page once a second, until it is closed."""
     state = request.app.state
     layout = await run_in_threadpool(state.index.dataset, request.path_params["key"])
-    number = request.query_params.get("effect", "")
     translations = catalogue(chosen_language(request.headers.get("accept-language", "")))
-    known = int(number) if number.isascii() and number.isdigit() else 0
-    texts = partial(live_texts, state.index, state.effects, layout, known, translations)
+    known = effect_number(request)
+    session = session_of(request)
+
+    def texts() -> dict[str, str]:
+        return live_texts(state.index, layout, state.effects.line(known, session, translations), translations)
+
     return StreamingResponse(_stream(request, texts), media_type="text/event-stream")
 
 

@@ -36,6 +36,7 @@ from sortd.review.rendering import (
     index_of,
     problem_page,
     rendered,
+    session_of,
     static_files,
     translations_of,
 )
@@ -127,7 +128,8 @@ def _progress(request: Request, layout: Layout, waiting: int) -> dict[str, Any]:
     """Return the progress of a dataset, and the texts that are kept up to date while a page is open."""
     index, effects = index_of(request), request.app.state.effects
     answered = answers_today(index, layout)
-    texts = live_texts(index, effects, layout, effect_number(request), translations_of(request))
+    line = effects.line(effect_number(request), session_of(request), translations_of(request))
+    texts = live_texts(index, layout, line, translations_of(request))
     return {"progress": {"answered": answered, "waiting": waiting, "all": answered + waiting}, "texts": texts}
 
 

@@ -79,7 +79,7 @@ def rendered(request: Request, template: str, *, status: int = 200, **values: An
     query = urlencode([(name, value) for name, value in request.query_params.multi_items() if name != "effect"])
     common = {
         "without_effect": request.url.path + (f"?{query}" if query else ""),
-        "form_token": getattr(request.state, "form_token", ""),
+        "form_token": session_of(request),
         "effect": _effect(request),
         "dataset": None,
         "key": None,
@@ -106,7 +106,7 @@ def _effect(request: Request) -> dict[str, Any] | None:
     found: dict[str, Any] | None = None
     if number:
         with suppress(SortdError):  # its dataset may be away; the page says so
-            found = request.app.state.effects.line(number, translations_of(request))
+            found = request.app.state.effects.line(number, session_of(request), translations_of(request))
     return found
 
 
@@ -174,6 +174,11 @@ def static_files() -> dict[str, tuple[bytes, str, str]]:
     kinds = {"review.css": "text/css", "review.js": "text/javascript", "icon.svg": "image/svg+xml"}
     bodies = {name: (STATIC / name).read_bytes() for name in kinds}
     return {name: (body, hashlib.sha256(body).hexdigest()[:12], kinds[name]) for name, body in bodies.items()}
+
+
+def session_of(request: Request) -> str:
+    """Return what tells the people at this server apart: the token of the forms of a session."""
+    return getattr(request.state, "form_token", "")
 
 
 def index_of(request: Request) -> Index:

@@ -65,7 +65,7 @@ def file_waiting(config: Config, layout: Layout, number: int, generation: int) -
 
 def text(effects: Effects, one: Act) -> str:
     """Return what a page says of an act."""
-    line = effects.line(one.number, ENGLISH)
+    line = effects.line(one.number, one.session, ENGLISH)
     assert line is not None
     return str(line["text"])
 
@@ -98,7 +98,7 @@ def test_effects_undone_act_names_what_was_filed_because_of_it(
     file_waiting(config, layout, 0, 6)
     undone = act(effects, layout, "undone", 6, undoes=answer.number)
     file_waiting(config, layout, 1, 7)
-    line = effects.line(undone.number, ENGLISH)
+    line = effects.line(undone.number, undone.session, ENGLISH)
     assert line is not None
     assert (line["text"], line["consequences"]) == (
         "1 image is back. 1 image that sortd filed because of it is still filed.",

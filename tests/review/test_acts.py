@@ -1,0 +1,286 @@
+"""What a person does on the pages: each form moves what it showed, and takes back what it names, over a real server."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from sortd.events import Assigned, Mode, Move, Moved, Outcome
+from sortd.layout import JOURNAL_FILE, Layout
+from sortd.moving.mover import Mover
+from sortd.store.history import History
+from sortd.store.journal import Journal
+from sortd.store.records import Selection
+from sortd.watch.scan import stamp
+from tests.command_line import sortd, write_config
+from tests.daemon_process import make_dataset, picture
+from tests.review.world import Client, ReviewProcess, every_file
+
+WAITING = 6
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A dataset with images in Review/, the first one with a sidecar."""
+    write_config(tmp_path)
+    dataset = make_dataset(tmp_path / "Data")
+    Layout(dataset).make()
+    for number in range(WAITING):
+        picture("blue", 7000 + number, (24, 24)).save(dataset / "Review" / f"{number}.png")
+    (dataset / "Review" / "0.xmp").write_text("<x:xmpmeta/>")
+    return dataset
+
+
+@pytest.fixture
+def review(site: Path) -> Iterator[ReviewProcess]:
+    """``sortd review``; no file is lost, whatever was sent to it."""
+    before = contents(site)
+    with ReviewProcess(site.parents[1] / "config.yaml") as process:
+        yield process
+    assert contents(site) == before
+
+
+def contents(site: Path) -> list[bytes]:
+    """Return the content of each file of a person."""
+    return sorted(content for name, content in every_file(site).items() if not name.endswith(".reason.json"))
+
+
+class Person(Client):
+    """Somebody at the page of the only dataset, with a session of their own."""
+
+    def __init__(self, review: ReviewProcess) -> None:
+        """Open the page of what waits."""
+        super().__init__(review)
+        self.dataset = self.get("/").headers["location"]
+        self.form_token = self.token(self.dataset)
+
+    def ids(self) -> dict[str, str]:
+        """Return the ids of the images on the page of what waits, by the names of their files."""
+        page = self.get(f"{self.dataset}waiting").text
+        return {name: one for one, name in re.findall(r'href="/image/([0-9a-f]{32})" data-open><bdi>([^<]+)', page)}
+
+    def send(self, path: str, *fields: tuple[str, str]) -> str:
+        """Send a form, and return the address that it leads to."""
+        reply = self.post(path, [("token", self.form_token), ("back", f"{self.dataset}runs"), *fields])
+        assert reply.status == 303, reply.text
+        return str(reply.headers["location"])
+
+    def assign(self, label: str, *names: str) -> str:
+        """File images of Review/ into a class, and return the address of its effect."""
+        ids = self.ids()
+        images = [("image", ids[name]) for name in names]
+        return self.send(f"{self.dataset}assign", ("label", label), *images)
+
+    def undo(self, number: str = "") -> str:
+        """Take back the act of this number, or the newest, and return the page of the effect."""
+        named = [("number", number)] if number else []
+        return self.get(self.send("/undo", ("dataset", self.dataset.split("/")[2]), *named)).text
+
+
+def number_of(address: str) -> str:
+    """Return the number of the act in an address."""
+    return parse_qs(urlsplit(address).query)["effect"][0]
+
+
+def filed(site: Path) -> set[str]:
+    """Return the images in Dataset/, relative to it."""
+    return {os.path.relpath(path, site / "Dataset") for path in (site / "Dataset").rglob("*.png")}
+
+
+def effect(page: str) -> str:
+    """Return the line of effect of a page."""
+    found = re.search(r'data-live="effect">([^<]*)', page)
+    assert found is not None
+    return found[1]
+
+
+def test_undo_button_takes_back_the_act_that_it_stands_beside(site: Path, review: ReviewProcess) -> None:
+    """Another act of the same person, in another tab, stands; a second press takes back nothing more."""
+    person = Person(review)
+    first = person.assign("red", "1.png", "2.png")
+    person.assign("green", "3.png")
+    shown = person.get(first).text
+    button = re.search(r'<button form="undo" name="number" value="([0-9]+)"', shown)
+    assert button is not None
+    assert button[1] == number_of(first)
+    assert effect(person.undo(button[1])).startswith("2 images are back.")
+    assert filed(site) == {"green/3.png"}
+    assert "was taken back before" in person.undo(button[1])
+    assert filed(site) == {"green/3.png"}
+
+
+def test_undo_and_effect_of_another_person_are_not_reached_by_number(site: Path, review: ReviewProcess) -> None:
+    """Numbers of acts are easy to guess, and stand in addresses that people share."""
+    one, other = Person(review), Person(review)
+    address = one.assign("red", "1.png")
+    assert (
+        effect(one.get(address).text)
+        == "1 image filed into red. sortd does not run: it will use them when it runs again."
+    )
+    assert effect(other.get(address).text) == ""
+    other.undo(number_of(address))
+    reply = other.post("/undo-consequences", {"token": other.form_token, "number": number_of(address), "last": "99"})
+    assert reply.status == 404
+    assert filed(site) == {"red/1.png"}
+
+
+def test_undo_by_key_goes_on_after_what_was_taken_back_elsewhere(site: Path, review: ReviewProcess) -> None:
+    """The newest act was undone on the command line: the key tells so once, and then takes back the act before."""
+    person = Person(review)
+    person.assign("red", "1.png")
+    person.assign("green", "2.png")
+    sortd("undo", "--last", 1, "--config", site.parents[1] / "config.yaml")
+    assert "Nothing was moved." in person.undo()
+    assert effect(person.undo()).startswith("1 image is back.")
+    assert filed(site) == set()
+
+
+def test_undo_counts_images_and_not_their_companions(site: Path, review: ReviewProcess) -> None:
+    """A sidecar goes back with its image."""
+    person = Person(review)
+    person.assign("red", "0.png")
+    assert (site / "Dataset" / "red" / "0.xmp").is_file()
+    assert effect(person.undo()).startswith("1 image is back.")
+    assert (site / "Review" / "0.xmp").is_file()
+
+
+def test_undo_by_key_skips_an_act_that_moved_nothing(site: Path, review: ReviewProcess) -> None:
+    """A name that no class can have: the request failed, and the act before is the newest."""
+    person = Person(review)
+    person.assign("red", "1.png")
+    failed = person.get(person.assign("..", "2.png")).text
+    assert "cannot be a class" in failed
+    assert 'name="number"' not in failed
+    assert effect(person.undo()).startswith("1 image is back.")
+    assert filed(site) == set()
+
+
+def test_undo_of_a_run_takes_back_what_the_page_showed(site: Path, review: ReviewProcess) -> None:
+    """A move that came after the page was read stands, whatever its run."""
+    person = Person(review)
+    layout, moved = Layout(site), list[str]()
+    journal = layout.state_folder(site.parents[1] / "state") / JOURNAL_FILE
+    with Journal(journal, run="one") as opened:
+        mover = Mover(layout.root, opened)
+        for name in ("1.png", "2.png"):
+            path = os.fspath(site / "Review" / name)
+            mark = stamp(path)
+            assert mark is not None
+            decision = Assigned("red", 0.9, 0.25, "green", Mode.MAX)
+            (answer,) = mover.move_all([Move(path, mark, "Dataset/red", Outcome.FILED, decision, generation=1000)])
+            assert isinstance(answer, Moved)
+            moved.append(name)
+            if len(moved) == 1:
+                page = person.get(f"{person.dataset}runs").text
+    fields = re.findall(r'name="(run|first|last)" value="([^"]+)"', page)
+    assert [name for name, _ in fields] == ["run", "first", "last"]
+    assert effect(person.get(person.send(f"{person.dataset}undo-run", *fields)).text).startswith("1 image is back.")
+    assert filed(site) == {"red/2.png"}
+
+
+def test_undo_of_consequences_takes_back_what_the_page_showed(site: Path, review: ReviewProcess) -> None:
+    """An image that sortd filed after the page was read stands."""
+    person = Person(review)
+    address = person.assign("red", "1.png")
+    layout = Layout(site)
+    journal = layout.state_folder(site.parents[1] / "state") / JOURNAL_FILE
+    page = ""
+    with Journal(journal, run="one") as opened:
+        mover = Mover(layout.root, opened)
+        for name in ("2.png", "3.png"):
+            path = os.fspath(site / "Review" / name)
+            mark = stamp(path)
+            assert mark is not None
+            decision = Assigned("red", 0.9, 0.25, "green", Mode.MAX)
+            mover.move_all([Move(path, mark, "Dataset/red", Outcome.FILED, decision, generation=1000)])
+            page = page or person.get(address).text
+    found = re.search(r'name="number" value="([0-9]+)"><input type="hidden" name="last" value="([0-9]+)"', page)
+    assert found is not None
+    assert "Take that image back to Review" in page
+    after = person.send("/undo-consequences", ("number", found[1]), ("last", found[2]))
+    assert effect(person.get(after).text).startswith("1 image is back.")
+    assert filed(site) == {"red/1.png", "red/3.png"}
+
+
+def test_assign_class_whose_name_begins_like_a_key_is_made(site: Path, review: ReviewProcess) -> None:
+    """Only what has the form of a key is one; a key of no class is refused."""
+    person = Person(review)
+    person.assign("=abc", "1.png")
+    assert filed(site) == {"=abc/1.png"}
+    reply = person.post(f"{person.dataset}assign", {"token": person.form_token, "label": "=" + "0" * 12})
+    assert reply.status == 400
+    assert "does not exist any more" in reply.text
+
+
+BAD_NAMES = ["", " ", "..", "a/b", "../../x", "\0", "a\nb", ".hidden", "x" * 300, "é" * 200, "\u202efdp", "CON\x7f"]
+
+
+def test_assign_to_a_name_that_no_class_can_have_moves_nothing(site: Path, review: ReviewProcess) -> None:
+    """The effect says why; no folder is made."""
+    person, before = Person(review), sorted(os.listdir(site / "Clases"))
+    for label in BAD_NAMES:
+        page = person.get(person.assign(label, "1.png")).text
+        assert effect(page).startswith("Nothing was moved."), label
+    assert sorted(os.listdir(site / "Clases")) == before
+    assert (site / "Review" / "1.png").is_file()
+
+
+def test_assign_to_the_name_of_no_class_is_none_of_them(site: Path, review: ReviewProcess) -> None:
+    """As the button does, and not a class of this name."""
+    person = Person(review)
+    page = person.get(person.assign("_none", "1.png")).text
+    assert effect(page).startswith("1 image set apart as none of the classes.")
+    assert filed(site) == {"_none/1.png"}
+    assert not (site / "Clases" / "_none").exists()
+
+
+OTHER_PLACES = [
+    "//evil.example",
+    "/\\evil.example",
+    "/\t/evil.example",
+    "https://evil.example/",
+    "",
+    "/\r\nX: y",
+    "/\0",
+]
+
+
+def test_form_leads_to_pages_of_this_server_only(review: ReviewProcess) -> None:
+    """Whatever the form says, and without other headers."""
+    person = Person(review)
+    for back in OTHER_PLACES:
+        reply = person.post(f"{person.dataset}assign", {"token": person.form_token, "label": "red", "back": back})
+        assert reply.headers["location"].startswith(f"{person.dataset}?effect="), back
+        assert "X" not in reply.headers
+
+
+def test_form_of_a_thousand_images_and_more_is_refused_or_answered(site: Path, review: ReviewProcess) -> None:
+    """None of these images exists; the server goes on."""
+    person = Person(review)
+    fields = [("token", person.form_token), ("label", "red"), *[("image", f"{n:032x}") for n in range(20_000)]]
+    assert person.post(f"{person.dataset}assign", fields).status in {303, 400}
+    assert person.get(person.dataset).status == 200
+    assert filed(site) == set()
+
+
+def test_retry_of_a_changed_file_moves_nothing(site: Path, review: ReviewProcess) -> None:
+    """Another file has its name since the page was read."""
+    person, layout = Person(review), Layout(site)
+    journal = layout.state_folder(site.parents[1] / "state") / JOURNAL_FILE
+    path = os.fspath(site / "Review" / "1.png")
+    mark = stamp(path)
+    assert mark is not None
+    with Journal(journal, run="one") as opened:
+        Mover(layout.root, opened).move_all([Move(path, mark, "Rejected", Outcome.REJECTED, reason="unreadable: torn")])
+    image = re.search(r'name="image" value="([0-9a-f]{32})"', person.get(f"{person.dataset}rejected").text)
+    assert image is not None
+    (site / "Rejected" / "1.png").rename(site / "Review" / "1.png")
+    (site / "Review" / "2.png").rename(site / "Rejected" / "1.png")
+    page = person.get(person.send(f"{person.dataset}retry", ("image", image[1]))).text
+    assert "Nothing was moved." in page
+    assert (site / "Rejected" / "1.png").is_file()
+    with History.open(journal) as history:
+        assert [one.move_reason.outcome for one in history.moves(Selection())] == [Outcome.REJECTED]

@@ -1,0 +1,88 @@
+"""The index of what there is to look at: ids that are found at once, and what the journal says of images."""
+
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from sortd.config import Config, read_config
+from sortd.events import Abstained, Mode, Move, Outcome
+from sortd.layout import JOURNAL_FILE, Layout
+from sortd.moving.mover import Mover
+from sortd.review.index import Index, ShownImage
+from sortd.store.journal import Journal
+from sortd.watch.scan import stamp
+from tests.command_line import write_config
+from tests.daemon_process import PATIENCE_SECONDS, make_dataset, picture
+
+
+def config_in(folder: Path) -> Config:
+    """Return the configuration of a dataset with two images in Review/."""
+    config = read_config(write_config(folder), {"HOME": "/nonexistent"})
+    dataset = make_dataset(config.root)
+    (dataset / "Review").mkdir()
+    for number in range(2):
+        picture("red", number).save(dataset / "Review" / f"{number}.png")
+    return config
+
+
+class StalledIndex(Index):
+    """An index whose disk does not respond the second time."""
+
+    def __init__(self, config: Config) -> None:
+        """Respond once."""
+        super().__init__(config)
+        self.is_stalled, self.may_go_on, self.is_waiting = False, threading.Event(), threading.Event()
+
+    def _listed(self, layout: Layout, known: Mapping[str, ShownImage]) -> dict[str, ShownImage]:
+        if self.is_stalled:
+            self.is_waiting.set()
+            assert self.may_go_on.wait(PATIENCE_SECONDS)
+        return super()._listed(layout, known)
+
+
+def test_index_find_does_not_wait_for_a_disk_that_does_not_respond(tmp_path: Path) -> None:
+    """It is called by the event loop, which serves all datasets and answers the watchdog."""
+    index = StalledIndex(config_in(tmp_path))
+    (layout,) = index.datasets()
+    image, _ = index.waiting(layout)
+    index.is_stalled = True
+    listing = threading.Thread(target=index.waiting, args=(layout,), kwargs={"now": True})
+    finding = threading.Thread(target=index.find, args=(image.id,))
+    listing.start()
+    try:
+        assert index.is_waiting.wait(PATIENCE_SECONDS)
+        finding.start()
+        finding.join(10)
+        assert not finding.is_alive()
+        assert index.find(image.id) == image
+    finally:
+        index.may_go_on.set()
+        listing.join()
+        finding.join()
+        index.close()
+
+
+def test_index_image_gets_the_decision_that_is_recorded_after_it_was_seen(tmp_path: Path) -> None:
+    """A page may be read between the move of an image to Review/ and its record in the journal."""
+    config = config_in(tmp_path)
+    index = Index(config)
+    (layout,) = index.datasets()
+    journal, before = layout.state_folder(config.state_dir) / JOURNAL_FILE, tmp_path / "before"
+    with Journal(journal, run="first"):
+        pass
+    shutil.copy(journal, before)
+    picture("green", 9).save(path := os.fspath(layout.root / "Images" / "new.png"))
+    mark = stamp(path)
+    assert mark is not None
+    doubt = Abstained("margin", "green", 0.4, 0.01, "red", Mode.MAX)
+    with Journal(journal, run="first") as opened:
+        Mover(layout.root, opened).move_all([Move(path, mark, "Review/green", Outcome.REVIEW, doubt, content="0" * 64)])
+    journal.rename(tmp_path / "after")
+    before.rename(journal)
+    (seen,) = [one for one in index.waiting(layout) if one.path.endswith("new.png")]
+    assert (seen.guess, seen.content) == (None, "")
+    (tmp_path / "after").rename(journal)
+    (seen,) = [one for one in index.waiting(layout, now=True) if one.path.endswith("new.png")]
+    assert (seen.guess, seen.second, seen.content) == ("green", "red", "0" * 64)
