@@ -173,7 +173,7 @@ async def answer_audit(request: Request) -> RedirectResponse:
     shown, wrong = ({one for one in form.getlist(name) if isinstance(one, str)} for name in ("shown", "wrong"))
     try:
         told = await run_in_threadpool(_answered, index, layout, shown, wrong & shown)
-        act.words = f"{told['sample']['right']} / {told['sample']['judged']}; {told['all']['words']}"
+        act.right, act.judged = told["sample"]["right"], told["sample"]["judged"]
     except SortdError as error:
         act.refused.append(printable(str(error)))
     return _back(form, act)

@@ -35,7 +35,8 @@ class Act:
     ids: list[int] = field(default_factory=list)  # of the moves in the journal
     unknown: frozenset[str] = frozenset()  # images whose moves may have ended later, without an answer
     refused: list[str] = field(default_factory=list)
-    words: str = ""  # what the answers of an audit prove
+    right: int = 0  # images of an audit
+    judged: int = 0
     generation: int = 0  # the last one of the prototypes before
     at: float = field(default_factory=time)
     is_unanswered: bool = False  # its request failed
@@ -144,13 +145,16 @@ class Effects:
                 len(filed),
             )
             return made % {"answers": answers, "num": len(filed)}
-        now = running_state(self._index.config, self._index.dataset(act.dataset))
+        layout = self._index.dataset(act.dataset)
+        now = running_state(self._index.config, layout)
         if now is None:
             return translations.gettext("sortd does not run: it will use them when it runs again.")
         if now.problem:
             return translations.gettext("sortd has a problem: %(problem)s") % {"problem": printable(now.problem)}
         if now.is_rebuilding or now.written_at <= act.at:
             return translations.gettext("sortd rebuilds its prototypes with them …")
+        if not self._index.waiting(layout):
+            return ""
         return translations.gettext("%(answers)s made no other waiting image sure yet.") % {"answers": answers}
 
 
@@ -191,7 +195,16 @@ def _done(act: Act, translations: NullTranslations) -> str:
                 % many
             )
         case _:
-            text = act.words
+            text = (
+                translations.ngettext(
+                    "%(right)d of %(num)d image of the sample is right.",
+                    "%(right)d of %(num)d images of the sample are right.",
+                    act.judged,
+                )
+                % {"right": act.right, "num": act.judged}
+                if act.judged
+                else ""
+            )
     if act.later:
         copied = translations.ngettext(
             "%(num)d image is still being copied to another disk.",
