@@ -20,7 +20,7 @@ import pytest
 from tests.daemon_process import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext
+    from playwright.sync_api import Browser, BrowserContext, ViewportSize
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 FLAGS = (
@@ -32,7 +32,7 @@ FLAGS = (
     "--disable-sync",
 )
 ROOT = Path(__file__).parents[2]
-PHONE = {"width": 390, "height": 844}
+PHONE: "ViewportSize" = {"width": 390, "height": 844}
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt install chromium")
 
