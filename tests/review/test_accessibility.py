@@ -49,7 +49,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Two datasets: one with a proposed class, a group, filed images and a rejected file; in the other nothing waits."""
+    """Two datasets: one with a proposed class, a group, filed images, a rejected file; in the other nothing waits."""
     folder = tmp_path_factory.mktemp("accessible")
     dataset = make_dataset(folder / "Data")
     make_dataset(folder / "Data", "Empty")
