@@ -47,12 +47,32 @@ def open_sample(state_folder: Path) -> AuditSample | None:
     try:
         facts = json.loads(read_regular(state_folder / SAMPLE_FILE))
         images = tuple(
-            {"id": int(one["id"]), "path": str(one["path"]), "label": str(one["label"]), "score": one["score"]}
+            {
+                "id": _number(one["id"]),
+                "path": _name(one["path"]),
+                "label": _name(one["label"]),
+                "score": None if one["score"] is None else float(one["score"]),
+            }
             for one in facts["images"]
         )
         return AuditSample(float(facts["drawn_at"]), int(facts["unchecked"]), images)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, OverflowError):
         return None
+
+
+def _number(value: object) -> int:
+    """Return the number of a move; raise ValueError if the journal can have none such."""
+    number = int(str(value))
+    if not 0 < number < 1 << 63:
+        raise ValueError(number)
+    return number
+
+
+def _name(value: object) -> str:
+    """Return a text that can be a path; raise ValueError if none can be so."""
+    if b"\0" in os.fsencode(str(value)):
+        raise ValueError("NUL")
+    return str(value)
 
 
 def draw_sample(config: Config, layout: Layout, size: int | None) -> AuditSample:

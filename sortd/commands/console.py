@@ -86,7 +86,11 @@ def show(facts: Facts, render: Callable[[Facts], None], *, as_json: bool) -> Non
 
 def printable(text: str) -> str:
     """Return a text with control characters and undecodable bytes escaped."""
-    shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        encoded = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a lone surrogate that is no byte, as JSON may contain
+        encoded = text.encode("utf-8", "backslashreplace")
+    shown = encoded.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 

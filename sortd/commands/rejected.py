@@ -20,6 +20,8 @@ from sortd.store.records import Record
 from sortd.watch.scan import whole_files
 
 REASON_ENDING = ".reason.json"
+MOST_WRITTEN = 500
+"""Characters of the reason in a file, which anybody may have written."""
 UNKNOWN = "sortd did not put it there"
 
 
@@ -75,7 +77,7 @@ def _rejections(config: Config, layout: Layout, paths: Sequence[str]) -> dict[st
 def _written_reason(path: str) -> str:
     """Return the reason in the file beside an image; empty without a valid one."""
     with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        return str(json.loads(read_regular(Path(f"{path}{REASON_ENDING}")))["reason"])
+        return str(json.loads(read_regular(Path(f"{path}{REASON_ENDING}")))["reason"])[:MOST_WRITTEN]
     return ""
 
 

@@ -273,7 +273,7 @@ class Index:
 
     def image_at(self, layout: Layout, path: str, **facts: Any) -> ShownImage | None:  # noqa: ANN401 - of ShownImage
         """Return the image at a path, and remember its id; None if no file is there."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # no name can contain NUL or every surrogate
             mark = stamp_of(os.lstat(path))
             return self.remember([ShownImage(image_id(path, mark), layout.name, path, mark, **facts)])[0]
         return None

@@ -374,7 +374,8 @@ def class_page(request: Request) -> Response:
             path, why = os.path.join(layout.root, record.destination_path), record.move_reason
             if record.move.destination == f"{Area.DATASET}/{label}" and path not in filed and len(filed) < PAGE_SIZE:
                 score = None if why.outcome == Outcome.ASSIGNED else why.score
-                found = index.image_at(layout, path, content=why.content, guess=label, score=score, mode=why.mode)
+                # Without the content of the record: the file may be another one since, and its picture would be wrong.
+                found = index.image_at(layout, path, guess=label, score=score, mode=why.mode)
                 filed |= {} if found is None else {path: found}
     return rendered(
         request,

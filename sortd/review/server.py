@@ -27,7 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from sortd import logs
 from sortd.commands.console import printable
 from sortd.config import Config
-from sortd.errors import AlreadyRunningError, StartupError
+from sortd.errors import AlreadyRunningError, StartupError, advice_for_write
 from sortd.files import read_regular, write_atomic
 from sortd.review.security import HEADER_BYTES, HEADERS, Access, error_page, secured
 from sortd.service import STOP, Notifier, Signalled, signals_posted
@@ -106,10 +106,18 @@ def _print_url(url: str, sockets: Sequence[Socket]) -> None:
 
 @contextmanager
 def _url_file(state: Path, url: str) -> Iterator[Path]:
-    """Write the address into a file that only this user can read; remove it at the end, unless it is another's."""
+    """Write the address into a file that only this user can read; remove it at the end, unless it is another's.
+
+    Raises:
+        StartupError: it cannot be written.
+    """
     file, content = state / URL_FILE, f"{url}\n".encode()
-    state.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, content, mode=0o600, durable=False)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, content, mode=0o600, durable=False)
+    except OSError as error:
+        advice = advice_for_write(error) or "run the command as the user that runs sortd, or correct state_dir"
+        raise StartupError(f"{file} cannot be written: {error.strerror}; {advice}") from error
     try:
         yield file
     finally:

@@ -1,5 +1,6 @@
 """Audits: random samples of filed images, their answers, and what they prove, with and without a daemon."""
 
+import json
 import os
 import shutil
 from contextlib import nullcontext
@@ -95,7 +96,25 @@ class TestSample:
 
     def test_sample_file_that_is_damaged_counts_as_none(self, site: Path) -> None:
         """Whatever it holds, another sample is drawn."""
-        for content in (b"", b"[]", b'{"images": 1}', b'{"drawn_at": 1, "unchecked": 1, "images": [{"id": "x"}]}'):
+        image = {"id": 1, "path": "/a.png", "label": "red", "score": 0.5}
+        strange: list[dict[str, object]] = [
+            {"id": 1 << 63},
+            {"id": 0},
+            {"path": "a\0b"},
+            {"path": "\ud800"},
+            {"label": "\ud800"},
+            {"score": "x"},
+        ]
+        facts = [{"drawn_at": 1, "unchecked": 1, "images": [{**image, **one}]} for one in strange]
+        facts += [{"drawn_at": 1, "unchecked": float("inf"), "images": []}]
+        written = [json.dumps(one).encode() for one in facts]
+        for content in (
+            b"",
+            b"[]",
+            b'{"images": 1}',
+            b'{"drawn_at": 1, "unchecked": 1, "images": [{"id": "x"}]}',
+            *written,
+        ):
             (state_of(site) / SAMPLE_FILE).write_bytes(content)
             assert open_sample(state_of(site)) is None
         assert run(site, "audit", "--all-right").code == 65

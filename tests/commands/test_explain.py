@@ -181,6 +181,16 @@ class TestExplanation:
 class TestImage:
     """The whole: a path in, everything about it out."""
 
+    def test_explain_image_only_stored_refuses_what_is_not_embedded(
+        self, site: Path, remembered: Callable[[Path], Path]
+    ) -> None:
+        """A process without a model says what is missing, and explains what is stored."""
+        picture("green", 5).save(site / "Images" / "new.png")
+        with pytest.raises(DataError, match="is not embedded yet"):
+            explain_image(config_of(site), site / "Images" / "new.png", load_encoder=no_model, only_stored=True)
+        image = remembered(site / "Images" / "known.png")
+        assert explain_image(config_of(site), image, load_encoder=no_model, only_stored=True).path == str(image)
+
     def test_explain_image_in_the_cache_loads_no_model(self, site: Path, remembered: Callable[[Path], Path]) -> None:
         """What was embedded before is answered from the cache, by the prototypes that serve."""
         image = remembered(site / "Images" / "new.png")

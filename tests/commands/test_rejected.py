@@ -1,10 +1,12 @@
 """Rejected images: listed with their reasons, and tried again, with and without a daemon."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from sortd.commands.console import printable
 from sortd.commands.rejected import rejected_images, retry_rejected
 from sortd.config import Config, read_config
 from sortd.layout import Layout
@@ -59,6 +61,18 @@ def test_rejected_images_unknown_to_the_journal_are_listed_with_the_reason_besid
     reasons = {Path(one["path"]).name: one["reason"] for one in rejected_images(config_of(site), Layout(site))}
     assert "unreadable" in reasons["one.png"]
     assert "one.png.reason.json" not in reasons
+
+
+def test_rejected_images_with_a_hostile_reason_beside_them_are_listed(site: Path) -> None:
+    """Anybody who may write to Rejected/ may write one: it is cut, and can be shown whatever is in it."""
+    for name, reason in {"long.png": "A" * 3_000_000, "surrogate.png": "\ud800 <b>"}.items():
+        (site / "Rejected" / name).write_bytes(b"x")
+        (site / "Rejected" / f"{name}.reason.json").write_text(json.dumps({"reason": reason}))
+    (site / "Rejected" / "pipe.png").write_bytes(b"x")
+    os.mkfifo(site / "Rejected" / "pipe.png.reason.json")
+    found = {Path(one["path"]).name: one["reason"] for one in rejected_images(config_of(site), Layout(site))}
+    assert (found["long.png"], printable(found["surrogate.png"])) == ("A" * 500, "\\ud800 <b>")
+    assert found["pipe.png"] == ""
 
 
 def test_rejected_images_without_a_journal_are_none(tmp_path: Path) -> None:

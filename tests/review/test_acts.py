@@ -1,5 +1,6 @@
 """What a person does on the pages: each form moves what it showed, and takes back what it names, over a real server."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 from sortd.events import Assigned, Mode, Move, Moved, Outcome
 from sortd.layout import JOURNAL_FILE, Layout
 from sortd.moving.mover import Mover
+from sortd.review.rendering import class_key
 from sortd.store.history import History
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
@@ -156,6 +158,30 @@ def test_undo_by_key_skips_an_act_that_moved_nothing(site: Path, review: ReviewP
     assert 'name="number"' not in failed
     assert effect(person.undo()).startswith("1 image is back.")
     assert filed(site) == set()
+
+
+def test_class_page_shows_the_file_that_is_there_now(site: Path, review: ReviewProcess) -> None:
+    """Another file has the name of one that sortd filed: its own picture is shown, not the one in the cache."""
+    person, layout = Person(review), Layout(site)
+    journal, path = layout.state_folder(site.parents[1] / "state") / JOURNAL_FILE, os.fspath(site / "Review" / "1.png")
+    mark, content = stamp(path), hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert mark is not None
+    with Journal(journal, run="one") as opened:
+        decision = Assigned("red", 0.9, 0.25, "green", Mode.MAX)
+        Mover(layout.root, opened).move_all([Move(path, mark, "Dataset/red", Outcome.FILED, decision, content=content)])
+
+    def shown() -> bytes:
+        page = person.get(f"{person.dataset}class/{class_key('red')}").text
+        found = re.search(r'name="image" value="([0-9a-f]{32})"', page)
+        assert found is not None
+        reply = person.get(f"/picture/{found[1]}/160.jpg")
+        assert reply.status == 200
+        return reply.content
+
+    before = shown()
+    (site / "Dataset" / "red" / "1.png").rename(site / "Review" / "1.png")
+    (site / "Review" / "2.png").rename(site / "Dataset" / "red" / "1.png")
+    assert shown() != before
 
 
 def test_undo_of_a_run_takes_back_what_the_page_showed(site: Path, review: ReviewProcess) -> None:

@@ -178,6 +178,26 @@ def test_form_is_sent_once(page: "Page", library: Path) -> None:
     assert in_class(library, "green") == 7
 
 
+HIDE = """is_hidden => {
+    Object.defineProperty(document, "hidden", { value: is_hidden, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
+"""What a browser does when another tab is chosen; without a screen all are visible."""
+
+
+def test_tabs_that_nobody_sees_keep_no_connection(page: "Page", library: Path) -> None:
+    """A browser opens six to a server at most; a tab that is seen again has its texts again."""
+    address, context = page.url, page.context
+    page.evaluate(HIDE, True)
+    for _ in range(7):
+        tab = context.new_page()
+        tab.goto(address)
+        tab.evaluate(HIDE, True)
+    (library / "Review" / "red" / "img9.png").unlink()
+    page.evaluate(HIDE, False)
+    page.get_by_text("9 images wait").first.wait_for()
+
+
 def test_pages_work_without_javascript(library: Path, browser: "Browser") -> None:
     """Every answer is a button of a form; Enter in the field for a name presses the button beside it."""
     with (
@@ -219,7 +239,10 @@ def test_pages_have_no_finding_of_axe_and_fit_the_screen(
         batches = [one.get_attribute("href") for one in page.locator("a.batch").all()]
         images = [one.get_attribute("href") for one in page.locator("[data-open]").all()][:1]
         page.goto(root)
-        classes = [one.get_attribute("href") for one in page.locator("th a").all()][:1]
+        classes = [one.get_attribute("href") for one in page.locator("a[href*='/class/']").all()][:1]
+        assert batches
+        assert images
+        assert classes
         for address in [
             *(root + name for name in PAGES),
             *(f"{review.origin}{one}" for one in [*batches, *images, *classes, "/no"]),

@@ -165,6 +165,15 @@ def test_command_serves_pages(tmp_path: Path) -> None:
         assert review.stop(signal.SIGINT) == 0
 
 
+def test_command_with_a_state_folder_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    """The address of the page has no place: a sentence, and no traceback."""
+    (tmp_path / "state").write_text("a file")
+    ran = sortd("review", "-c", write_config(tmp_path), "--port", 0)
+    assert ran.code == 78
+    assert f"{tmp_path / 'state' / 'review.url'} cannot be written: File exists" in ran.err
+    assert "Traceback" not in ran.err
+
+
 def test_command_on_a_port_in_use_says_where_the_page_is(tmp_path: Path) -> None:
     """Most often another review runs."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -190,8 +190,9 @@ window.addEventListener("pageshow", () => {
 
 let source;
 
+// Browsers open six connections to a server at most: that of a tab which nobody sees is closed.
 function listen() {
-  if (!document.body.dataset.events) return;
+  if (source || document.hidden || !document.body.dataset.events) return;
   source = new EventSource(document.body.dataset.events);
   source.addEventListener("message", (event) => {
     for (const [name, text] of Object.entries(JSON.parse(event.data))) {
@@ -202,8 +203,14 @@ function listen() {
   });
 }
 
+function leave() {
+  source?.close();
+  source = undefined;
+}
+
 window.addEventListener("pageshow", listen);
-window.addEventListener("pagehide", () => source?.close());
+window.addEventListener("pagehide", leave);
+document.addEventListener("visibilitychange", () => (document.hidden ? leave() : listen()));
 
 for (const one of document.querySelectorAll(".needs-script")) one.hidden = false;
 showSelected();
