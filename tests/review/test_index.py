@@ -1,8 +1,10 @@
 """The index of what there is to look at: ids that are found at once, and what the journal says of images."""
 
+import multiprocessing
 import os
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from sortd.config import Config, read_config
 from sortd.events import Abstained, Mode, Move, Outcome
 from sortd.layout import JOURNAL_FILE, Layout
 from sortd.moving.mover import Mover
-from sortd.review.index import Index, ShownImage
+from sortd.review.index import Background, Index, ShownImage
 from sortd.store.journal import Journal
 from sortd.watch.scan import stamp
 from tests.command_line import write_config
@@ -86,3 +88,17 @@ def test_index_image_gets_the_decision_that_is_recorded_after_it_was_seen(tmp_pa
     (tmp_path / "after").rename(journal)
     (seen,) = [one for one in index.waiting(layout, now=True) if one.path.endswith("new.png")]
     assert (seen.guess, seen.second, seen.content) == ("green", "red", "0" * 64)
+
+
+def test_background_that_is_killed_while_it_sends_has_no_result() -> None:
+    """The kernel may kill it when memory is short; the page then has no groups, and no child remains."""
+    work = Background(bytes, 10_000_000)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not work.is_done:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (child,) = multiprocessing.active_children()
+    child.kill()
+    child.join()
+    assert work.result() is None
+    assert multiprocessing.active_children() == []
