@@ -130,10 +130,10 @@ def print_assigned(reply: Mapping[str, Any]) -> None:
         else:
             print_line(f"{printable(one['path'])} -> {printable(one['destination'])}")
     done = sum(one["destination"] is not None for one in reply["assigned"])
-    to, use = f"to {printable(reply['label'])}", ", as references where they lie"
+    to, use = f"to {printable(reply['label'])}", ", used as references where they lie"
     if reply["label"] == NO_CLASS:
-        to, use = "to no class", ", as examples of no class where they lie" if reply.get("example") else ""
-    said = f"sortd: {counted(done, 'image')} assigned {to}{use}"
-    say(f"{said}; to take them back: sortd undo --last {done}" if done else said)
+        to, use = "to no class", ", used as examples of no class where they lie" if reply.get("example") else ""
+    said = f"sortd: {counted(done, 'image')} assigned {to}"
+    say(f"{said}{use}; to take them back: sortd undo --last {done}" if done else said)
     if reply["later"]:
         say(f"sortd: {counted(reply['later'], 'image')} still to be copied to another file system")

@@ -18,7 +18,7 @@ from sortd.config import Config
 from sortd.daemon.assign import forget_made_classes
 from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, release_reply, undo_facts, undo_records
 from sortd.daemon.dataset_lock import inspect_dataset, open_dataset
-from sortd.daemon.learnt import CONFIRMED, CORRECTED, is_reference
+from sortd.daemon.learnt import CONFIRMED, CORRECTED, is_reference, learnt_images
 from sortd.errors import DataError, JournalError, LayoutError, SortdError, StartupError
 from sortd.events import LIKE_NO_CLASS
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
@@ -186,11 +186,15 @@ def _recorded(config: Config, place: JournalPlace, history: History, selection: 
         return found
     learns = config.dataset(place.dataset).learn_from_corrections
     given = history.corrected(selection if selection.path is None else replace(selection, limit=None))
+    learnt = set[tuple[str, str]]()
+    if given and place.root is not None:
+        images = learnt_images(Layout(place.root), history, with_corrections=learns)
+        learnt = {(one.label, one.path) for one in images}
     for record, corrected, path, at in given:
         if selection.path in {None, path, record.destination_path}:
             facts = _given_facts(place, record, corrected, path)
             there = place.root is not None and is_reference(Layout(place.root), corrected, f"{place.root}/{path}")
-            found.append(facts | {"at": at, "learnt": learns and there})
+            found.append(facts | {"at": at, "learnt": there and (corrected, f"{place.root}/{path}") in learnt})
     return found
 
 

@@ -329,6 +329,7 @@ class DatasetLog:
         return {
             "problem": sorter.guard.reason or self.problem,
             "moving": sorter.may_move,
+            "rebuilding": sorter.rebuilds.is_pending,
             "images": {state.value: count for state, count in sorter.images.counts.items()},
             "outcomes": dict(self.outcomes),
             "generation": generation,

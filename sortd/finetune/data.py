@@ -75,7 +75,7 @@ class Photos:
 
 
 def find_candidates(layout: Layout, source: Source, state: Path) -> tuple[list[Candidate], list[Candidate]]:
-    """Return the files of the classes, and those of ``Clases/_none``; ``state`` is the state directory.
+    """Return the files of the classes, and those of no class (``_none``); ``state`` is the state directory.
 
     Raises:
         DataError: a folder cannot be read.

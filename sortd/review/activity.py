@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sortd.layout import JOURNAL_FILE, Layout
-from sortd.store.history import open_for_reading, translated
+from sortd.store.history import History, open_for_reading, translated
 from sortd.store.records import label_from
 
 RUNS_SHOWN = 20
@@ -24,12 +24,11 @@ _RUNS = """SELECT run, outcome, count(*) AS number, min(ended_at) AS first, max(
     min(id) AS first_id, max(id) AS last_id,
     total(undone_by IS NULL AND outcome NOT IN ('undone', 'followed')) AS standing
 FROM moves WHERE id > (SELECT max(id) FROM moves) - ? AND +progress = 'done' GROUP BY run, outcome"""
+_FILED_BECAUSE = """SELECT id FROM moves WHERE ended_at >= ? AND generation > ? AND generation <= ?
+AND +progress = 'done' AND +outcome = 'filed' AND undone_by IS NULL
+AND (source = CAST('Review' AS BLOB) OR substr(source, 1, 7) = CAST('Review/' AS BLOB))"""
 _WRONG = """SELECT move FROM checks WHERE is_right = 0 AND move NOT IN (SELECT move FROM corrections)
 AND move NOT IN (SELECT id FROM moves WHERE undone_by IS NOT NULL) ORDER BY move DESC LIMIT ?"""
-
-_FILED_FROM_REVIEW = """SELECT id FROM moves WHERE ended_at >= ? AND +progress = 'done' AND +outcome = 'filed'
-AND undone_by IS NULL AND (source = CAST('Review' AS BLOB)
-OR source >= CAST('Review/' AS BLOB) AND source < CAST('Review0' AS BLOB))"""
 
 
 @dataclass(slots=True)
@@ -72,13 +71,20 @@ class Activity:
         """Return the newest moves whose images audits found wrong and nobody has corrected."""
         return [row["move"] for row in self._rows(_WRONG, most)]
 
-    def filed_from_review(self, since: float) -> list[int]:
-        """Return the moves by which sortd filed images of Review/ since a time, without those taken back."""
-        return [row["id"] for row in self._rows(_FILED_FROM_REVIEW, since)]
+    def filed_because(self, since: float, after: int, last: int) -> list[int]:
+        """Return the moves that filed images of Review/ since a time, by a generation after one, up to the last."""
+        return [row["id"] for row in self._rows(_FILED_BECAUSE, since, after, last)]
 
-    def _rows(self, statement: str, value: Any) -> list[sqlite3.Row]:  # noqa: ANN401 - one value of SQLite
+    def last_generation(self) -> int:
+        """Return the last generation of the prototypes that was used; 0: none."""
+        if not self._file.is_file():
+            return 0
+        with History.open(self._file) as history:
+            return history.last_generation()
+
+    def _rows(self, statement: str, *values: Any) -> list[sqlite3.Row]:  # noqa: ANN401 - values of SQLite
         with self._connection() as connection:
-            return [] if connection is None else connection.execute(statement, (value,)).fetchall()
+            return [] if connection is None else connection.execute(statement, values).fetchall()
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection | None]:

@@ -27,14 +27,15 @@ from sortd.daemon.assign import image_facts
 from sortd.errors import DataError, SortdError
 from sortd.events import NO_CLASS, Outcome
 from sortd.layout import JOURNAL_FILE, Area, Layout
-from sortd.review.effects import Act, Effects, generation_of
+from sortd.review.activity import Activity
+from sortd.review.effects import Act, Effects
 from sortd.review.index import Index, ShownImage, dataset_key
 from sortd.review.rendering import CLASS_MARK, form_label, session_of
 from sortd.store.history import History
 from sortd.store.records import Record, Selection
 
-NONE_ACTIONS = {"none": False, "example": True}
-"""The buttons for images of no class, and whether they become examples of that."""
+NONE_ACTIONS = frozenset({"none", "example"})
+"""The buttons for images of no class, which become examples of that or do not."""
 LONGEST_BACK = 2000
 MOST_FIELDS = 25_000
 """Fields of a form: those of the largest sample of an audit."""
@@ -62,7 +63,9 @@ async def _assigned(
     action = _text(form, "action")
     is_none = action in NONE_ACTIONS
     label = NO_CLASS if is_none else await run_in_threadpool(_label, index, layout, _text(form, "label"))
-    act = await _added(request, layout, "none" if label == NO_CLASS else kind, label=label, refused=refused)
+    act = await _added(
+        request, layout, action if is_none else "none" if label == NO_CLASS else kind, label=label, refused=refused
+    )
     if images:
         await _carried_out(
             act,
@@ -71,7 +74,7 @@ async def _assigned(
                 layout,
                 label,
                 [image_facts(one.path, one.stamp) for one in images],
-                is_example=NONE_ACTIONS.get(action, False),
+                is_example=act.kind == "example",
             ),
             "assigned",
             asked=frozenset(one.path for one in images),
@@ -103,7 +106,7 @@ async def _taken_back(request: Request, layout: Layout, one: Act) -> Act:
     """Undo the moves of an act, those included that ended after its answer."""
     one.is_tried = True  # before the request, so that a second one takes the act before
     ended = await run_in_threadpool(_ended_later, _index(request), layout, one)
-    act = await _undone(request, layout, [*one.ids, *ended])
+    act = await _undone(request, layout, [*one.ids, *ended], undoes=one.number)
     one.is_tried = not act.is_unanswered
     one.is_undone = act.moved > 0
     if one.later > len(ended):
@@ -132,9 +135,9 @@ async def undo_run(request: Request) -> RedirectResponse:
     return _back(form, await _undone(request, layout, ids))
 
 
-async def _undone(request: Request, layout: Layout, ids: Sequence[int]) -> Act:
+async def _undone(request: Request, layout: Layout, ids: Sequence[int], *, undoes: int = 0) -> Act:
     index = _index(request)
-    act = await _added(request, layout, "undone")
+    act = await _added(request, layout, "undone", undoes=undoes)
     if ids:
         await _carried_out(act, lambda: undo_records_of(index.config, layout, ids), "undone", only=frozenset(ids))
         act.ids = []
@@ -171,7 +174,7 @@ async def answer_audit(request: Request) -> RedirectResponse:
     shown, wrong = ({one for one in form.getlist(name) if isinstance(one, str)} for name in ("shown", "wrong"))
     try:
         told = await run_in_threadpool(_answered, index, layout, shown, wrong & shown)
-        act.words = f"{told['sample']['right']} / {told['sample']['judged']}; {told['all']['words']}"
+        act.right, act.judged = told["sample"]["right"], told["sample"]["judged"]
     except SortdError as error:
         act.refused.append(printable(str(error)))
     return _back(form, act)
@@ -220,7 +223,8 @@ def _effects(request: Request) -> Effects:
 
 async def _added(request: Request, layout: Layout, kind: str, **facts: Any) -> Act:  # noqa: ANN401 - of Act
     """Note an act of this person."""
-    generation = await run_in_threadpool(generation_of, _index(request).config, layout)
+    activity = Activity(_index(request).config.state_dir, layout)
+    generation = await run_in_threadpool(activity.last_generation)
     return _effects(request).add(dataset_key(layout), session_of(request), kind, generation=generation, **facts)
 
 

@@ -28,19 +28,21 @@ class Act:
     number: int
     dataset: str  # its key
     session: str  # of the person
-    kind: str  # assigned, none, corrected, undone, retried, audited or refused
+    kind: str  # assigned, corrected, none, example, undone, retried or audited
     label: str | None = None
     moved: int = 0
     later: int = 0  # images still to be copied to another file system
     ids: list[int] = field(default_factory=list)  # of the moves in the journal
     unknown: frozenset[str] = frozenset()  # images whose moves may have ended later, without an answer
     refused: list[str] = field(default_factory=list)
-    words: str = ""  # what the answers of an audit prove
-    generation: int | None = None  # of the prototypes before; None: no sortd runs
+    right: int = 0  # images of an audit
+    judged: int = 0
+    generation: int = 0  # the last one of the prototypes before
     at: float = field(default_factory=time)
     is_unanswered: bool = False  # its request failed
     is_tried: bool = False  # to be taken back, whatever came of it
     is_undone: bool = False
+    undoes: int = 0  # the number of the act that this one took back; 0: none
 
     @property
     def can_be_undone(self) -> bool:
@@ -97,6 +99,13 @@ class Effects:
         told = [_done(act, translations)]
         if act.kind in _REFERENCES and act.moved and not act.is_undone:
             told.append(self._effect(act, ids, translations))
+        if act.undoes and ids:
+            still = translations.ngettext(
+                "%(num)d image that sortd filed because of it is still filed.",
+                "%(num)d images that sortd filed because of it are still filed.",
+                len(ids),
+            )
+            told.append(still % {"num": len(ids)})
         tone = "bad" if act.refused and not act.moved else "doubt" if act.refused else "good"
         refused = act.refused[:REFUSED_SHOWN]
         if len(act.refused) > len(refused):
@@ -113,14 +122,21 @@ class Effects:
         }
 
     def consequences(self, act: Act) -> list[int]:
-        """Return the moves by which sortd filed waiting images after an act, since it has more references then."""
-        if act.kind not in _REFERENCES or not act.moved:
+        """Return the moves by which sortd filed waiting images because of an act, or of the one that it took back.
+
+        Those are the moves by the prototypes that had the references of the act, until a later act changed them again.
+        """
+        cause = self.get(act.undoes, act.session) if act.undoes else act
+        if cause is None or cause.kind not in _REFERENCES or not cause.moved:
             return []
-        layout = self._index.dataset(act.dataset)
-        return Activity(self._index.config.state_dir, layout).filed_from_review(act.at)
+        with self._lock:
+            same = [one for one in self._acts.values() if one.dataset == cause.dataset and one.moved]
+        later = [one.generation for one in same if one.kind in _CHANGES and one.generation > cause.generation]
+        last = min(later, default=_LAST_GENERATION)
+        layout = self._index.dataset(cause.dataset)
+        return Activity(self._index.config.state_dir, layout).filed_because(cause.at, cause.generation, last)
 
     def _effect(self, act: Act, filed: Sequence[int], translations: NullTranslations) -> str:
-        now = generation_of(self._index.config, self._index.dataset(act.dataset))
         answers = translations.ngettext("Your %(num)d answer", "Your %(num)d answers", act.moved) % {"num": act.moved}
         if filed:
             made = translations.ngettext(
@@ -129,15 +145,23 @@ class Effects:
                 len(filed),
             )
             return made % {"answers": answers, "num": len(filed)}
+        layout = self._index.dataset(act.dataset)
+        now = running_state(self._index.config, layout)
         if now is None:
             return translations.gettext("sortd does not run: it will use them when it runs again.")
-        if act.generation == now:
+        if now.problem:
+            return translations.gettext("sortd has a problem: %(problem)s") % {"problem": printable(now.problem)}
+        if now.is_rebuilding or now.written_at <= act.at:
             return translations.gettext("sortd rebuilds its prototypes with them …")
+        if not self._index.waiting(layout):
+            return ""
         return translations.gettext("%(answers)s made no other waiting image sure yet.") % {"answers": answers}
 
 
-_REFERENCES = frozenset({"assigned", "corrected", "none"})
+_REFERENCES = frozenset({"assigned", "corrected", "example"})
 """The kinds of acts by which sortd gets references."""
+_CHANGES = _REFERENCES | {"undone"}
+_LAST_GENERATION = 2**63 - 1
 
 
 def _done(act: Act, translations: NullTranslations) -> str:
@@ -146,13 +170,15 @@ def _done(act: Act, translations: NullTranslations) -> str:
     match act.kind:
         case _ if act.is_undone:
             text = translations.ngettext("Taken back: %(num)d image.", "Taken back: %(num)d images.", act.moved) % many
+        case "undone" if not act.moved and not act.refused:
+            text = translations.gettext("There is nothing to undo.")
         case _ if not act.moved and act.kind != "audited":
             text = translations.gettext("Nothing was moved.")
         case "assigned" | "corrected":
             text = translations.ngettext(
                 "%(num)d image filed into %(label)s.", "%(num)d images filed into %(label)s.", act.moved
             ) % {**many, "label": label}
-        case "none":
+        case "none" | "example":
             text = (
                 translations.ngettext(
                     "%(num)d image set apart as none of the classes.",
@@ -169,7 +195,16 @@ def _done(act: Act, translations: NullTranslations) -> str:
                 % many
             )
         case _:
-            text = act.words
+            text = (
+                translations.ngettext(
+                    "%(right)d of %(num)d image of the sample is right.",
+                    "%(right)d of %(num)d images of the sample are right.",
+                    act.judged,
+                )
+                % {"right": act.right, "num": act.judged}
+                if act.judged
+                else ""
+            )
     if act.later:
         copied = translations.ngettext(
             "%(num)d image is still being copied to another disk.",
@@ -180,13 +215,22 @@ def _done(act: Act, translations: NullTranslations) -> str:
     return text
 
 
-def generation_of(config: Config, layout: Layout) -> int | None:
-    """Return the generation of the prototypes that the running sortd uses; None if none runs."""
+@dataclass(frozen=True, slots=True)
+class RunningState:
+    """What the running sortd says of a dataset in its status."""
+
+    problem: str  # why nothing is moved or the last rebuild failed; "": it works
+    is_rebuilding: bool
+    written_at: float
+
+
+def running_state(config: Config, layout: Layout) -> RunningState | None:
+    """Return what the running sortd says of a dataset; None if none runs, or if it has not come to it yet."""
     try:
         status = read_status(config.state_dir)
     except SortdError:
         return None
-    if status is None or not status["alive"]:
+    found = None if status is None or not status["alive"] else status.get("datasets", {}).get(layout.name)
+    if status is None or not isinstance(found, dict):
         return None
-    found = status.get("datasets", {}).get(layout.name, {}).get("generation")
-    return found if isinstance(found, int) else None
+    return RunningState(found.get("problem") or "", bool(found.get("rebuilding")), float(status.get("written_at", 0.0)))

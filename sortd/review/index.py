@@ -93,6 +93,7 @@ class _Pile:
     listed_at: float = -np.inf
     groups: tuple[Mapping[str, Any], ...] = ()  # fields of ``ImageGroup``, its members as ids
     grouped: frozenset[str] = frozenset()  # the ids that were there when groups were last computed
+    labels: tuple[str, ...] = ()  # the classes then; a new one may be that of a proposed group
     work: "Background | None" = None
 
 
@@ -235,12 +236,14 @@ class Index:
         return batches
 
     def _regroup(self, layout: Layout, pile: _Pile, images: Mapping[str, ShownImage]) -> None:
-        """Take the groups that were computed, and begin to compute them if images came since."""
+        """Take the groups that were computed, and begin to compute them if images or classes came since."""
         if pile.work is not None and pile.work.is_done:
             pile.groups, pile.work = pile.work.result() or (), None
-        if pile.work is None and not pile.grouped.issuperset(images):
-            pile.grouped = frozenset(images)
-            contents = {image.id: image.content for image in images.values() if image.content}
+        if pile.work is not None or (prototypes := stored_prototypes(self.config, layout)) is None:
+            return
+        contents = {image.id: image.content for image in images.values() if image.content}
+        if pile.labels != prototypes.labels or not pile.grouped.issuperset(contents):
+            pile.grouped, pile.labels = frozenset(contents), prototypes.labels
             pile.work = Background(_groups, self.config, layout, contents) if len(contents) > 1 else None
 
     def is_grouping(self, layout: Layout) -> bool:

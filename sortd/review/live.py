@@ -13,9 +13,10 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 from sortd.commands.assign import given_since
+from sortd.commands.console import printable
 from sortd.errors import SortdError
 from sortd.layout import Layout
-from sortd.review.effects import generation_of
+from sortd.review.effects import running_state
 from sortd.review.i18n import catalogue, chosen_language
 from sortd.review.index import Index
 from sortd.review.rendering import effect_number, session_of
@@ -34,14 +35,16 @@ def answers_today(index: Index, layout: Layout) -> int:
 def live_texts(
     index: Index, layout: Layout, line: Mapping[str, Any] | None, translations: NullTranslations
 ) -> dict[str, str]:
-    """Return the texts of a page that change: ``waiting``, ``today``, ``state`` and ``effect``, that of ``line``."""
+    """Return the texts of a page that change: waiting, today, state, problem, and effect, that of ``line``."""
     waiting, today = len(index.waiting(layout)), answers_today(index, layout)
-    is_running = generation_of(index.config, layout) is not None
+    running = running_state(index.config, layout)
+    problem = "" if running is None else running.problem
     gettext, ngettext = translations.gettext, translations.ngettext
     return {
         "waiting": ngettext("%(num)d image waits", "%(num)d images wait", waiting) % {"num": waiting},
         "today": gettext("%(num)d of %(all)d answered today") % {"num": today, "all": today + waiting},
-        "state": gettext("sortd runs") if is_running else gettext("sortd does not run"),
+        "state": gettext("sortd does not run") if running is None else gettext("sortd runs"),
+        "problem": gettext("sortd has a problem: %(problem)s") % {"problem": printable(problem)} if problem else "",
         **({} if line is None else {"effect": line["text"]}),
     }
 

@@ -322,7 +322,8 @@ def audited_page(request: Request) -> Response:
             records = history.finished(Activity(config.state_dir, layout).found_wrong(WRONG_SHOWN))
         for record in records:
             path = os.path.join(layout.root, record.destination_path)
-            image = index.image_at(layout, path, guess=record.move_reason.label, score=record.move_reason.score)
+            why = record.move_reason
+            image = index.image_at(layout, path, guess=why.label, score=why.score, mode=why.mode)
             wrong += [] if image is None else [image]
     size = 0 if sample is None else len(sample.images)
     return rendered(

@@ -16,6 +16,8 @@ from sortd.commands.status import settings_with_corrections
 from sortd.config import Config, read_config
 from sortd.daemon.assign import image_facts
 from sortd.daemon.control import AnsweredError, ask
+from sortd.daemon.corrections import record_places
+from sortd.daemon.dataset_lock import open_dataset
 from sortd.daemon.references import References
 from sortd.errors import DataError
 from sortd.files import write_json
@@ -89,7 +91,8 @@ class TestCommand:
         ran = run(site, "assign", first, second, "sky")
         assert (ran.code, ran.out.count(" -> ")) == (0, 2)
         assert (
-            "2 images assigned to sky, as references where they lie; to take them back: sortd undo --last 2" in ran.err
+            "2 images assigned to sky, used as references where they lie; to take them back: sortd undo --last 2"
+            in ran.err
         )
         assert names_in(site / "Dataset" / "sky") == ["0.png", "0.xmp", "1.png"]
         assert run(site, "undo", "--last", 2).code == 0
@@ -110,7 +113,7 @@ class TestCommand:
         assert ran.code == 0
         assert "2 images assigned to no class; to take" in ran.err
         ran = run(site, "assign", "--none", "--example", waiting(site)[0]["path"])
-        assert "assigned to no class, as examples of no class where they lie" in ran.err
+        assert "assigned to no class, used as examples of no class where they lie" in ran.err
         assert names_in(site / "Dataset" / "_none") == ["0.png", "0.xmp", "1.png", "2.png"]
         assert names_in(site / "Clases") == ["blue", "green", "red"]
         facts = run(site, "status", "--json").facts["datasets"]["Colours"]
@@ -246,6 +249,30 @@ def test_assign_examples_count_like_those_in_clases(site: Path) -> None:
     assert strangers(site) == 3
     undo_records_of(config, layout, [one["id"] for one in done])
     assert strangers(site) == 1
+
+
+@pytest.mark.parametrize("learns", ["true", "false"])
+def test_history_says_which_corrections_are_references(tmp_path: Path, learns: str) -> None:
+    """One by request always is; one to no class only if it is an example; one by hand as the configuration says."""
+    write_config(tmp_path, learn_from_corrections=learns)
+    dataset = make_dataset(tmp_path / "Data")
+    for folder in ("blue", "_none"):
+        (dataset / "Dataset" / folder).mkdir(parents=True)
+    paths = file_images(dataset, tmp_path / "state", {f"{name}.png": "red" for name in "abcde"})
+    config, layout = config_of(dataset), Layout(dataset)
+    for path, label, is_example in zip(paths[:3], ("blue", "_none", "_none"), (False, False, True), strict=True):
+        mark = stamp(path)
+        assert mark is not None
+        assign_to_class(config, layout, label, [image_facts(path, mark)], is_example=is_example)
+    by_hand = [dataset / "Dataset" / "blue" / "d.png", dataset / "Dataset" / "_none" / "e.png"]
+    for path, there in zip(paths[3:], by_hand, strict=True):
+        os.rename(path, there)
+    with open_dataset(layout, config.state_dir) as opened:
+        record_places(layout, opened.journal, [str(one) for one in by_hand])
+    rows = run(dataset, "history", "--json").facts
+    learnt = {Path(one["to"]).name: one["learnt"] for one in rows if one["outcome"] == "corrected"}
+    by_hand_learnt = learns == "true"
+    assert learnt == {"a.png": True, "b.png": False, "c.png": True, "d.png": by_hand_learnt, "e.png": by_hand_learnt}
 
 
 def test_finetune_on_dataset_takes_images_of_no_class_as_such(site: Path) -> None:

@@ -213,7 +213,7 @@ def test_undo_of_a_run_takes_back_what_the_page_showed(site: Path, review: Revie
             mark = stamp(path)
             assert mark is not None
             decision = Assigned("red", 0.9, 0.25, "green", Mode.MAX)
-            (answer,) = mover.move_all([Move(path, mark, "Dataset/red", Outcome.FILED, decision)])
+            (answer,) = mover.move_all([Move(path, mark, "Dataset/red", Outcome.FILED, decision, generation=1000)])
             assert isinstance(answer, Moved)
             moved.append(name)
             if len(moved) == 1:
@@ -238,7 +238,7 @@ def test_undo_of_consequences_takes_back_what_the_page_showed(site: Path, review
             mark = stamp(path)
             assert mark is not None
             decision = Assigned("red", 0.9, 0.25, "green", Mode.MAX)
-            mover.move_all([Move(path, mark, "Dataset/red", Outcome.FILED, decision)])
+            mover.move_all([Move(path, mark, "Dataset/red", Outcome.FILED, decision, generation=1000)])
             page = page or person.get(address).text
     found = re.search(r'name="number" value="([0-9]+)"><input type="hidden" name="last" value="([0-9]+)"', page)
     assert found is not None

@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from PIL import Image
+
 from sortd.config import Config, read_config
 from sortd.events import Abstained, Mode, Move, Outcome
 from sortd.layout import JOURNAL_FILE, Layout
@@ -16,7 +18,7 @@ from sortd.review.index import Background, Index, ShownImage
 from sortd.store.journal import Journal
 from sortd.watch.scan import stamp
 from tests.command_line import write_config
-from tests.daemon_process import PATIENCE_SECONDS, make_dataset, picture
+from tests.daemon_process import PATIENCE_SECONDS, DaemonProcess, draw_strangers, make_dataset, picture, teach
 
 
 def config_in(folder: Path) -> Config:
@@ -88,6 +90,40 @@ def test_index_image_gets_the_decision_that_is_recorded_after_it_was_seen(tmp_pa
     (tmp_path / "after").rename(journal)
     (seen,) = [one for one in index.waiting(layout, now=True) if one.path.endswith("new.png")]
     assert (seen.guess, seen.second, seen.content) == ("green", "red", "0" * 64)
+
+
+def grouped(index: Index, layout: Layout) -> list[bool]:
+    """Return of each batch whether it is a proposed class, once no groups are being computed."""
+    index.batches(layout)
+    while index.is_grouping(layout):
+        time.sleep(0.05)
+    return [one.is_new for one in index.batches(layout)]
+
+
+def test_index_groups_are_computed_again_for_the_first_prototypes_and_for_a_new_class(tmp_path: Path) -> None:
+    """The page may be read before sortd has any, and a class that a person makes may be that of a proposed group."""
+    file = write_config(tmp_path, mode="best", abstain="{precision: 0.95}", settle_seconds=0.1)
+    config = read_config(file, {"HOME": "/nonexistent"})
+    dataset = make_dataset(config.root)
+    teach(dataset)
+    draw_strangers(dataset / "Images", 8)
+    layout, index = Layout(dataset), Index(config)
+    try:
+        assert grouped(index, layout) == []
+        with DaemonProcess(file, "once") as daemon:
+            assert daemon.wait() == 0
+        index.waiting(layout, now=True)
+        assert any(grouped(index, layout))
+        (dataset / "Clases" / "black").mkdir()
+        for number in range(4):
+            Image.new("RGB", (24, 24), (number, 0, 0)).save(dataset / "Clases" / "black" / f"{number}.png")
+        with DaemonProcess(file, "once") as daemon:
+            assert daemon.wait() == 0
+        assert len(index.waiting(layout, now=True)) > 1
+        index.batches(layout)
+        assert index._pile(layout).labels == ("black", "blue", "green", "red")
+    finally:
+        index.close()
 
 
 def test_background_that_is_killed_while_it_sends_has_no_result() -> None:
