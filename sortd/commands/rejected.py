@@ -23,6 +23,7 @@ REASON_ENDING = ".reason.json"
 MOST_WRITTEN = 500
 """Characters of the reason in a file, which anybody may have written."""
 UNKNOWN = "sortd did not put it there"
+GONE = "it is not there"
 
 
 def rejected_images(config: Config, layout: Layout) -> list[dict[str, Any]]:
@@ -98,7 +99,9 @@ def retry_rejected(config: Config, layout: Layout, paths: Sequence[Path | str]) 
     identifiers = {record.id: path for path, record in records.items()}
     reply = undo_records_of(config, layout, list(identifiers))
     retried = [
-        {"path": path, "restored": None, "message": f"{path}: {UNKNOWN}"} for path in places if path not in records
+        {"path": path, "restored": None, "message": f"{path}: {UNKNOWN if os.path.lexists(path) else GONE}"}
+        for path in places
+        if path not in records
     ]
     for one in reply["undone"]:
         if one["restored"] is not None:

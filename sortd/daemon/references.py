@@ -41,6 +41,9 @@ TEXT_CLASSES_LIMIT = 500
 SHAPE_VERSION = 3
 """Part of every fingerprint: increase it when the same folder gives another support set than before."""
 
+NAME_BYTES = 255
+"""The longest name of a folder on Linux (NAME_MAX)."""
+
 
 class ReferencesAbsentError(Exception):
     """``Clases/`` is missing, unreadable or has no class; the last prototypes stay in use."""
@@ -90,6 +93,8 @@ def class_name_problem(name: str) -> str | None:
     """Return why a name cannot be given to a new class; None if it can."""
     if "/" in name or not is_class_name(name) or written_name(name) != name:
         return "it must be a visible folder name without /, control characters, and blanks at an end or in a row"
+    if len(os.fsencode(name)) > NAME_BYTES:
+        return f"it must have at most {NAME_BYTES} bytes"
     if name == STRANGERS_FOLDER:
         return "this folder is for images of no class"
     return None

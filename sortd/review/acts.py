@@ -7,6 +7,7 @@ Sending a form twice does nothing more: its images are no longer where they were
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -78,7 +79,7 @@ async def _assigned(
             "assigned",
             asked=frozenset(one.path for one in images),
         )
-        await run_in_threadpool(index.waiting, layout, now=True)
+        await run_in_threadpool(_list_again, index, layout)
     return _back(form, act)
 
 
@@ -140,7 +141,7 @@ async def _undone(request: Request, layout: Layout, ids: Sequence[int], *, undoe
     if ids:
         await _carried_out(act, lambda: undo_records_of(index.config, layout, ids), "undone", only=frozenset(ids))
         act.ids = []
-        await run_in_threadpool(index.waiting, layout, now=True)
+        await run_in_threadpool(_list_again, index, layout)
     return act
 
 
@@ -311,6 +312,12 @@ def _back(form: FormData, act: Act) -> RedirectResponse:
     return RedirectResponse(
         urlunsplit(("", "", parts.path, urlencode([*query, ("effect", str(act.number))]), "")), status_code=303
     )
+
+
+def _list_again(index: Index, layout: Layout) -> None:
+    """Read Review/ after an act; if that fails, the page says so, which also shows the effect of the act."""
+    with suppress(SortdError):
+        index.waiting(layout, now=True)
 
 
 def _newest_assigned(index: Index, layout: Layout, others: frozenset[int]) -> list[int]:

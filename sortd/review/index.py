@@ -116,7 +116,7 @@ class Background:
         """Return what the function returned, and end the process; None if it failed, which it has printed."""
         try:
             found = self._receiver.recv()
-        except EOFError:
+        except (EOFError, OSError):  # before it sent, or while it did
             found = None
         self.close()
         return found

@@ -104,6 +104,7 @@ def test_retry_file_that_sortd_did_not_put_there_stays(site: Path) -> None:
     (mine := site / "Rejected" / "mine.png").write_bytes(b"x")
     reply = retry_rejected(config_of(site), Layout(site), [mine, site / "Rejected" / "one.png"])
     assert [one["restored"] for one in reply["retried"]] == [None, str(site / "Images" / "one.png")]
+    assert reply["retried"][0]["message"] == f"{mine}: sortd did not put it there"
     assert mine.read_bytes() == b"x"
 
 
@@ -124,7 +125,7 @@ def test_release_of_a_rejected_file_tries_it_again(site: Path) -> None:
     assert "1 image moved back, to be tried again" in ran.err
     ran = run(site, "release", site / "Rejected" / "two.png")
     assert ran.code == 65
-    assert "sortd did not put it there" in ran.out
+    assert "it is not there" in ran.out
 
 
 def test_retry_by_the_daemon_is_tried_at_once(site: Path) -> None:

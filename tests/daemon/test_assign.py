@@ -315,7 +315,23 @@ def test_assign_rejected_or_new_image_is_refused_with_advice(opened: OpenDataset
 
 @pytest.mark.parametrize(
     "label",
-    ["", " ", ".", "..", "a/b", "../x", "/x", ".hidden", "new\nline", "a\x7f", "a\0b", " a", "@eaDir", "\ud800"],
+    [
+        "",
+        " ",
+        ".",
+        "..",
+        "a/b",
+        "../x",
+        "/x",
+        ".hidden",
+        "new\nline",
+        "a\x7f",
+        "a\0b",
+        " a",
+        "@eaDir",
+        "\ud800",
+        "é" * 128,
+    ],
 )
 def test_assign_hostile_label_is_refused(opened: OpenDataset, label: str) -> None:
     """Nothing is moved and no folder is made."""

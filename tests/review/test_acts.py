@@ -140,6 +140,23 @@ def test_undo_by_key_goes_on_after_what_was_taken_back_elsewhere(site: Path, rev
     assert filed(site) == set()
 
 
+def test_act_whose_list_cannot_be_read_again_still_has_its_effect(site: Path, review: ReviewProcess) -> None:
+    """What it moved can be seen and taken back, whatever the page of what waits says."""
+    person = Person(review)
+    person.assign("red", "1.png")
+    page = person.get(f"{person.dataset}class/{class_key('red')}").text
+    image = re.search(r'name="image" value="([0-9a-f]{32})"', page)
+    assert image is not None
+    (site / "Review").rename(site / "aside")
+    (site / "Review").write_bytes(b"")
+    address = person.send(f"{person.dataset}correct", ("label", "green"), ("image", image[1]))
+    (site / "Review").unlink()
+    (site / "aside").rename(site / "Review")
+    assert effect(person.get(address).text).startswith("1 image filed into green.")
+    assert effect(person.undo(number_of(address))).startswith("1 image is back.")
+    assert filed(site) == {"red/1.png"}
+
+
 def test_undo_counts_images_and_not_their_companions(site: Path, review: ReviewProcess) -> None:
     """A sidecar goes back with its image."""
     person = Person(review)

@@ -1,5 +1,6 @@
 """The index of what there is to look at: ids that are found at once, and what the journal says of images."""
 
+import multiprocessing
 import os
 import shutil
 import threading
@@ -13,7 +14,7 @@ from sortd.config import Config, read_config
 from sortd.events import Abstained, Mode, Move, Outcome
 from sortd.layout import JOURNAL_FILE, Layout
 from sortd.moving.mover import Mover
-from sortd.review.index import Index, ShownImage
+from sortd.review.index import Background, Index, ShownImage
 from sortd.store.journal import Journal
 from sortd.watch.scan import stamp
 from tests.command_line import write_config
@@ -123,3 +124,17 @@ def test_index_groups_are_computed_again_for_the_first_prototypes_and_for_a_new_
         assert index._pile(layout).labels == ("black", "blue", "green", "red")
     finally:
         index.close()
+
+
+def test_background_that_is_killed_while_it_sends_has_no_result() -> None:
+    """The kernel may kill it when memory is short; the page then has no groups, and no child remains."""
+    work = Background(bytes, 10_000_000)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not work.is_done:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (child,) = multiprocessing.active_children()
+    child.kill()
+    child.join()
+    assert work.result() is None
+    assert multiprocessing.active_children() == []

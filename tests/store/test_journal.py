@@ -15,7 +15,7 @@ import pytest
 
 from sortd.errors import JournalError
 from sortd.events import Abstained, Assigned, Mode, Stamp
-from sortd.store.checks import FiledImages
+from sortd.store.checks import BY_DAY, GIVEN_SINCE, FiledImages
 from sortd.store.history import History
 from sortd.store.journal import Journal
 from sortd.store.records import UNDONE, MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection
@@ -563,6 +563,16 @@ def test_history_queries_of_each_file_use_an_index(path: Path) -> None:
         ]
     assert [step for step in plans if step.startswith("SCAN") or "moves_by_outcome" in step] == []
     assert any("members_by_inode" in step for step in plans)
+
+
+@pytest.mark.parametrize("query", [GIVEN_SINCE, BY_DAY])
+def test_history_queries_of_open_pages_read_only_newer_moves(path: Path, query: str) -> None:
+    """A page that is open asks once a second; a journal may have a million moves."""
+    with Journal(path):
+        pass
+    with closing(sqlite3.connect(path)) as connection:
+        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}", (0.0,))]
+    assert [step for step in plan if " moves " in f"{step} "] == ["SEARCH moves USING INDEX moves_by_time (ended_at>?)"]
 
 
 def test_history_newest_moves_are_read_without_sorting(path: Path) -> None:
