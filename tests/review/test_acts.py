@@ -171,7 +171,7 @@ def test_act_whose_list_cannot_be_read_again_still_has_its_effect(site: Path, re
 def test_undo_takes_back_an_act_whose_images_were_copied_to_another_disk(site: Path) -> None:
     """The answer came before the copy had ended, so it names no move: the act is nevertheless the newest."""
     (site / "Dataset").mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "tmpfs", site / "Dataset"]
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(site / "Dataset")]
     if shutil.which("mount") is None or subprocess.run(mount, check=False).returncode:
         pytest.skip("mounting is not allowed here")
     config = write_config(site.parents[1], settle_seconds=0.1)
