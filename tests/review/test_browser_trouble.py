@@ -1,0 +1,247 @@
+"""The review page in a browser when something is wrong: hostile names and images, no daemon, thousands of images."""
+
+import html
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from benchmarks.harness import write_config
+from benchmarks.review import fill_review
+from sortd.layout import JOURNAL_FILE, Layout
+from sortd.review.index import dataset_key
+from sortd.store.history import History
+from sortd.store.records import Selection
+from tests.bombs import gif, one_bit_png, png_with_text, tiff_in_circles
+from tests.daemon_process import PATIENCE_SECONDS, draw_strangers, make_dataset, picture, running, teach
+from tests.hostile_files import HOSTILE
+from tests.review.world import PHONE, Client, ReviewProcess, chromium, every_file, needs_browser, session
+
+pytestmark = needs_browser
+
+MARKUP = "<img src=x onerror=document.title=1>&amp;{{7*7}}'\""
+HOSTILE_NAMES = (
+    MARKUP.encode(),
+    "\u202egnp.exe\u202c right to left".encode(),
+    b"new\nline\ttab \x1b[31m",
+    b"not utf-8 \xff\xfe",
+    "عربي".encode(),
+)
+HOSTILE_IMAGES = {
+    "bomb.png": one_bit_png(60_000, 60_000),
+    "text.png": png_with_text(50_000_000),
+    "circles.tif": tiff_in_circles(),
+    "canvas.gif": gif(65_000, 65_000),
+    "empty.jpg": b"",
+    "script.png": b"<script>document.title = 1</script>",
+    "drawing.svg.jpg": b"<svg xmlns='http://www.w3.org/2000/svg' onload='document.title=1'/>",
+}
+LARGEST_PAGE = 300_000
+MANY = 10_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A browser, started once."""
+    expect.set_options(1000 * PATIENCE_SECONDS)
+    with chromium() as started:
+        yield started
+    expect.set_options(None)
+
+
+def address_of(review: ReviewProcess, dataset: Path) -> str:
+    """Return the address of the page of a dataset."""
+    return f"{review.origin}/d/{dataset_key(Layout(dataset))}/"
+
+
+def open_waiting(page: Page, review: ReviewProcess, dataset: Path) -> None:
+    """Open what waits in a dataset, once it is grouped."""
+    page.goto(address_of(review, dataset) + "waiting")
+    while page.get_by_text("being grouped").count():
+        page.reload()
+
+
+def add_hostile(dataset: Path) -> None:
+    """Put classes and images with hostile names, and hostile images, into a dataset."""
+    layout = Layout(dataset)
+    layout.make()
+    for number, name in enumerate(HOSTILE_NAMES):
+        folder = os.path.join(os.fsencode(dataset), b"Clases", name)
+        os.mkdir(folder)
+        for reference in range(4):
+            picture("red", 50 * number + reference, patches=90).save(os.path.join(folder, b"%d.png" % reference))
+        picture("blue", number).save(os.path.join(os.fsencode(dataset), b"Review", name + b".png"))
+        picture("green", number).save(os.path.join(os.fsencode(dataset), b"Rejected", name + b".png"))
+    long = "l" * 251 + ".png"
+    picture("green", 9).save(dataset / "Review" / long)
+    for place in ("Review", "Rejected"):
+        for name, content in HOSTILE_IMAGES.items():
+            (dataset / place / name).write_bytes(content)
+        for name, make in HOSTILE.items():
+            make(dataset / place / f"{name}.png")
+
+
+def test_trouble_hostile_names_and_images_are_shown_as_text_and_placeholders(browser: Browser, tmp_path: Path) -> None:
+    """No name becomes markup or turns what surrounds it, each page works, and an image of any name can be filed."""
+    dataset = make_dataset(tmp_path / "Data")
+    add_hostile(dataset)
+    config = write_config(tmp_path, settle_seconds=0.1)
+    said: list[str] = []
+    with running(config), ReviewProcess(config) as review, session(browser, review, viewport=PHONE) as context:
+        before = every_file(dataset)
+        (page,) = context.pages
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("console", lambda message: said.append(message.text) if "404" not in message.text else None)
+        open_waiting(page, review, dataset)
+        for image in page.locator(".shown").all():
+            image.scroll_into_view_if_needed()
+        shown = page.locator(".shown .details").all_inner_texts()
+        assert set(HOSTILE_IMAGES) <= set(shown)
+        for text in (
+            "\\u202egnp.exe\\u202c right to left.png",
+            "new\\nline\\ttab \\x1b[31m.png",
+            "not utf-8 \\xff\\xfe.png",
+        ):
+            assert text in shown, shown
+        assert MARKUP + ".png" in shown
+        placeholders = page.request.get(page.locator('img[alt="bomb.png"]').evaluate("(one) => one.src"))
+        assert (placeholders.status, placeholders.headers["content-type"]) == (404, "image/svg+xml")
+        for name in ("", "rejected", "runs", "audit", "references"):
+            page.goto(address_of(review, dataset) + name)
+            expect(page.locator("h1")).to_be_visible()
+            assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], name
+            assert "sortd" in page.title()
+        open_waiting(page, review, dataset)
+        assert set(page.locator("button.chip").all_inner_texts()) == {MARKUP, "blue", "green", "red", "عربي"}
+        page.locator(".shown").filter(has_text="not utf-8").locator(".details").click()
+        page.locator("button.chip").filter(has_text=MARKUP).click()
+        expect(page.locator(".effect")).to_contain_text(f"1 image filed into {MARKUP}.")
+        filed = os.path.join(os.fsencode(dataset), b"Dataset", MARKUP.encode(), b"not utf-8 \xff\xfe.png")
+        assert os.path.isfile(filed)
+        page.locator(".effect").get_by_role("button", name="Undo").click()
+        expect(page.locator(".effect")).to_contain_text("1 image is back.")
+        assert every_file(dataset) == before
+    assert said == []
+
+
+def test_trouble_killed_daemon_or_none_leaves_forms_that_work(browser: Browser, tmp_path: Path) -> None:
+    """A form is carried out after a restart, and without any daemon; the state of it is told on the page."""
+    dataset = make_dataset(tmp_path / "Data")
+    teach(dataset, 12)
+    draw_strangers(dataset / "Images", 8)
+    config = write_config(tmp_path, settle_seconds=0.1)
+    with running(config) as first, ReviewProcess(config) as review, session(browser, review) as context:
+        first.wait_until(lambda: not any((dataset / "Images").iterdir()), "the images are moved")
+        before = sorted(every_file(dataset).values())
+        (page,) = context.pages
+        open_waiting(page, review, dataset)
+        expect(page.locator(".state")).to_have_text("sortd runs")
+        for box in range(6):
+            page.locator(".shown input").nth(box).uncheck()
+        first.stop(signal.SIGKILL)
+        expect(page.locator(".state")).to_have_text("sortd does not run")
+        with running(config):
+            expect(page.locator(".state")).to_have_text("sortd runs")
+            page.get_by_placeholder("class", exact=False).fill("after")
+            page.get_by_role("button", name="File there").click()
+            expect(page.locator(".effect")).to_contain_text("2 images filed into after.")
+        open_waiting(page, review, dataset)
+        for box in range(3):
+            page.locator(".shown input").nth(box).uncheck()
+        page.get_by_placeholder("class", exact=False).fill("without")
+        page.get_by_role("button", name="File there").click()
+        expect(page.locator(".effect")).to_contain_text("3 images filed into without.")
+        expect(page.locator(".effect")).to_contain_text("sortd does not run: it will use them when it runs again.")
+        for text in ("3 images are back.", "2 images are back."):
+            page.locator("[data-key=u]").click()
+            expect(page.locator(".effect")).to_contain_text(text)
+        assert sorted(every_file(dataset).values()) == before
+        assert len(list((dataset / "Review").rglob("*.png"))) == 8
+
+
+def state_files(folder: Path) -> dict[str, bytes]:
+    """Return the files of the state folder, but for those that also change when nobody reads."""
+    changing = ("journal.sqlite", "review.", "lock")
+    found = every_file(folder / "state")
+    return {name: content for name, content in found.items() if not name.rpartition("/")[2].startswith(changing)}
+
+
+def moves(folder: Path) -> list[tuple[int, str, int | None]]:
+    """Return what the journals contain."""
+    found = []
+    for journal in sorted(folder.glob(f"state/*/{JOURNAL_FILE}")):
+        with History.open(journal) as history:
+            found += [(one.id, one.destination_path, one.undone_by) for one in history.moves(Selection(limit=None))]
+    return found
+
+
+def crawl(client: Client) -> set[str]:
+    """GET every address that a page links to, shows or sends a form to, and return those of pages."""
+    pages, seen, waiting = set[str](), set[str](), ["/"]
+    while waiting:
+        address = waiting.pop()
+        if address in seen or "/events" in address:
+            continue
+        seen.add(address)
+        reply = client.get(address)
+        assert reply.status < 500, (address, reply.text)
+        if reply.status == 303:
+            waiting.append(reply.headers["location"])
+        elif reply.headers["content-type"].startswith("text/html"):
+            if reply.status == 200:
+                pages.add(address)
+                assert len(reply.content) < LARGEST_PAGE, address
+            linked = re.findall(r'(?:href|src|action)="([^"]*)"', reply.text)
+            waiting += [html.unescape(one) for one in linked if one.startswith("/")]
+    return pages
+
+
+def test_trouble_no_get_changes_anything(tmp_path: Path) -> None:
+    """All addresses of all pages, forms included, are fetched; files, journals, samples and state stay as they are."""
+    for name in ("Colours", "Others"):
+        dataset = make_dataset(tmp_path / "Data", name)
+        teach(dataset, 12)
+        draw_strangers(dataset / "Images", 8)
+        for number in range(4):
+            picture("red", number).save(dataset / "Images" / f"known{number}.png")
+        (dataset / "Images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    config = write_config(tmp_path, settle_seconds=0.1)
+    with running(config) as daemon:
+        daemon.wait_until(lambda: not any(tmp_path.glob("Data/*/Images/*")), "the images are moved")
+    with ReviewProcess(config) as review:
+        client = Client(review)
+        key = dataset_key(Layout(tmp_path / "Data" / "Colours"))
+        token = client.token(f"/d/{key}/audit")
+        assert client.post(f"/d/{key}/draw", {"token": token}).status == 303
+        before = (every_file(tmp_path / "Data"), moves(tmp_path), state_files(tmp_path))
+        assert any(name.endswith("audit.json") for name in before[2])
+        pages = crawl(client)
+        assert len(pages) > 40
+        assert {f"/d/{key}/{name}" for name in ("", "waiting", "audit", "rejected", "runs", "references")} <= pages
+        assert (every_file(tmp_path / "Data"), moves(tmp_path), state_files(tmp_path)) == before
+
+
+@pytest.mark.slow
+def test_trouble_ten_thousand_waiting_images_are_paged_and_pages_stay_small(browser: Browser, tmp_path: Path) -> None:
+    """Every batch and every page of the largest one can be opened, and none is large."""
+    config = fill_review(tmp_path, MANY)
+    dataset = tmp_path / "Data" / "Colours"
+    with ReviewProcess(config) as review, session(browser, review) as context:
+        (page,) = context.pages
+        sizes: dict[str, int] = {}
+        page.on("pageerror", lambda error: pytest.fail(str(error)))
+        open_waiting(page, review, dataset)
+        expect(page.locator("[data-live=waiting]")).to_have_text(re.compile(r"[0-9]{4,5} images wait"))
+        while True:
+            sizes[page.url] = len(page.content().encode())
+            expect(page.locator(".shown img").first).to_have_js_property("complete", True)
+            following = page.locator("main form .pager").get_by_role("link", name="Next")
+            if not following.count():
+                break
+            following.click()
+        assert len(sizes) > 1
+        assert max(sizes.values()) < LARGEST_PAGE
