@@ -108,7 +108,7 @@ async def _taken_back(request: Request, layout: Layout, one: Act) -> Act:
     ended = await run_in_threadpool(_ended_later, _index(request), layout, one)
     act = await _undone(request, layout, [*one.ids, *ended], undoes=one.number)
     one.is_tried = not act.is_unanswered
-    one.is_undone = act.moved > 0
+    one.is_undone = act.moved + act.later > 0
     if one.later > len(ended):
         act.refused.append(f"{one.later - len(ended)} may still be copied to another disk: take this back again then")
         one.is_undone = False

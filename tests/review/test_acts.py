@@ -3,7 +3,10 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -18,7 +21,7 @@ from sortd.store.journal import Journal
 from sortd.store.records import Selection
 from sortd.watch.scan import stamp
 from tests.command_line import sortd, write_config
-from tests.daemon_process import make_dataset, picture
+from tests.daemon_process import PATIENCE_SECONDS, make_dataset, picture, running
 from tests.review.world import Client, ReviewProcess, every_file
 
 WAITING = 6
@@ -92,6 +95,14 @@ def filed(site: Path) -> set[str]:
     return {os.path.relpath(path, site / "Dataset") for path in (site / "Dataset").rglob("*.png")}
 
 
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Wait for a state."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def effect(page: str) -> str:
     """Return the line of effect of a page."""
     found = re.search(r'data-live="effect">([^<]*)', page)
@@ -155,6 +166,29 @@ def test_act_whose_list_cannot_be_read_again_still_has_its_effect(site: Path, re
     assert effect(person.get(address).text).startswith("1 image filed into green.")
     assert effect(person.undo(number_of(address))).startswith("1 image is back.")
     assert filed(site) == {"red/1.png"}
+
+
+def test_undo_takes_back_an_act_whose_images_were_copied_to_another_disk(site: Path) -> None:
+    """The answer came before the copy had ended, so it names no move: the act is nevertheless the newest."""
+    (site / "Dataset").mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(site / "Dataset")]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    config = write_config(site.parents[1], settle_seconds=0.1)
+    try:
+        with running(config), ReviewProcess(config) as process:
+            person = Person(process)
+            address = person.assign("red", "1.png")
+            wait_until(lambda: filed(site) == {"red/1.png"} and not (site / "Review" / "1.png").exists())
+            page = person.get(address).text
+            if "still being copied" in page:  # otherwise the copy was faster than the answer
+                assert f'name="number" value="{number_of(address)}"' in page
+            wait_until(lambda: "assigned" in sortd("history", "--limit", 1, "--json", "--config", config).out)
+            person.undo(number_of(address))
+            wait_until(lambda: filed(site) == set() and (site / "Review" / "1.png").exists())
+            assert "was taken back before" in person.undo(number_of(address))
+    finally:
+        subprocess.run(["umount", "--lazy", site / "Dataset"], check=True)
 
 
 def test_undo_counts_images_and_not_their_companions(site: Path, review: ReviewProcess) -> None:
