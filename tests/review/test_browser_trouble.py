@@ -76,13 +76,12 @@ def add_hostile(dataset: Path) -> None:
             picture("red", 50 * number + reference, patches=90).save(os.path.join(folder, b"%d.png" % reference))
         picture("blue", number).save(os.path.join(os.fsencode(dataset), b"Review", name + b".png"))
         picture("green", number).save(os.path.join(os.fsencode(dataset), b"Rejected", name + b".png"))
-    long = "l" * 251 + ".png"
-    picture("green", 9).save(dataset / "Review" / long)
+    picture("green", 9).save(dataset / "Review" / ("l" * 251 + ".png"))
     for place in ("Review", "Rejected"):
-        for name, content in HOSTILE_IMAGES.items():
-            (dataset / place / name).write_bytes(content)
-        for name, make in HOSTILE.items():
-            make(dataset / place / f"{name}.png")
+        for image, content in HOSTILE_IMAGES.items():
+            (dataset / place / image).write_bytes(content)
+        for kind, make in HOSTILE.items():
+            make(dataset / place / f"{kind}.png")
 
 
 def test_trouble_hostile_names_and_images_are_shown_as_text_and_placeholders(browser: Browser, tmp_path: Path) -> None:
