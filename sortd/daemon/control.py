@@ -53,7 +53,7 @@ from sortd.logs import MOVE_UNDONE
 from sortd.moving.mover import Mover
 from sortd.moving.plan import belongs_to
 from sortd.moving.recovery import UndoResult, wanted_records
-from sortd.service import is_of_its_writer, read_status
+from sortd.service import is_alive, is_of_its_writer, read_status
 from sortd.store.history import History
 
 FOLDER = "requests"
@@ -257,7 +257,7 @@ def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> di
                 with suppress(FileNotFoundError):
                     os.unlink(path.name, dir_fd=folder)
     except ProcessLookupError:
-        return None  # it has just ended
+        return None  # it has just ended; the caller does what it has not done
     except PermissionError as error:
         raise errors.StartupError(f"sortd runs as another user ({error}); ask it as that user or as root") from error
     except OSError as error:
@@ -277,11 +277,14 @@ class AnsweredError(errors.SortdError):
 
 
 def _await(answer: Path, folder: int, status: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    until = time.monotonic() + seconds
+    until, has_ended = time.monotonic() + seconds, False
     while time.monotonic() < until:
         try:
             reply: dict[str, Any] = dict(json.loads(read_regular(answer, folder=folder)))
         except FileNotFoundError:
+            if has_ended:
+                raise ProcessLookupError from None
+            has_ended = not is_alive(status["pid"], status.get("started_ticks"))  # it may have answered before
             time.sleep(0.02)
         except _INVALID_REQUEST as error:
             raise errors.StartupError(f"{answer} is not a valid answer: {error}") from error
