@@ -319,7 +319,7 @@ def _dataset(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "judged": 0 if mine is None else mine["distinct_judged"],
         "sentences": evaluation_sentences(facts),
         "modes": sorted(facts["modes"], key=lambda mode: -(mode["distinct_accuracy"] or 0.0)),
-        "curve": None if mine is None else _curve(mine["curve"], facts["calibration"]),
+        "curve": None if mine is None else precision_plot(mine["curve"], facts["calibration"]),
         "classes": [
             {**one, "label": label_on_page(one["label"]), "confused_with": label_on_page(one["confused_with"])}
             for one in sorted(facts["class_reports"], key=lambda one: (one["recall"] is None, one["recall"] or 0.0))
@@ -330,7 +330,7 @@ def _dataset(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _curve(points: Sequence[Sequence[float]], calibration: Mapping[str, Any]) -> dict[str, Any] | None:
+def precision_plot(points: Sequence[Sequence[float]], calibration: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the plot of precision against the filed share, with the point of the current settings."""
     if len(points) < 2:  # noqa: PLR2004 -- a line has two ends
         return None

@@ -27,6 +27,8 @@ FROM moves WHERE id > (SELECT max(id) FROM moves) - ? AND +progress = 'done' GRO
 _FILED_BECAUSE = """SELECT id FROM moves WHERE ended_at >= ? AND generation > ? AND generation <= ?
 AND +progress = 'done' AND +outcome = 'filed' AND undone_by IS NULL
 AND (source = CAST('Review' AS BLOB) OR substr(source, 1, 7) = CAST('Review/' AS BLOB))"""
+_WEEKS = """SELECT date(at, 'unixepoch', 'localtime', 'weekday 0', '-6 days') AS day, total(is_right) AS right,
+    count(*) AS judged FROM checks GROUP BY day ORDER BY day DESC LIMIT ?"""
 _WRONG = """SELECT move FROM checks WHERE is_right = 0 AND move NOT IN (SELECT move FROM corrections)
 AND move NOT IN (SELECT id FROM moves WHERE undone_by IS NOT NULL) ORDER BY move DESC LIMIT ?"""
 
@@ -66,6 +68,10 @@ class Activity:
             run.counts[row["outcome"]] = row["number"]
             run.standing += int(row["standing"])
         return sorted(found.values(), key=lambda run: -run.last)[:RUNS_SHOWN]
+
+    def checked_by_week(self, most: int) -> list[tuple[str, int, int]]:
+        """Return the Monday, right and judged images of each of the last weeks with answers of audits, oldest first."""
+        return [(row["day"], int(row["right"]), row["judged"]) for row in reversed(self._rows(_WEEKS, most))]
 
     def found_wrong(self, most: int) -> list[int]:
         """Return the newest moves whose images audits found wrong and nobody has corrected."""

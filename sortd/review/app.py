@@ -16,7 +16,7 @@ from sortd.config import Config
 from sortd.errors import SortdError
 from sortd.review import acts, live, pages
 from sortd.review.effects import Effects
-from sortd.review.figures import MisplacedReferences
+from sortd.review.figures import Evaluations
 from sortd.review.index import Index
 from sortd.review.pictures import Pictures
 
@@ -33,7 +33,7 @@ _NO_PICTURE = (
 def create_app(config: Config) -> Starlette:
     """Return the application; what it holds is closed when the server ends."""
     index = Index(config)
-    effects, misplaced, pictures = Effects(index), MisplacedReferences(config), Pictures(config)
+    effects, evaluations, pictures = Effects(index), Evaluations(config), Pictures(config)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -41,7 +41,7 @@ def create_app(config: Config) -> Starlette:
         warmed = threading.Thread(target=_warm, args=(index,), daemon=True)
         warmed.start()
         yield
-        for one in (index, misplaced, pictures):
+        for one in (index, evaluations, pictures):
             one.close()
 
     app = Starlette(
@@ -50,7 +50,7 @@ def create_app(config: Config) -> Starlette:
         lifespan=lifespan,
     )
     app.state.config, app.state.index, app.state.effects = config, index, effects
-    app.state.misplaced, app.state.pictures = misplaced, pictures
+    app.state.evaluations, app.state.pictures = evaluations, pictures
     # Threads of their own: images that take long to decode leave those of the pages free.
     app.state.picture_threads = CapacityLimiter(PICTURE_THREADS)
     return app

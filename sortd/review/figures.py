@@ -8,17 +8,21 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from sortd.classify.evaluate import evaluate
-from sortd.classify.proportions import out_of, proportion
+from sortd.classify.proportions import interval, out_of, proportion
 from sortd.classify.types import SupportSet
+from sortd.commands.evaluation import precision_plot
 from sortd.config import Config
 from sortd.daemon.references import stored_prototypes
 from sortd.events import Mode, Outcome
 from sortd.layout import JOURNAL_FILE, Layout
+from sortd.review.activity import Activity
 from sortd.review.index import Background, Index, dataset_key
 from sortd.store.history import History
 
 DAYS = 30
 """Days of the plot."""
+WEEKS = 26
+"""Weeks of the plot of what audits found right."""
 SERIES = {
     "filed": (Outcome.FILED, Outcome.REFILED),
     "review": (Outcome.REVIEW,),
@@ -28,6 +32,7 @@ SERIES = {
 KINDS = ("mislabelled", "duplicate", "outlier")
 """The kinds of suspects, in the order of the page."""
 SUSPECTS_SHOWN = 24
+CONFUSIONS_SHOWN = 20
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640.0, 190.0, 44.0, 160.0, 10.0
 """Size and margins of the plot, in SVG units."""
 _GAP = 0.2
@@ -38,7 +43,7 @@ def dataset_figures(index: Index, layout: Layout, *, now: datetime | None = None
     """Return the figures of a dataset.
 
     ``classes``: label, references, filed, checked, and right in words, or None; ``audit`` and ``guesses``: see
-    ``proportion``; ``plot``: see ``_plot``. Raises JournalError.
+    ``proportion``; ``weeks``: see ``_weeks``; ``plot``: see ``_plot``. Raises JournalError.
     """
     prototypes = stored_prototypes(index.config, layout)
     counts = {} if prototypes is None else dict(zip(prototypes.labels, prototypes.counts.tolist(), strict=True))
@@ -69,8 +74,18 @@ def dataset_figures(index: Index, layout: Layout, *, now: datetime | None = None
         "classes": classes,
         "audit": proportion(sum(one.audited_right for one in accuracy.values()), audited),
         "guesses": proportion(*guesses),
+        "weeks": _weeks(Activity(index.config.state_dir, layout).checked_by_week(WEEKS)),
         "plot": _plot(by_day, [(first + timedelta(days=day)).date().isoformat() for day in range(DAYS)]),
     }
+
+
+def _weeks(checked: Sequence[tuple[str, int, int]]) -> list[dict[str, Any]]:
+    """Return for each week its ``day``, ``judged`` images, and the share ``right`` with its interval, low and high."""
+    found = []
+    for day, right, judged in checked:
+        low, high = interval(right, judged)
+        found.append({"day": day, "judged": judged, "right": right / judged, "low": low, "high": high})
+    return found
 
 
 def _plot(by_day: list[tuple[str, str, int]], days: list[str]) -> dict[str, Any] | None:
@@ -127,13 +142,13 @@ def _levels(top: int) -> list[int]:
     return sorted({0, top // 2, top})
 
 
-class MisplacedReferences:
-    """References that look misplaced, by dataset: computed in another process, again when the prototypes change."""
+class Evaluations:
+    """Evaluations of the references, by dataset: made in another process, again when the prototypes change."""
 
     def __init__(self, config: Config) -> None:
         """Compute nothing yet."""
         self._config, self._lock = config, threading.Lock()
-        self._found: dict[str, tuple[str, list[dict[str, Any]]]] = {}
+        self._found: dict[str, tuple[str, dict[str, Any]]] = {}
         self._work: dict[str, tuple[str, Background]] = {}
 
     def close(self) -> None:
@@ -143,20 +158,20 @@ class MisplacedReferences:
                 work.close()
             self._work.clear()
 
-    def find(self, layout: Layout) -> list[dict[str, Any]] | None:
-        """Return the fields of each ``Suspect``; None while they are being computed."""
+    def find(self, layout: Layout) -> dict[str, Any] | None:
+        """Return the evaluation of a dataset as ``_evaluation`` does, {} if there is none; None while it is made."""
         prototypes, key = stored_prototypes(self._config, layout), dataset_key(layout)
         if prototypes is None:
-            return []
+            return {}
         state = f"{prototypes.generation} {prototypes.fingerprint}"
         with self._lock:
             if key in self._work and self._work[key][1].is_done:
                 computed, work = self._work.pop(key)
-                self._found[key] = computed, work.result() or []
+                self._found[key] = computed, work.result() or {}
             if key in self._found and self._found[key][0] == state:
                 return self._found[key][1]
             if key not in self._work:
-                self._work[key] = state, Background(_suspects_of, self._config, layout)
+                self._work[key] = state, Background(_evaluation, self._config, layout)
             return None
 
 
@@ -175,11 +190,15 @@ def suspects_by_kind(index: Index, layout: Layout, found: Sequence[Mapping[str, 
     return groups
 
 
-def _suspects_of(config: Config, layout: Layout) -> list[dict[str, Any]]:
-    """Return the suspect references of the stored prototypes, by their images alone."""
+def _evaluation(config: Config, layout: Layout) -> dict[str, Any]:
+    """Return the leave-one-out evaluation of the stored prototypes, by their images alone; {} if there are none.
+
+    ``accuracy`` and ``judged``; ``classes``: the class reports, the lowest recall first; ``confusions``: class, decided
+    class and number, the most frequent first; ``curve``: see ``precision_plot``; ``suspects``.
+    """
     prototypes = stored_prototypes(config, layout)
     if prototypes is None or not len(prototypes.references):
-        return []
+        return {}
     support = SupportSet(
         labels=prototypes.labels,
         embeddings=prototypes.references,
@@ -193,4 +212,19 @@ def _suspects_of(config: Config, layout: Layout) -> list[dict[str, Any]]:
     )
     mode = Mode.BEST if prototypes.settings.mode in {Mode.MIXED, Mode.TEXT} else prototypes.settings.mode
     report = evaluate(support, replace(prototypes.settings, mode=mode))
-    return [asdict(one) for one in report.suspects]
+    mine = next((one for one in report.modes if one.mode == report.mode), None)
+    wrong = sorted((one for one in report.confusion if one[0] != one[1]), key=lambda one: -one[2])
+    return {
+        "accuracy": None if mine is None else mine.distinct_accuracy,
+        "judged": 0 if mine is None else mine.distinct_judged,
+        "classes": [
+            {
+                **asdict(one),
+                "interval": interval(one.recall * one.judged, one.judged) if one.recall is not None else None,
+            }
+            for one in sorted(report.class_reports, key=lambda one: (one.recall is None, one.recall or 0.0))
+        ],
+        "confusions": wrong[:CONFUSIONS_SHOWN],
+        "curve": None if mine is None else precision_plot(mine.curve, report.calibration),
+        "suspects": [asdict(one) for one in report.suspects],
+    }

@@ -209,7 +209,7 @@ class Index:
         return {one: image for one, image in images.items() if image.content or is_image(image.path)}
 
     def batches(self, layout: Layout) -> list[ReviewBatch]:
-        """Return the images in Review/ in batches: proposed classes, groups by size, then single images by best guess.
+        """Return the images in Review/ in batches: proposed classes, groups by size, then single images by their guess.
 
         Groups are computed in another process; until they are there, and for images that came since, there are only
         batches by best guess. Raises as ``waiting``.
@@ -230,7 +230,7 @@ class Index:
         for image in images.values():
             if image.id not in grouped:
                 single.setdefault(image.guess, []).append(image)
-        for guess, same in sorted(single.items(), key=lambda one: (-len(one[1]), one[0] or "")):
+        for guess, same in sorted(single.items(), key=lambda one: one[0] or ""):  # the same order while they shrink
             surest_first = sorted(same, key=lambda image: (-(image.score or 0.0), image.path))
             batches.append(ReviewBatch(_batch_id(guess), tuple(surest_first), guess, is_group=False))
         return batches
@@ -246,11 +246,11 @@ class Index:
             pile.grouped, pile.labels = frozenset(contents), prototypes.labels
             pile.work = Background(_groups, self.config, layout, contents) if len(contents) > 1 else None
 
-    def is_grouping(self, layout: Layout) -> bool:
-        """Return whether groups are being computed."""
+    def grouping(self, layout: Layout) -> str:
+        """Return ``running`` while groups are computed, ``done`` until ``batches`` has returned them, else ``""``."""
         pile = self._pile(layout)
         with pile.lock:
-            return pile.work is not None and not pile.work.is_done
+            return "" if pile.work is None else "done" if pile.work.is_done else "running"
 
     def find(self, identifier: str) -> ShownImage | None:
         """Return the image with an id; None: it changed, is gone, or was never shown."""

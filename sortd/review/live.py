@@ -35,7 +35,7 @@ def answers_today(index: Index, layout: Layout) -> int:
 def live_texts(
     index: Index, layout: Layout, line: Mapping[str, Any] | None, translations: NullTranslations
 ) -> dict[str, str]:
-    """Return the texts of a page that change: waiting, today, state, problem, and effect, that of ``line``."""
+    """Return the texts of a page that change: waiting, today, state, grouping, problem, and the effect of ``line``."""
     waiting, today = len(index.waiting(layout)), answers_today(index, layout)
     running = running_state(index.config, layout)
     problem = "" if running is None else running.problem
@@ -43,10 +43,20 @@ def live_texts(
     return {
         "waiting": ngettext("%(num)d image waits", "%(num)d images wait", waiting) % {"num": waiting},
         "today": gettext("%(num)d of %(all)d answered today") % {"num": today, "all": today + waiting},
+        "grouping": _grouping_text(index, layout, translations),
         "state": gettext("sortd does not run") if running is None else gettext("sortd runs"),
         "problem": gettext("sortd has a problem: %(problem)s") % {"problem": printable(problem)} if problem else "",
         **({} if line is None else {"effect": line["text"]}),
     }
+
+
+def _grouping_text(index: Index, layout: Layout, translations: NullTranslations) -> str:
+    match index.grouping(layout):
+        case "running":
+            return translations.gettext("Similar images are being grouped; they come first when this is done.")
+        case "done":
+            return translations.gettext("Similar images are grouped now: load the page again.")
+    return ""
 
 
 async def events(request: Request) -> StreamingResponse:

@@ -24,7 +24,7 @@ from sortd.commands.moves import JournalPlace, record_facts
 from sortd.commands.rejected import rejected_images
 from sortd.companions import is_image
 from sortd.errors import DataError, ImageError, JournalError, SortdError
-from sortd.events import NO_CLASS, Outcome
+from sortd.events import LIKE_NO_CLASS, NO_CLASS, Outcome
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.review.activity import Activity
 from sortd.review.figures import dataset_figures, suspects_by_kind
@@ -212,7 +212,6 @@ def waiting_page(request: Request) -> Response:
     common = {
         **_common(layout, "waiting"),
         **_progress(request, layout, sum(len(one.images) for one in batches)),
-        "is_grouping": index.is_grouping(layout),
         "path": f"/d/{dataset_key(layout)}/waiting",
     }
     if position is None:
@@ -227,6 +226,7 @@ def waiting_page(request: Request) -> Response:
         "waiting.html",
         **common,
         batch=batch,
+        is_unlike=2 * sum(image.reason in LIKE_NO_CLASS for image in shown) > len(shown),  # Enter must not confirm then
         shown=shown,
         near=near,
         references=_shared(near),
@@ -436,11 +436,11 @@ def runs_page(request: Request) -> Response:
 
 
 def references_page(request: Request) -> Response:
-    """Show the references that look misplaced."""
+    """Show how well the references separate the classes, and those that look misplaced."""
     layout = _layout(request)
-    found = request.app.state.misplaced.find(layout)
-    groups = None if found is None else suspects_by_kind(index_of(request), layout, found)
-    return rendered(request, "references.html", **_common(layout, "references"), groups=groups)
+    found = request.app.state.evaluations.find(layout)
+    groups = suspects_by_kind(index_of(request), layout, found["suspects"]) if found else []
+    return rendered(request, "references.html", **_common(layout, "references"), evaluation=found, groups=groups)
 
 
 def static_file(request: Request) -> Response:

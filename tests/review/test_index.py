@@ -95,7 +95,7 @@ def test_index_image_gets_the_decision_that_is_recorded_after_it_was_seen(tmp_pa
 def grouped(index: Index, layout: Layout) -> list[bool]:
     """Return of each batch whether it is a proposed class, once no groups are being computed."""
     index.batches(layout)
-    while index.is_grouping(layout):
+    while index.grouping(layout) == "running":
         time.sleep(0.05)
     return [one.is_new for one in index.batches(layout)]
 
