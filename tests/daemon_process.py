@@ -22,7 +22,7 @@ from sortd.store.history import History
 from sortd.store.records import Selection
 from tests.launcher import MODULES, LaunchedProcess, Launcher
 
-PATIENCE_SECONDS = 25.0
+PATIENCE_SECONDS = 300.0
 """How long a test waits for what must happen; machines under load are slow, and a failure is rare."""
 
 

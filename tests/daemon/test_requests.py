@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -16,6 +17,7 @@ import pytest
 from sortd.daemon.control import MOST_BYTES, AnsweredError, Answering, Reply, Request, Requests, ask
 from sortd.errors import DataError, DestinationError, JournalError, LayoutError, StartupError
 from sortd.service import Status, started_ticks
+from tests.daemon_process import PATIENCE_SECONDS
 from tests.hostile_files import HOSTILE
 
 REPOSITORY = Path(__file__).parents[2]
@@ -102,6 +104,18 @@ def test_nobody_is_asked_where_none_runs(tmp_path: Path) -> None:
     assert ask(tmp_path, {"do": "it"}) is None
     Status(tmp_path).write({"running": True, "pid": os.getpid(), "started_ticks": 1})
     assert ask(tmp_path, {"do": "it"}) is None  # the number is another process's by now
+
+
+def test_ask_daemon_that_ends_with_the_request_leaves_it_to_the_caller(tmp_path: Path) -> None:
+    """Nobody waits for the answer of a process that is gone, and the request is withdrawn."""
+    Requests(tmp_path, report=refuse).open()
+    process = subprocess.Popen(["sleep", "1000"])  # which the signal of the request ends
+    Status(tmp_path).write({"running": True, "pid": process.pid, "started_ticks": started_ticks(process.pid)})
+    reaper = threading.Thread(target=process.wait)
+    reaper.start()
+    assert ask(tmp_path, {"do": "it"}, seconds=PATIENCE_SECONDS) is None
+    reaper.join()
+    assert list((tmp_path / "requests").iterdir()) == []
 
 
 def test_ask_daemon_that_does_not_answer_is_reported_and_its_request_withdrawn(state: Path) -> None:

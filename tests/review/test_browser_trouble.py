@@ -109,9 +109,9 @@ def test_trouble_hostile_names_and_images_are_shown_as_text_and_placeholders(bro
         assert MARKUP + ".png" in shown
         placeholders = page.request.get(page.locator('img[alt="bomb.png"]').evaluate("(one) => one.src"))
         assert (placeholders.status, placeholders.headers["content-type"]) == (404, "image/svg+xml")
-        for name in ("", "rejected", "runs", "audit", "references"):
+        for name in ("", "rejected", "runs", "audit", "references", "waiting"):
             page.goto(address_of(review, dataset) + name)
-            expect(page.locator("h1")).to_be_visible()
+            expect(page.locator("h1").first).to_be_visible()
             assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], name
             assert "sortd" in page.title()
         open_waiting(page, review, dataset)
