@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sortd.arrays import FloatArray, Pixels
-from sortd.encoder.models import SAFETENSORS, LocatedModel, ModelFolder, first_line, repr_digest
+from sortd.encoder.models import PADS_TEXTS, SAFETENSORS, LocatedModel, ModelFolder, first_line, repr_digest
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 
@@ -258,6 +258,8 @@ def _load(model: ModelFolder, device: "torch.device") -> Any:  # noqa: ANN401
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if model.kind in PADS_TEXTS:
+        _prefer_tokenizer_files()
     try:
         loaded = SentenceTransformer(
             str(model.folder),
@@ -274,6 +276,14 @@ def _load(model: ModelFolder, device: "torch.device") -> Any:  # noqa: ANN401
     _check_weight_count(loaded, model)
     loaded.eval()
     return loaded
+
+
+def _prefer_tokenizer_files() -> None:
+    """Let transformers read the tokenizer.json of a SigLIP: its own class needs sentencepiece and has no export."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, SiglipConfig, SiglipTokenizer
+
+    classes = {"slow_tokenizer_class": SiglipTokenizer, "fast_tokenizer_class": PreTrainedTokenizerFast}
+    AutoTokenizer.register(SiglipConfig, **classes, exist_ok=True)
 
 
 def _check_weight_count(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401
@@ -314,7 +324,24 @@ def _limit_texts(words: Any) -> int | None:  # noqa: ANN401
         return None if known is None or known > _NO_LIMIT else int(known)
     limit = min(int(positions) - _unused_positions(words), int(known or positions))
     words.max_seq_length = limit
+    if config.model_type in PADS_TEXTS:
+        _pad_texts(words[0], limit)
     return limit
+
+
+def _pad_texts(module: Any, length: int) -> None:  # noqa: ANN401
+    """Make a SigLIP read texts as in its training; Gemma's tokenizer, which SigLIP 2 uses, keeps capitals by itself.
+
+    The network attends to the padding, so a text padded to another length has another row.
+    https://huggingface.co/docs/transformers/model_doc/siglip2
+    """
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    module.processing_kwargs = {
+        "text": {"padding": "max_length", "max_length": length, "padding_side": "right", "return_attention_mask": False}
+    }
+    tokenizer = module.tokenizer.backend_tokenizer
+    tokenizer.normalizer = Sequence([Lowercase(), *([] if tokenizer.normalizer is None else [tokenizer.normalizer])])
 
 
 def _unused_positions(words: Any) -> int:  # noqa: ANN401

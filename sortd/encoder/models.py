@@ -23,6 +23,9 @@ STRONGER = "clip-ViT-B-32"
 PACKAGED = Path(__file__).parents[1] / "model"
 SAFETENSORS = ".safetensors"
 
+PADS_TEXTS = frozenset({"siglip"})
+"""Model types trained on lower-case texts, all padded to the longest that they read, without a mask."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # loading one can run code
 _PICKLE = "pytorch_model.bin"
 _CONTENT = (SAFETENSORS, ".json", ".txt", ".model")  # suffixes of files on which embeddings depend
@@ -321,7 +324,7 @@ def _read_json(path: Path, name: str) -> object:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 # ------------------------------------------------------------ digests
@@ -333,7 +336,9 @@ def digest(model: ModelFolder, *, cache_dir: Path | None = None) -> str:
     Hashing half a gigabyte takes a second or two, so ``cache_dir`` keeps the hashes with the stamps of the files.
     """
     sums = checksums(model.files, cache_dir=cache_dir)
-    lines = (f"{path.relative_to(model.folder).as_posix()}\0{sums[path]}\n" for path in model.files)
+    lines = [f"{path.relative_to(model.folder).as_posix()}\0{sums[path]}\n" for path in model.files]
+    if model.kind in PADS_TEXTS:
+        lines.append("padded")  # earlier versions did not pad: their rows and exports must not be used
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
