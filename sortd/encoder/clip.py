@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sortd.arrays import FloatArray, Pixels
-from sortd.encoder.models import PADS_TEXTS, SAFETENSORS, LocatedModel, ModelFolder, first_line, repr_digest
+from sortd.encoder.models import (
+    PADS_TEXTS,
+    LocatedModel,
+    ModelFolder,
+    first_line,
+    repr_digest,
+    transformer_folder,
+    weight_files,
+)
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 
@@ -71,8 +79,8 @@ def valid_utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def probe(encoder: Encoder, *, texts: Sequence[str] = ("a photo",)) -> None:
-    """Test an encoder on known images: a device in a bad state returns zeros or noise without an error.
+def probe(encoder: Encoder, *, texts: Sequence[str] = ("a photo",)) -> FloatArray:
+    """Test an encoder on two known images and return their rows; a device in a bad state gives no error, but noise.
 
     Raises:
         ModelError: rows are not finite, equal for unlike images, or different for the same image.
@@ -88,6 +96,7 @@ def probe(encoder: Encoder, *, texts: Sequence[str] = ("a photo",)) -> None:
         raise ModelError(f"model {encoder.encoder_id} gives one embedding for two unlike images: {_REMEDY}")
     if encoder.has_text and texts:
         encoder.encode_texts(texts)
+    return np.stack([first, second])
 
 
 _CHANNELS = 3
@@ -159,6 +168,7 @@ PASSIVE_WAIT = ("OMP_WAIT_POLICY", "PASSIVE")
 """OpenMP reads it when torch is loaded: threads that spin at each barrier take cores from the decoders. Beside busy
 decoders, a batch of 16 took 0.6 of the time without spinning, a single image 0.3 (OpenMP 5.2, 21.7)."""
 
+_SHOWN_NAMES = 4  # of missing weights
 _NO_LIMIT = 10**9  # tokens; transformers uses 1e30 if a tokenizer has no limit
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 """Errors of torch and transformers for a damaged or inconsistent folder."""
@@ -273,7 +283,7 @@ def _load(model: ModelFolder, device: "torch.device") -> Any:  # noqa: ANN401
             f"model {model.name!r} in {model.folder} does not load: {first_line(error)}; fetch or copy it again, or "
             f"set `model: packaged`"
         ) from error
-    _check_weight_count(loaded, model)
+    _check_weights(loaded, model)
     loaded.eval()
     return loaded
 
@@ -286,21 +296,35 @@ def _prefer_tokenizer_files() -> None:
     AutoTokenizer.register(SiglipConfig, **classes, exist_ok=True)
 
 
-def _check_weight_count(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401
-    """Raise ModelError if a folder has fewer weights than its network; transformers initialises the rest at random."""
+def _check_weights(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401
+    """Raise ModelError if a folder lacks weights of its network, by name: transformers would fill them at random."""
     from safetensors import safe_open
 
-    held = 0
-    for path in model.files:
-        if path.suffix == SAFETENSORS:
-            with safe_open(path, "np") as file:
-                held += sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
-    wanted = sum(parameter.numel() for parameter in loaded.parameters())
-    if held < wanted:
+    folder, network = transformer_folder(model), loaded.transformers_model
+    held: set[str] = set()
+    for path in weight_files(model.name, folder):
+        with safe_open(path, "np") as file:
+            held |= set(file.keys())
+    if network.state_dict().keys() <= held:
+        return
+    # Names of older versions, or of a network with a head, are known to transformers only.
+    _, report = type(network).from_pretrained(
+        str(folder), config=network.config, output_loading_info=True, use_safetensors=True, local_files_only=True
+    )
+    is_pooled = loaded[0].module_output_name == "sentence_embedding"
+    lacking = sorted(key for key in report["missing_keys"] if is_pooled or not key.startswith("pooler."))
+    if lacking:
+        unknown = sorted(report["unexpected_keys"])
+        named = f"; it holds {_some(unknown)}, which the network does not know" if unknown else ""
         raise ModelError(
-            f"model {model.name!r} in {model.folder} holds {held:,} of the {wanted:,} weights in its configuration; "
-            f"fetch or copy it again completely"
+            f"model {model.name!r} in {model.folder} lacks weights of its network: {_some(lacking)}{named}; fetch or "
+            f"copy it again completely, from where it was published for transformers"
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN_NAMES])
+    return shown if len(names) <= _SHOWN_NAMES else f"{shown} and {len(names) - _SHOWN_NAMES} more"
 
 
 def _check_modalities(loaded: Any, name: str) -> None:  # noqa: ANN401

@@ -22,13 +22,14 @@ STRONGER = "clip-ViT-B-32"
 """What ``model: auto`` selects if it is in a local cache, and what is recommended."""
 PACKAGED = Path(__file__).parents[1] / "model"
 SAFETENSORS = ".safetensors"
+WEIGHTS = "model.safetensors"
 
 PADS_TEXTS = frozenset({"siglip"})
 """Model types trained on lower-case texts, all padded to the longest that they read, without a mask."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # loading one can run code
 _PICKLE = "pytorch_model.bin"
-_CONTENT = (SAFETENSORS, ".json", ".txt", ".model")  # suffixes of files on which embeddings depend
+_CONTENT = (".json", ".txt", ".model")  # suffixes of files on which, beside the weights, embeddings depend
 _FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
 _NOT_FETCHED = ["onnx/*", "openvino/*", "*.onnx"]
 
@@ -223,12 +224,13 @@ def verify_folder(name: str, folder: Path) -> ModelFolder:
         )
     for module in modules:
         _refuse_pickles(name, module)
-    if not _weights(first):
-        raise ModelError(
-            f"model {name!r} in {folder} has no weights (*{SAFETENSORS}): fetch or copy it again completely"
-        )
+    if not weight_files(name, first):
+        raise ModelError(f"model {name!r} in {folder} has no weights ({WEIGHTS}): fetch or copy it again completely")
     files = tuple(
-        sorted({path for at in modules for path in at.glob("*") if path.suffix in _CONTENT and path.is_file()})
+        sorted(
+            {path for at in modules for path in at.glob("*") if path.suffix in _CONTENT and path.is_file()}
+            | {path for at in modules for path in weight_files(name, at)}
+        )
     )
     for path in files:
         if not os.access(path, os.R_OK, effective_ids=True):
@@ -286,14 +288,33 @@ def _module_folders(name: str, folder: Path) -> list[Path]:
     return [*(folder / path for path in paths), folder]
 
 
-def _weights(folder: Path) -> list[Path]:
-    """Return the weights that exist: in the hub's cache they are links, whose targets may be missing."""
-    return [path for path in folder.glob(f"*{SAFETENSORS}") if path.is_file()]
+def transformer_folder(model: ModelFolder) -> Path:
+    """Return the folder of a model's first module, which transformers reads."""
+    return _module_folders(model.name, model.folder)[0]
+
+
+def weight_files(name: str, folder: Path) -> list[Path]:
+    """Return the files of weights that transformers reads: ``model.safetensors``, or the parts that its index names.
+
+    Others beside them (``open_clip_model.safetensors``) do not count. In the hub's cache files are links, whose targets
+    may be missing.
+    """
+    single, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    found = _read_object(index, name).get("weight_map")
+    parts = sorted({str(part) for part in found.values()}) if isinstance(found, dict) else []
+    for part in parts:
+        if Path(part).name != part or not (folder / part).is_file():
+            raise ModelError(f"model {name!r} is incomplete: {index} names {part}; fetch or copy it again completely")
+    return [folder / part for part in parts]
 
 
 def _refuse_pickles(name: str, folder: Path) -> None:
     pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
-    if pickled and not _weights(folder):
+    if pickled and not weight_files(name, folder):
         raise ModelError(
             f"model {name!r} in {folder} has its weights only as {', '.join(pickled)}, a format that can run code when "
             f"it is loaded; sortd loads only {SAFETENSORS}: load it with sentence-transformers on a machine that may "
