@@ -408,14 +408,14 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
 models = typer.Typer(
     name="models",
     cls=Group,
-    help="List the models on this machine; fetch, export, promote and demote models.",
+    help="List the models on this machine; fetch, convert, export, promote and demote models.",
     invoke_without_command=True,
 )
 
 
 @models.callback()
 def list_models_by_default(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """List the models on this machine and those in use; fetch, export, promote and demote models."""
+    """List the models on this machine and those in use; fetch, convert, export, promote and demote models."""
     if context.invoked_subcommand is None:
         list_models(config, as_json)
 
@@ -438,6 +438,18 @@ def fetch_command(
     from sortd.commands.models import fetch_model
 
     fetch_model(load_config(config), name, as_json=as_json)
+
+
+@models.command("convert", cls=Command)
+def convert_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model whose weights are pytorch_model.bin.")],
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a model's pickled weights to safetensors, once. Tensors are read, nothing else, and without network."""
+    from sortd.commands.models import convert_model
+
+    convert_model(load_config(config), folder.expanduser().absolute(), as_json=as_json)
 
 
 @models.command("export", cls=Command)

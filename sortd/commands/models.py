@@ -1,4 +1,4 @@
-"""The models on this machine: the commands ``models list``, ``fetch`` and ``export``, and the facts that they print.
+"""The models on this machine: the commands ``models list``, ``fetch``, ``convert``, ``export``, and what they print.
 
 ``export`` embeds the references of all datasets (a sample, if there are many) with int8 and with float32, and
 ``classify.held_out`` compares the decisions. The verdict is stored with the export; the daemon only reads it.
@@ -7,6 +7,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from sortd.daemon.resources import Resources
 from sortd.encoder import models
 from sortd.encoder.backends import choose_backend
 from sortd.encoder.export import CALIBRATION_IMAGES, Progress, make_exports
+from sortd.encoder.fetch import fetch
 from sortd.encoder.models import STRONGER, ModelFolder, Use, locate_configured
 from sortd.encoder.onnx_encoder import (
     Exports,
@@ -32,6 +34,7 @@ from sortd.encoder.onnx_encoder import (
     read_verdict,
     write_verdict,
 )
+from sortd.encoder.pickles import convert_folder
 from sortd.encoder.quantize import photographic_noise
 from sortd.errors import LayoutError, ModelError, SortdError
 from sortd.layout import Area, Layout, find_datasets
@@ -94,13 +97,26 @@ def _print_finetuned(datasets: Mapping[str, Any]) -> None:
 def fetch_model(config: Config, name: str, *, as_json: bool) -> None:
     """Download a model into sortd's cache, and print what it is for."""
     say(f"sortd: fetching {name}")
-    model = models.fetch(name, cache_dir=config.cache_dir)
+    model = fetch(name, cache_dir=config.cache_dir)
 
     def render(facts: Mapping[str, Any]) -> None:
         print_line(f"{name} is in {facts['folder']}")
         print_line(how_to_use(name, model.use, config))
 
     show({"name": name, "folder": str(model.folder), "use": model.use.value}, render, as_json=as_json)
+
+
+def convert_model(config: Config, folder: Path, *, as_json: bool) -> None:
+    """Convert the pickled weights of a folder to safetensors, and print what the model is for."""
+    say(f"sortd: converting {folder}")
+    written = convert_folder(str(folder), folder)
+    model = models.verify_folder(str(folder), folder)
+
+    def render(facts: Mapping[str, Any]) -> None:
+        print_line(f"wrote {', '.join(facts['written'])}" if written else "it has weights in safetensors already")
+        print_line(how_to_use(str(folder), model.use, config))
+
+    show({"folder": str(folder), "written": [str(path) for path in written]}, render, as_json=as_json)
 
 
 def export_model(config: Config, *, as_json: bool) -> None:

@@ -1,13 +1,12 @@
 """The models on this machine: found by name or path without the network, and verified by their configuration.
 
-Nothing here imports torch at the start. Only ``fetch`` uses the network.
+Nothing here imports torch or uses the network.
 """
 
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -28,10 +27,7 @@ PADS_TEXTS = frozenset({"siglip"})
 """Model types trained on lower-case texts, all padded to the longest that they read, without a mask."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # loading one can run code
-_PICKLE = "pytorch_model.bin"
 _CONTENT = (".json", ".txt", ".model")  # suffixes of files on which, beside the weights, embeddings depend
-_FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
-_NOT_FETCHED = ["onnx/*", "openvino/*", "*.onnx"]
 
 
 class Use(StrEnum):
@@ -140,7 +136,7 @@ def find_snapshot(
     name: str, *, cache_dir: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> Path | None:
     """Return the folder of a model of the hub in a local cache; None if it is in none."""
-    folder = "models--" + _repository(name).replace("/", "--")
+    folder = "models--" + repository_of(name).replace("/", "--")
     snapshots = (_snapshot(cache / folder) for cache in _hub_caches(cache_dir, environment))
     return next((snapshot for snapshot in snapshots if snapshot is not None), None)
 
@@ -173,7 +169,8 @@ def _hub_caches(cache_dir: Path | None, environment: Mapping[str, str]) -> list[
     return [*own, *(Path(path).expanduser() for path in paths if path)]
 
 
-def _repository(name: str) -> str:
+def repository_of(name: str) -> str:
+    """Return the name of a model's repository on the hub."""
     return name if "/" in name else f"sentence-transformers/{name}"
 
 
@@ -194,7 +191,7 @@ def verify_clip(name: str, folder: Path) -> ModelFolder:
     """Return a folder that holds a CLIP (an image and a text tower into one space); raise ModelError for others."""
     model = verify_folder(name, folder)
     if model.use is not Use.CLIP:
-        config = _read_object(_module_folders(name, folder)[0] / "config.json", name)
+        config = _read_object(module_folders(name, folder)[0] / "config.json", name)
         lacks = "has no text tower" if model.use is Use.IMAGES else "has no image tower"
         kind, *_ = config.get("architectures") or ["model without an architecture"]
         raise ModelError(
@@ -214,16 +211,18 @@ def verify_folder(name: str, folder: Path) -> ModelFolder:
     if not folder.is_dir():
         remedy = "reinstall sortd-images" if name == "packaged" else "check `model:`, or set it to `packaged`"
         raise ModelError(f"model {name!r}: the folder {folder} does not exist; {remedy}")
-    modules = _module_folders(name, folder)
+    modules = module_folders(name, folder)
     first = modules[0]
     config = _read_object(first / "config.json", name)
+    _refuse_foreign(name, first, config)
+    _refuse_code(name, first)
     if (first / "adapter_config.json").exists():
         raise ModelError(
             f"model {name!r} in {folder} is an adapter (adapter_config.json) that needs another model; "
             f"merge the two (peft: merge_and_unload) and save the result"
         )
     for module in modules:
-        _refuse_pickles(name, module)
+        _refuse_pickles(name, folder, module)
     if not weight_files(name, first):
         raise ModelError(f"model {name!r} in {folder} has no weights ({WEIGHTS}): fetch or copy it again completely")
     files = tuple(
@@ -262,10 +261,11 @@ def _access_error(name: str, path: Path, verb: str) -> ModelError:
     )
 
 
-def _module_folders(name: str, folder: Path) -> list[Path]:
+def module_folders(name: str, folder: Path) -> list[Path]:
     """Return the folder of each module, in order; raise ModelError for modules with their own code."""
     if not (folder / "modules.json").exists():
         if not (folder / "config.json").exists():
+            _refuse_foreign(name, folder, {})
             raise ModelError(
                 f"model {name!r}: {folder} holds neither modules.json nor config.json; "
                 f"set `model:` to the folder that does"
@@ -290,7 +290,7 @@ def _module_folders(name: str, folder: Path) -> list[Path]:
 
 def transformer_folder(model: ModelFolder) -> Path:
     """Return the folder of a model's first module, which transformers reads."""
-    return _module_folders(model.name, model.folder)[0]
+    return module_folders(model.name, model.folder)[0]
 
 
 def weight_files(name: str, folder: Path) -> list[Path]:
@@ -312,13 +312,45 @@ def weight_files(name: str, folder: Path) -> list[Path]:
     return [folder / part for part in parts]
 
 
-def _refuse_pickles(name: str, folder: Path) -> None:
-    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
-    if pickled and not weight_files(name, folder):
+def _refuse_foreign(name: str, folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a folder of open_clip (MobileCLIP, too) or timm, which transformers does not read."""
+    if "model_type" in config:  # some folders are for both libraries
+        return
+    is_open_clip = (folder / "open_clip_config.json").exists() or {"image_cfg", "text_cfg"} <= config.keys()
+    if is_open_clip or any(path.suffix == ".pt" and "clip" in path.name for path in folder.glob("*.pt")):
+        library, others = "open_clip", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K or google/siglip2-base-patch16-224"
+    elif {"architecture", "pretrained_cfg"} <= config.keys():
+        library, others = "timm", "facebook/dinov2-small or clip-ViT-B-32"
+    else:
+        return
+    raise ModelError(
+        f"model {name!r}: {folder} is a folder of {library}, and sortd reads those of transformers and "
+        f"sentence-transformers; choose a model such as {others}"
+    )
+
+
+def _refuse_code(name: str, folder: Path) -> None:
+    """Raise ModelError for a model that is to be run by code in its folder, whatever type it declares."""
+    for file in ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+        if (folder / file).exists():
+            names = _read_object(folder / file, name).get("auto_map")
+            if names:
+                shown = ", ".join(map(str, names.values() if isinstance(names, dict) else [names]))
+                raise ModelError(
+                    f"model {name!r} has its own code (auto_map in {file}: {shown}), which sortd does not run; choose "
+                    f"a model of transformers itself, such as {STRONGER} or google/siglip2-base-patch16-224"
+                )
+
+
+def _refuse_pickles(name: str, folder: Path, module: Path) -> None:
+    pickled = sorted(path.name for path in module.glob("*") if path.suffix in _PICKLES)
+    if pickled and not weight_files(name, module):
+        remedy = "load it with sentence-transformers on a machine that may run it, and save it again"
+        if any(file.startswith("pytorch_model") for file in pickled):
+            remedy = f"run `sortd models convert {folder}`, which accepts tensors only, or {remedy}"
         raise ModelError(
-            f"model {name!r} in {folder} has its weights only as {', '.join(pickled)}, a format that can run code when "
-            f"it is loaded; sortd loads only {SAFETENSORS}: load it with sentence-transformers on a machine that may "
-            f"run it, save it again, and set `model:` to that folder"
+            f"model {name!r} in {module} has its weights only as {', '.join(pickled)}, a format that can run code when "
+            f"it is loaded; sortd loads only {SAFETENSORS}: {remedy}"
         )
 
 
@@ -388,74 +420,3 @@ def checksums(files: Iterable[Path], *, cache_dir: Path | None = None) -> dict[P
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_json(memory, known, durable=False)
     return sums
-
-
-# ------------------------------------------------------------ fetching
-
-
-def fetch(name: str, *, cache_dir: Path | None = None) -> ModelFolder:
-    """Download a model from the hub into sortd's cache (None: the hub client's).
-
-    Raises:
-        ModelError: no such model, no network, no disk space, or no weights in a format that sortd loads.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    repository = _repository(name)
-    target = None if cache_dir is None else str(cache_dir / "models")
-    try:
-        folder = Path(
-            snapshot_download(repository, cache_dir=target, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED)
-        )
-        offered = HfApi().list_repo_files(repository, revision=folder.name)
-        pickles = [path for path in offered if _is_only_format(path, offered)]
-        if pickles:
-            snapshot_download(repository, cache_dir=target, allow_patterns=pickles, revision=folder.name)
-    except OfflineModeIsEnabled as error:
-        raise ModelError(
-            f"cannot fetch {name}: HF_HUB_OFFLINE forbids the network; unset it for this command"
-        ) from error
-    except Exception as error:  # the errors of the client's HTTP library change from version to version
-        raise ModelError(
-            f"cannot fetch {name}: {first_line(error)}; check the name and the network, or copy the model's "
-            f"folder from another machine and set `model:` to its path"
-        ) from error
-    for path in pickles:
-        _convert(name, folder / path)
-    return verify_folder(name, folder)
-
-
-def _is_only_format(path: str, offered: Sequence[str]) -> bool:
-    """Tell whether a file is a pickle without safetensors beside it, as in some of the oldest published CLIPs."""
-    folder, _, file = path.rpartition("/")
-    return file == _PICKLE and not any(
-        other.rpartition("/")[0] == folder and other.endswith(SAFETENSORS) for other in offered
-    )
-
-
-def _convert(name: str, pickle: Path) -> None:
-    """Write the tensors of a pickle as safetensors beside it.
-
-    torch's restricted unpickler accepts tensors and their containers, and refuses everything else.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    try:
-        loaded = torch.load(pickle, map_location="cpu", weights_only=True)
-        tensors = {str(key): value.clone().contiguous() for key, value in loaded.items()}
-    except Exception as error:  # a hostile pickle can raise anything
-        raise ModelError(
-            f"cannot fetch {name}: {pickle.name} holds something other than weights, and was not run "
-            f"({first_line(error)}); choose a model with {SAFETENSORS} weights"
-        ) from error
-    beside = pickle.with_name("model.safetensors.part")
-    try:
-        save_file(tensors, beside, {"format": "pt"})
-        beside.replace(pickle.with_name("model.safetensors"))
-    except OSError as error:
-        raise ModelError(f"cannot fetch {name}: {pickle.parent}: {error.strerror}; make room there") from error

@@ -151,8 +151,9 @@ class TestRefusals:
     @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", "model.ckpt", "weights.pkl"])
     def test_verify_pickled_weights_are_refused(self, tmp_path: Path, weights: str) -> None:
         """The message says how to convert them to safetensors."""
-        with pytest.raises(ModelError, match=rf"only as {weights}.*can run code.*save it again"):
+        with pytest.raises(ModelError, match=rf"only as {weights}.*can run code.*save it again") as caught:
             verify_clip("mine", write_model(tmp_path / "m", weights=weights))
+        assert (f"sortd models convert {tmp_path / 'm'}" in str(caught.value)) == (weights == "pytorch_model.bin")
 
     def test_verify_safetensors_beside_a_pickle_passes(self, tmp_path: Path) -> None:
         """The pickle is ignored."""
@@ -188,6 +189,75 @@ class TestRefusals:
         folder = write_model(tmp_path / "m")
         (folder / "modules.json").write_text(json.dumps(modules))
         with pytest.raises(ModelError, match=complaint):
+            verify_clip("mine", folder)
+
+    @pytest.mark.parametrize(
+        ("file", "auto_map"),
+        [
+            ("config.json", {"AutoModel": "modeling_mine.MyCLIP"}),
+            ("preprocessor_config.json", {"AutoImageProcessor": "modeling_mine.MyCLIP"}),
+            ("tokenizer_config.json", {"AutoTokenizer": ["modeling_mine.MyCLIP", None]}),
+        ],
+    )
+    def test_verify_model_with_own_code_is_refused(
+        self, tmp_path: Path, file: str, auto_map: dict[str, object]
+    ) -> None:
+        """Its type may be that of a stock model, which would run other code on the same weights."""
+        folder = write_model(tmp_path / "m")
+        settings = (CLIP if file == "config.json" else {}) | {"auto_map": auto_map}
+        (folder / "0_CLIPModel" / file).write_text(json.dumps(settings))
+        with pytest.raises(
+            ModelError, match=rf"its own code \(auto_map in {file}: .*modeling_mine.MyCLIP.*does not run"
+        ):
+            verify_clip("mine", folder)
+
+    @pytest.mark.parametrize(
+        ("config", "file", "complaint"),
+        [
+            (None, "open_clip_config.json", r"a folder of open_clip.*such as laion/CLIP-ViT-B-32"),
+            (None, "mobileclip2_s0.pt", "a folder of open_clip"),
+            ({"embed_dim": 512, "image_cfg": {}, "text_cfg": {}}, "mobileclip_s0.pt", "a folder of open_clip"),
+            (
+                {"architecture": "vit_small", "pretrained_cfg": {}},
+                "model.safetensors",
+                "a folder of timm.*dinov2-small",
+            ),
+        ],
+    )
+    def test_verify_folder_of_another_library_is_named(
+        self, tmp_path: Path, config: object, file: str, complaint: str
+    ) -> None:
+        """Nothing that sortd could do helps there, so other models are named."""
+        (tmp_path / file).write_text("{}")
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=complaint):
+            verify_clip("mine", tmp_path)
+
+    def test_verify_weights_for_open_clip_do_not_count(self, tmp_path: Path) -> None:
+        """Beside those for transformers they are neither hashed nor counted; alone they are no weights."""
+        folder = write_model(tmp_path / "m")
+        module = folder / "0_CLIPModel"
+        (module / "open_clip_model.safetensors").write_bytes(b"x")
+        (module / "open_clip_config.json").write_text("{}")
+        assert module / "open_clip_model.safetensors" not in verify_clip("mine", folder).files
+        (module / "model.safetensors").unlink()
+        with pytest.raises(ModelError, match=r"has no weights \(model\.safetensors\)"):
+            verify_clip("mine", folder)
+
+    def test_verify_sharded_weights_are_those_of_the_index(self, tmp_path: Path) -> None:
+        """A part that is missing is named, and no name leads out of the folder."""
+        folder = write_model(tmp_path / "m", weights="model-00001-of-00002.safetensors")
+        module = folder / "0_CLIPModel"
+        index = module / "model.safetensors.index.json"
+        names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+        index.write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(ModelError, match=r"incomplete: .*index\.json names model-00002-of-00002"):
+            verify_clip("mine", folder)
+        (module / names["b"]).write_bytes(b"weights")
+        assert {module / name for name in names.values()} <= set(verify_clip("mine", folder).files)
+        index.write_text(json.dumps({"weight_map": names | {"c": "../../modules.json"}}))
+        with pytest.raises(ModelError, match=r"names \.\./\.\./modules\.json"):
             verify_clip("mine", folder)
 
     def test_verify_incomplete_folder_names_the_missing_file(self, tmp_path: Path) -> None:
@@ -403,7 +473,7 @@ class TestFetch:
 import sys
 from pathlib import Path
 from sortd.errors import ModelError
-from sortd.encoder.models import fetch
+from sortd.encoder.fetch import fetch
 try:
     print(fetch(sys.argv[1], cache_dir=Path(sys.argv[2])).folder)
 except ModelError as error:
@@ -486,6 +556,32 @@ except ModelError as error:
         assert done.returncode == 69, done.stderr
         assert "holds something other than weights, and was not run" in done.stdout
         assert not (tmp_path / "owned").exists()
+
+    def test_fetch_takes_the_weights_for_transformers_only(self, hub: tuple[str, Path], tmp_path: Path) -> None:
+        """Laion's repositories hold the same weights for open_clip, in two formats."""
+        address, folder = hub
+        for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin"):
+            (folder / "0_CLIPModel" / name).write_bytes(b"x")
+        done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
+        assert done.returncode == 0, done.stdout + done.stderr
+        names = {path.name for path in Path(done.stdout.strip()).rglob("*") if path.is_file()}
+        assert names == {"modules.json", "config.json", "model.safetensors"}
+
+    def test_fetch_pickle_beside_weights_for_open_clip_is_converted(
+        self, hub: tuple[str, Path], tmp_path: Path
+    ) -> None:
+        """The others are no replacement for the missing ones."""
+        import torch
+        from safetensors.torch import load_file
+
+        address, folder = hub
+        (folder / "0_CLIPModel/model.safetensors").rename(folder / "0_CLIPModel/open_clip_model.safetensors")
+        torch.save({"a": torch.ones(2)}, folder / "0_CLIPModel/pytorch_model.bin")
+        done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
+        assert done.returncode == 0, done.stdout + done.stderr
+        module = Path(done.stdout.strip()) / "0_CLIPModel"
+        assert load_file(module / "model.safetensors").keys() == {"a"}
+        assert not (module / "open_clip_model.safetensors").exists()
 
     def test_fetch_unsupported_weights_are_refused(self, hub: tuple[str, Path], tmp_path: Path) -> None:
         """They are not downloaded."""
