@@ -36,7 +36,7 @@ from sortd.encoder.onnx_encoder import (
 )
 from sortd.encoder.pickles import convert_folder
 from sortd.encoder.quantize import photographic_noise
-from sortd.errors import LayoutError, ModelError, SortdError
+from sortd.errors import ConfigError, LayoutError, ModelError, SortdError
 from sortd.layout import Area, Layout, find_datasets
 from sortd.service import read_status
 
@@ -192,7 +192,8 @@ def how_to_use(name: str, use: Use, config: Config) -> str:
     match use:
         case Use.IMAGES:
             return (
-                f"it takes images but no text, so it cannot be `model:`; it can be the base of a fine-tuned model: "
+                f"it takes images but no text: set `model: {name}` {restart}, to decide by references alone "
+                f"(`mode: mixed` is then `best`); it can also be the base of a fine-tuned model: "
                 f"`sortd finetune DATASET --base {name}`"
             )
         case Use.WORDS if config.text_model == name:
@@ -220,7 +221,7 @@ def backend_facts(config: Config) -> dict[str, Any]:
     }
     try:
         model = locate_configured(config)
-    except ModelError:  # ``model_list`` and ``check`` report it
+    except (ConfigError, ModelError):  # ``model_list`` and ``check`` report it
         return facts
     try:
         found = find_exports(model) if is_installed() else None

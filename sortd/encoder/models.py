@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sortd.config import Config
-from sortd.errors import ModelError
+from sortd.errors import ConfigError, ModelError
 from sortd.files import read_regular, sha256_of, write_json
 
 STRONGER = "clip-ViT-B-32"
@@ -26,6 +26,8 @@ WEIGHTS = "model.safetensors"
 PADS_TEXTS = frozenset({"siglip"})
 """Model types trained on lower-case texts, all padded to the longest that they read, without a mask."""
 
+_LONGEST_LINE = 300  # characters of another library's message
+_ANY_SIZE = frozenset({"siglip2", "siglip2_vision_model"})  # SigLIP 2 of fixed size has the type siglip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # loading one can run code
 _CONTENT = (".json", ".txt", ".model")  # suffixes of files on which, beside the weights, embeddings depend
 
@@ -35,7 +37,7 @@ class Use(StrEnum):
 
     CLIP = "clip"  # ``model:``
     WORDS = "words"  # ``text_model:`` beside a CLIP of the same space
-    IMAGES = "images"  # a base of ``sortd finetune``
+    IMAGES = "images"  # ``model:`` without class names, or a base of ``sortd finetune``
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class ModelFolder:
 
 @dataclass(frozen=True, slots=True)
 class LocatedModel:
-    """A CLIP on this disk, with the separate text model, if any."""
+    """A CLIP or an encoder of images on this disk, with the separate text model of a CLIP, if any."""
 
     clip: ModelFolder
     words: ModelFolder | None = None
@@ -90,7 +92,7 @@ def locate_clip(
         packaged: the folder of the packaged model.
 
     Raises:
-        ModelError: it is missing, incomplete, or not a CLIP that sortd can load; the message says what to do.
+        ModelError: it is missing, incomplete, or takes no images; the message says what to do.
     """
     if model == "auto":
         stronger = find_snapshot(STRONGER, cache_dir=cache_dir, environment=environment)
@@ -103,12 +105,37 @@ def locate_pair(model: str, text_model: str | None, cache_dir: Path | None) -> L
     """Find a CLIP and the separate text model, if one is named; see ``locate_clip`` and ``locate_text``."""
     clip = locate_clip(model, cache_dir=cache_dir)
     words = None if text_model is None else locate_text(text_model, cache_dir=cache_dir)
+    if words is not None and clip.use is Use.IMAGES:
+        raise ModelError(
+            f"text model {text_model!r} does not fit model {model!r}, a {clip.kind} that was trained on images alone: "
+            f"no text has a place in its space; leave `text_model` out, or set `model:` to the CLIP of that text model"
+        )
     return LocatedModel(clip, words, cache_dir)
 
 
 def locate_configured(config: Config) -> LocatedModel:
-    """Return the configured model and the separate text model, if any; raises ModelError."""
-    return locate_pair(config.model, config.text_model, config.cache_dir)
+    """Return the configured model and the separate text model, if any.
+
+    Raises:
+        ModelError: one of them is not usable.
+        ConfigError: the configured mode needs another model.
+    """
+    model = locate_pair(config.model, config.text_model, config.cache_dir)
+    check_modes(config, model.clip)
+    return model
+
+
+def check_modes(config: Config, model: ModelFolder) -> None:
+    """Raise ConfigError if a dataset is to be decided by class names, and the model does not read texts."""
+    if model.use is Use.CLIP:
+        return
+    wanted = {"mode": config.mode, **{f"datasets: {name}: mode": config.dataset(name).mode for name in config.datasets}}
+    for key, mode in wanted.items():
+        if mode == "text":
+            raise ConfigError(
+                f"`{key}: text` decides by class names, and model {model.name!r} is a {model.kind} that takes images "
+                f"only; set it to `best`, which uses the references, or set `model:` to a CLIP such as {STRONGER}"
+            )
 
 
 def locate_text(
@@ -144,7 +171,7 @@ def find_snapshot(
 def available(
     *, cache_dir: Path | None = None, environment: Mapping[str, str] = os.environ, packaged: Path = PACKAGED
 ) -> tuple[ModelFolder, ...]:
-    """Return every CLIP on this machine that sortd can load by name."""
+    """Return every model on this machine that can be ``model:`` by its name."""
     candidates: list[tuple[str, Path | None]] = [("packaged", packaged)]
     for cache in _hub_caches(cache_dir, environment):
         for folder in sorted(cache.glob("models--*--*")):
@@ -188,15 +215,23 @@ def _snapshot(folder: Path) -> Path | None:
 
 
 def verify_clip(name: str, folder: Path) -> ModelFolder:
-    """Return a folder that holds a CLIP (an image and a text tower into one space); raise ModelError for others."""
+    """Return a folder that can be ``model:``: a CLIP (images and texts in one space), or an encoder of images.
+
+    Raises:
+        ModelError: it is another model, or takes images in another form.
+    """
     model = verify_folder(name, folder)
-    if model.use is not Use.CLIP:
-        config = _read_object(module_folders(name, folder)[0] / "config.json", name)
-        lacks = "has no text tower" if model.use is Use.IMAGES else "has no image tower"
+    if model.kind in _ANY_SIZE:
+        raise ModelError(
+            f"model {name!r} is a {model.kind}, which takes images of any size as lists of patches (NaFlex), not of "
+            f"one size, as sortd decodes them; choose a SigLIP 2 of fixed size such as google/siglip2-base-patch16-224"
+        )
+    if model.use is Use.WORDS:
+        config = _read_object(transformer_folder(model) / "config.json", name)
         kind, *_ = config.get("architectures") or ["model without an architecture"]
         raise ModelError(
             f"model {name!r} is not a CLIP: it is a {kind} ({config.get('model_type', 'of unknown type')}), which "
-            f"{lacks}; set `model:` to a CLIP such as {STRONGER}, or to `packaged`"
+            f"has no image tower; set `model:` to a CLIP such as {STRONGER}, or to `packaged`"
         )
     return model
 
@@ -376,8 +411,8 @@ def _read_json(path: Path, name: str) -> object:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line of an error's message; libraries list everything that they would have accepted."""
+    return next((line[:_LONGEST_LINE] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 # ------------------------------------------------------------ digests

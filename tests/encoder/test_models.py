@@ -15,14 +15,16 @@ from pathlib import Path
 
 import pytest
 
+from sortd.config import read_config
 from sortd.encoder import models
-from sortd.encoder.models import ModelFolder, verify_clip
-from sortd.errors import ModelError
+from sortd.encoder.models import ModelFolder, Use, check_modes, verify_clip
+from sortd.errors import ConfigError, ModelError
 from tests.command_line import write_config
 from tests.daemon_process import PATIENCE_SECONDS
 
 CLIP = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": {}, "vision_config": {}}
 VIT = {"model_type": "vit", "architectures": ["ViTModel"], "image_size": 224}
+NAFLEX = CLIP | {"model_type": "siglip2", "architectures": ["Siglip2Model"]}
 BERT = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30522}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -138,7 +140,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("config", "complaint"),
         [
-            (VIT, r"is not a CLIP: it is a ViTModel \(vit\), which has no text tower"),
+            (NAFLEX, r"is a siglip2, which takes images of any size.*siglip2-base-patch16-224"),
             (BERT, r"is not a CLIP: it is a BertModel \(bert\), which has no image tower"),
             ([], "is not a JSON object"),
         ],
@@ -147,6 +149,24 @@ class TestRefusals:
         """The message names its architecture."""
         with pytest.raises(ModelError, match=complaint):
             verify_clip("mine", write_model(tmp_path / "m", config))
+
+    def test_verify_encoder_of_images_passes(self, tmp_path: Path) -> None:
+        """It can decide by references alone."""
+        assert verify_clip("mine", write_model(tmp_path / "m", VIT)).use is Use.IMAGES
+
+    def test_check_modes_text_needs_a_model_that_reads(self, tmp_path: Path) -> None:
+        """Of a dataset, too; all other modes do without."""
+        model = verify_clip("mine", write_model(tmp_path / "m", VIT))
+        reader = verify_clip("clip", write_model(tmp_path / "c"))
+        for mode in ("avg", "max", "mean", "best", "mixed"):
+            check_modes(read_config(write_config(tmp_path, mode=mode), os.environ), model)
+        config = read_config(write_config(tmp_path, mode="text"), os.environ)
+        check_modes(config, reader)
+        with pytest.raises(ConfigError, match=r"`mode: text` decides by class names.*takes images only.*`best`"):
+            check_modes(config, model)
+        config = read_config(write_config(tmp_path, datasets={"Photos": {"mode": "text"}}), os.environ)
+        with pytest.raises(ConfigError, match="`datasets: Photos: mode: text`"):
+            check_modes(config, model)
 
     @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", "model.ckpt", "weights.pkl"])
     def test_verify_pickled_weights_are_refused(self, tmp_path: Path, weights: str) -> None:
@@ -338,15 +358,23 @@ class TestTextModels:
 class TestAvailable:
     """What `sortd models` lists."""
 
-    def test_available_lists_every_clip(self, tmp_path: Path, environment: dict[str, str], packaged: Path) -> None:
+    def test_available_lists_every_usable_model(
+        self, tmp_path: Path, environment: dict[str, str], packaged: Path
+    ) -> None:
         """Other models of the cache are left out."""
         cache = tmp_path / "home/.cache/huggingface/hub"
         put_in_cache(cache, "sentence-transformers/clip-ViT-B-32")
         put_in_cache(cache, "openai/clip-vit-large-patch14")
-        put_in_cache(cache, "google/vit-base-patch16-224", VIT)
+        put_in_cache(cache, "facebook/dinov2-small", VIT)
+        put_in_cache(cache, "google-bert/bert-base-uncased", BERT)
         listed = models.available(environment=environment, packaged=packaged)
-        assert {row.name for row in listed} == {"packaged", "clip-ViT-B-32", "openai/clip-vit-large-patch14"}
-        assert all(row.size_bytes > 0 and row.kind == "clip" for row in listed)
+        assert {row.name: row.kind for row in listed} == {
+            "packaged": "clip",
+            "clip-ViT-B-32": "clip",
+            "openai/clip-vit-large-patch14": "clip",
+            "facebook/dinov2-small": "vit",
+        }
+        assert all(row.size_bytes > 0 for row in listed)
 
     def test_available_without_models_is_empty(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """Also without the packaged model."""
@@ -509,14 +537,14 @@ except ModelError as error:
         ("config", "said"),
         [
             (CLIP, "to use it, set `model: tiny`"),
-            ({"model_type": "vit", "image_size": 224}, "`sortd finetune DATASET --base tiny`"),
+            ({"model_type": "vit", "image_size": 224}, "set `model: tiny`"),
             ({"model_type": "distilbert", "vocab_size": 9}, "`text_model: tiny`"),
         ],
     )
     def test_models_fetch_prints_what_a_model_is_for(
         self, hub: tuple[str, Path], tmp_path: Path, config: dict[str, object], said: str
     ) -> None:
-        """Only a CLIP can be `model:`."""
+        """Only what takes images can be `model:`."""
         address, folder = hub
         (folder / "0_CLIPModel" / "config.json").write_text(json.dumps(config))
         done = subprocess.run(
