@@ -394,3 +394,22 @@ def build_sentence_clip(folder: Path) -> Path:
     modules = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]
     versions = {"__version__": {"sentence_transformers": "2.0.0", "transformers": "4.7.0", "pytorch": "1.9.0"}}
     return write_json_files(folder, modules=modules, config_sentence_transformers=versions)
+
+
+def build_chinese_clip(folder: Path) -> Path:
+    """Write OFA-Sys/chinese-clip-vit-base-patch16: its texts are read by a BERT, with a mask."""
+    from transformers import BertTokenizer, ChineseCLIPConfig
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    config = {
+        "architectures": ["ChineseCLIPModel"],
+        "model_type": "chinese_clip",
+        "projection_dim": DIMENSIONS,
+        "text_config": {**TOWER, "vocab_size": len(words), "max_position_embeddings": TEXT_LENGTH},
+        "vision_config": {**VISION, "projection_dim": DIMENSIONS},
+    }
+    write_json_files(folder, config=config, preprocessor_config=CLIP_PROCESSOR)
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=TEXT_LENGTH)
+    tokenizer.save_pretrained(str(folder))
+    write_weights(random_model(ChineseCLIPConfig(**config), 7), folder)
+    return folder

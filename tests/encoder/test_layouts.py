@@ -16,6 +16,7 @@ from sortd.encoder.pickles import convert_folder
 from sortd.errors import ModelError
 from tests.encoder.test_backends import batch, pictures
 from tests.hub_folders import (
+    build_chinese_clip,
     build_dinov2,
     build_dinov3,
     build_half_clip,
@@ -53,6 +54,7 @@ READERS: dict[str, Callable[[Path], Path]] = {
     "sentence-transformers": build_sentence_clip,
     "sharded": build_sharded_clip,
     "half": build_half_clip,
+    "chinese": build_chinese_clip,
     "dual": build_dual,
     "siglip": build_siglip,
     "siglip2": build_siglip2,
