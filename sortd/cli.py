@@ -405,18 +405,22 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
     )
 
 
-models = typer.Typer(
-    name="models",
-    cls=Group,
-    help="List the models on this machine; fetch, convert, export, promote and demote models.",
-    invoke_without_command=True,
-)
+models = typer.Typer(name="models", cls=Group, invoke_without_command=True)
 
 
 @models.callback()
-def list_models_by_default(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def list_models_by_default(
+    context: typer.Context,
+    config: ConfigOption = None,
+    is_available: Annotated[bool, typer.Option("--available", help="List published models that sortd reads.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """List the models on this machine and those in use; fetch, convert, export, promote and demote models."""
-    if context.invoked_subcommand is None:
+    if is_available:
+        from sortd.commands.models import print_published, published_list
+
+        show(published_list(load_config(config)), print_published, as_json=as_json)
+    elif context.invoked_subcommand is None:
         list_models(config, as_json)
 
 

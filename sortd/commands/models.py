@@ -6,7 +6,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from sortd.encoder.onnx_encoder import (
     write_verdict,
 )
 from sortd.encoder.pickles import convert_folder
+from sortd.encoder.published import PUBLISHED, TEXT_MODEL_OF
 from sortd.encoder.quantize import photographic_noise
 from sortd.errors import ConfigError, LayoutError, ModelError, SortdError
 from sortd.layout import Area, Layout, find_datasets
@@ -92,6 +93,28 @@ def _print_finetuned(datasets: Mapping[str, Any]) -> None:
     if rows:
         columns = ("accuracy", "prototypes")
         print_table(("", "dataset", "verdict", *columns, "base", "folder"), rows, right=columns)
+
+
+def published_list(config: Config) -> dict[str, Any]:
+    """Return the published models that sortd reads, and which are on this machine, as plain values."""
+    here = {model.name for model in models.available(cache_dir=config.cache_dir)}
+    return {
+        "models": [asdict(model) | {"is_here": model.name in here} for model in PUBLISHED],
+        "text_models": dict(TEXT_MODEL_OF),
+    }
+
+
+def print_published(facts: Mapping[str, Any]) -> None:
+    """Print ``published_list``."""
+    columns = ("name", "megabytes", "speed", "reads", "licence", "published")
+    rows = [("here" * model["is_here"], *(str(model[column]) for column in columns)) for model in facts["models"]]
+    right = ("MB", "speed")
+    print_table(("", "model", *right, "class names", "licence", "published by its authors"), rows, right=right)
+    print_line("")
+    print_line("speed: images a second on a CPU, relative to clip-ViT-B-32; docs/models.md has the sources.")
+    for name, text_model in facts["text_models"].items():
+        print_line(f"class names in more than 50 languages: `model: {name}` with `text_model: {text_model}`")
+    print_line("To get one, with network access: sortd models fetch NAME")
 
 
 def fetch_model(config: Config, name: str, *, as_json: bool) -> None:

@@ -118,7 +118,7 @@ def _tensors(pickle: str) -> Iterator[tuple[str, object]]:
         yield str(key), value.detach().clone().contiguous()  # tensors may share memory, which safetensors refuses
 
 
-def main(pickle: str, target: str) -> int:
+def write_tensors(pickle: str, target: str) -> int:
     """Convert one file; print why not to stderr."""
     from safetensors.torch import save_file
 
@@ -137,4 +137,4 @@ def main(pickle: str, target: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(write_tensors(*sys.argv[1:]))

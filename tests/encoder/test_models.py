@@ -18,8 +18,9 @@ import pytest
 from sortd.config import read_config
 from sortd.encoder import models
 from sortd.encoder.models import ModelFolder, Use, check_modes, verify_clip
+from sortd.encoder.published import PUBLISHED
 from sortd.errors import ConfigError, ModelError
-from tests.command_line import write_config
+from tests.command_line import sortd, write_config
 from tests.daemon_process import PATIENCE_SECONDS
 
 CLIP = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": {}, "vision_config": {}}
@@ -647,3 +648,27 @@ def test_locate_packaged_is_a_clip() -> None:
     found = models.locate_clip("packaged")
     assert isinstance(found, ModelFolder)
     assert found.size_bytes < 31_000_000
+
+
+class TestPublished:
+    """The table of published models is the same in the program and in the document."""
+
+    def test_published_models_are_those_of_the_document(self) -> None:
+        """Name, size, speed, languages, licence and figure; each source is named."""
+        text = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| [" in line]
+        assert len(rows) == len(PUBLISHED)
+        for row, model in zip(rows, PUBLISHED, strict=True):
+            assert row[:5] == [f"`{model.name}`", f"{model.megabytes}", f"{model.speed:g}", model.reads, model.licence]
+            assert row[5].startswith(f"[{model.published or 'card'}](")
+            assert model.source in row[5]
+
+    def test_models_available_lists_them(self, tmp_path: Path) -> None:
+        """And which are on this machine."""
+        put_in_cache(tmp_path / "cache/models", "facebook/dinov2-small", VIT)
+        found = sortd("models", "--available", "-c", write_config(tmp_path), "--json").facts
+        here = {model["name"] for model in found["models"] if model["is_here"]}
+        assert here >= {"packaged", "facebook/dinov2-small"}
+        printed = sortd("models", "--available", "-c", write_config(tmp_path)).out
+        assert all(model.name in printed for model in PUBLISHED)
+        assert "`text_model: clip-ViT-B-32-multilingual-v1`" in printed
