@@ -144,6 +144,23 @@ class TestImages:
             assert lowest_cosine(expected, rows) > EXACT
             assert encoder.has_text == (name in READERS)
 
+    def test_encoder_of_images_with_modules_gives_their_rows(self, place: Path) -> None:
+        """A folder of sentence-transformers says itself how the tokens become one row."""
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.base.modules import Transformer
+        from sentence_transformers.sentence_transformer.modules import Pooling
+
+        network = Transformer(str(built("dinov2", place)))
+        model = SentenceTransformer(modules=[network, Pooling(network.get_embedding_dimension(), "mean")], device="cpu")
+        folder = place / "dinov2-mean"
+        model.save(str(folder), create_model_card=False)
+        images = pictures(3)
+        expected = model.encode(images, normalize_embeddings=True, show_progress_bar=False)
+        for encoder in encoders(folder, place):
+            rows = encoder.encode_images(batch(encoder, images))
+            assert lowest_cosine(expected, rows) > EXACT
+            assert not encoder.has_text
+
     @pytest.mark.parametrize("name", SEERS)
     def test_encoder_of_images_refuses_texts(self, place: Path, name: str) -> None:
         """Its space has no place for them, whatever the dimensions of a text model are."""

@@ -197,6 +197,10 @@ class TestRefusals:
         ("modules", "complaint"),
         [
             ([{"path": "", "type": "custom_clip.Model"}], r"its own code \(custom_clip.Model\)"),
+            (
+                [{"path": "", "type": "custom_st.Transformer"}],
+                r"its own code \(custom_st.Transformer\)",
+            ),  # jina-clip-v2
             ([{"path": "", "type": "sentence_transformers.models.Router"}], "first module is a Router"),
             ([{"path": "../../etc", "type": "sentence_transformers.models.Transformer"}], "outside its folder"),
             ([{"path": "/etc", "type": "sentence_transformers.models.Transformer"}], "outside its folder"),
@@ -218,6 +222,7 @@ class TestRefusals:
             ("config.json", {"AutoModel": "modeling_mine.MyCLIP"}),
             ("preprocessor_config.json", {"AutoImageProcessor": "modeling_mine.MyCLIP"}),
             ("tokenizer_config.json", {"AutoTokenizer": ["modeling_mine.MyCLIP", None]}),
+            ("config.json", {"AutoModel": "nomic-ai/nomic-bert-2048--modeling_mine.MyCLIP"}),  # nomic-embed-vision
         ],
     )
     def test_verify_model_with_own_code_is_refused(
