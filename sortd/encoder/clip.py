@@ -296,8 +296,8 @@ def _load(model: ModelFolder, device: "torch.device") -> Any:  # noqa: ANN401
     safely = {"local_files_only": True, "trust_remote_code": False}
     weights = {"use_safetensors": True, "dtype": torch.float32}
     try:
-        if model.kind in PADS_TEXTS:
-            _prefer_tokenizer_files()
+        if model.kind in PADS_TEXTS and (transformer_folder(model) / "tokenizer.json").exists():
+            _prefer_tokenizer_file()
         if model.use is Use.IMAGES and not (model.folder / "modules.json").exists():
             loaded = _load_image_network(model, safely | weights).to(device)
         else:
@@ -326,8 +326,10 @@ def _load_image_network(model: ModelFolder, options: dict[str, Any]) -> "torch.n
     network = AutoModel.from_pretrained(str(model.folder), **options)
     try:
         processor = AutoImageProcessor.from_pretrained(str(model.folder), local_files_only=True).to_dict()
-    except ImportError:  # some exist for torchvision only; their settings are enough
+    except (ImportError, ValueError):  # some exist for torchvision only; their settings are enough
         processor = json.loads(read_regular(model.folder / "preprocessor_config.json", follow=True))
+        if not {"image_mean", "image_std", "size"} <= processor.keys():
+            raise
 
     class ImageNetwork(torch.nn.Module):
         modalities = ("image",)
@@ -346,12 +348,11 @@ def _load_image_network(model: ModelFolder, options: dict[str, Any]) -> "torch.n
     return ImageNetwork()
 
 
-def _prefer_tokenizer_files() -> None:
+def _prefer_tokenizer_file() -> None:
     """Let transformers read the tokenizer.json of a SigLIP: its own class needs sentencepiece and has no export."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast, SiglipConfig, SiglipTokenizer
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-    classes = {"slow_tokenizer_class": SiglipTokenizer, "fast_tokenizer_class": PreTrainedTokenizerFast}
-    AutoTokenizer.register(SiglipConfig, **classes, exist_ok=True)
+    TOKENIZER_MAPPING_NAMES["siglip"] = "TokenizersBackend"
 
 
 def _check_weights(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401

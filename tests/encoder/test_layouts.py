@@ -1,5 +1,6 @@
 """Folders as the hub has them give the rows of transformers, by torch and by their export to ONNX."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tests.hub_folders import (
     build_siglip2,
     build_swin,
     build_vit,
+    write_json_files,
 )
 from tests.tiny_clip import TEXT_LENGTH, Layout, Tower, build_tiny_clip
 from tests.tiny_words import build_tiny_words
@@ -115,11 +117,18 @@ def siglip_rows(folder: Path, texts: Sequence[str]) -> Any:
 def image_rows(folder: Path, images: Sequence[Image.Image]) -> Any:
     """What transformers gives for images through its own processor, in float32."""
     import torch
-    from transformers import AutoImageProcessor, AutoModel, ViTImageProcessorPil
+    from transformers import AutoImageProcessor, AutoModel
 
     at = next(folder.glob("0_*"), folder)
-    kind = ViTImageProcessorPil if folder.name == "dinov3" else AutoImageProcessor  # its own one needs torchvision
-    pixels = kind.from_pretrained(str(at))(images=list(images), return_tensors="pt")["pixel_values"]
+    settings = json.loads((at / "preprocessor_config.json").read_text()) if at.name == "dinov3" else None
+    reader = (
+        at
+        if settings is None
+        else write_json_files(
+            at.with_name("reader"), preprocessor_config=settings | {"image_processor_type": "ViTImageProcessor"}
+        )
+    )  # its own one needs torchvision
+    pixels = AutoImageProcessor.from_pretrained(str(reader))(images=list(images), return_tensors="pt")["pixel_values"]
     model = AutoModel.from_pretrained(str(at), dtype=torch.float32).eval()
     with torch.inference_mode():
         if hasattr(model, "get_image_features"):
