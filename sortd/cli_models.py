@@ -7,18 +7,22 @@ import typer
 
 from sortd.commands.console import Command, ConfigOption, DatasetOption, Group, JsonOption, load_config, show
 
-models = typer.Typer(
-    name="models",
-    cls=Group,
-    help="List the models on this machine; fetch, export, promote and demote models.",
-    invoke_without_command=True,
-)
+models = typer.Typer(name="models", cls=Group, invoke_without_command=True)
 
 
 @models.callback()
-def list_models_by_default(context: typer.Context, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """List the models on this machine and those in use; fetch, export, promote and demote models."""
-    if context.invoked_subcommand is None:
+def list_models_by_default(
+    context: typer.Context,
+    config: ConfigOption = None,
+    is_available: Annotated[bool, typer.Option("--available", help="List published models that sortd reads.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the models on this machine and those in use; fetch, convert, export, promote and demote models."""
+    if is_available:
+        from sortd.commands.models import print_published, published_list
+
+        show(published_list(load_config(config)), print_published, as_json=as_json)
+    elif context.invoked_subcommand is None:
         list_models(config, as_json)
 
 
@@ -40,6 +44,18 @@ def fetch_command(
     from sortd.commands.models import fetch_model
 
     fetch_model(load_config(config), name, as_json=as_json)
+
+
+@models.command("convert", cls=Command)
+def convert_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model whose weights are pytorch_model.bin.")],
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert a model's pickled weights to safetensors, once. Tensors are read, nothing else, and without network."""
+    from sortd.commands.models import convert_model
+
+    convert_model(load_config(config), folder.expanduser().absolute(), as_json=as_json)
 
 
 @models.command("export", cls=Command)

@@ -26,6 +26,8 @@ from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import BLENDED, AbstainSettings, DecisionSettings, Evidence, SupportSet
 from sortd.events import Mode
 
+LEAST_JUDGED = 20  # references from which class names are compared with chance
+UNREAD_REMEDY = "describe the classes in English (class.txt), or set a `text_model` for their language (docs/models.md)"
 PREFERRED = (Mode.MIXED, Mode.BEST, Mode.MEAN, Mode.MAX, Mode.AVG, Mode.TEXT)
 """Of equally accurate modes, the first is advised."""
 PRECISIONS = (0.8, 0.9, 0.95, 0.98, 0.99)
@@ -177,7 +179,7 @@ def evaluate(
         whole_accuracy=whole,
         whole_judged=in_force[0].distinct_judged if in_force else 0,
         is_labelled_enough=None if half is None or whole is None else whole - half < GROWTH,
-        advice=_advice(reports, trade_offs, settings),
+        advice=_advice(reports, trade_offs, prototypes),
         calibration=prototypes.calibration.to_json(),
     )
 
@@ -359,8 +361,27 @@ def _half_accuracy(support: SupportSet, settings: DecisionSettings) -> tuple[flo
     return balanced_accuracy(np.array(right), own, len(support.labels)), len(own)
 
 
-def _advice(reports: tuple[ModeReport, ...], trade_offs: tuple[TradeOff, ...], settings: DecisionSettings) -> Advice:
+def unread_names(prototypes: PrototypeSet) -> str | None:
+    """Return a clause if the class names alone decide the references no better than chance, and are used; else None.
+
+    The model does not read their language then, or they are too special for it.
+    """
+    present = np.flatnonzero(prototypes.counts > 0)
+    judged, are_used = len(prototypes.classes), prototypes.settings.mode in {Mode.TEXT, Mode.MIXED}
+    if not are_used or not len(prototypes.text) or len(present) < 2 or judged < LEAST_JUDGED:  # noqa: PLR2004
+        return None
+    nearest = present[np.argmax(prototypes.references @ prototypes.text[present].T, axis=1)]
+    accuracy = balanced_accuracy(nearest == prototypes.classes, prototypes.classes, len(prototypes.labels)) or 0.0
+    chance = 1.0 / len(present)
+    if accuracy > chance + np.sqrt(chance * (1.0 - chance) / judged):
+        return None
+    figures = f"by its name alone {estimated(accuracy, judged, 'references')} get their class, by chance {chance:.1%}"
+    return f"the model does not read the class names: {figures}"
+
+
+def _advice(reports: tuple[ModeReport, ...], trade_offs: tuple[TradeOff, ...], prototypes: PrototypeSet) -> Advice:
     """Return the current mode as advice unless another one is better by more than a standard error."""
+    settings = prototypes.settings
     precision = settings.abstain.precision if settings.abstain is not None else AbstainSettings().precision
     known = {Mode(one.mode): one for one in reports if one.distinct_accuracy is not None}
     if not known:
@@ -384,4 +405,7 @@ def _advice(reports: tuple[ModeReport, ...], trade_offs: tuple[TradeOff, ...], s
         if enough:
             best = max(enough, key=lambda one: one.precision)
             said.append(f"precision {best.precision:g} would file {estimated(best.filed, best.held_out)}")
+    unread = unread_names(prototypes)
+    if unread is not None:
+        said.append(f"{unread}; {UNREAD_REMEDY}")
     return Advice(mode.value, precision, tuple(said))

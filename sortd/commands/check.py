@@ -251,8 +251,10 @@ def model_findings(config: Config, _layouts: Sequence[Layout]) -> Iterator[Findi
             yield note(subject, what, f"sortd models fetch {STRONGER}")
         if config.text_model is not None:
             subject = f"text_model: {config.text_model}"
-            models.locate_text(config.text_model, cache_dir=config.cache_dir)
-    except ModelError as refusal:
+            models.locate_pair(config.model, config.text_model, config.cache_dir)
+        subject = "mode"
+        models.check_modes(config, model)
+    except (ConfigError, ModelError) as refusal:
         yield error(subject, str(refusal))
     yield from _backend_findings(config)
 

@@ -19,6 +19,7 @@ from time import perf_counter
 from typing import Final
 
 from sortd import errors
+from sortd.classify.evaluate import UNREAD_REMEDY, unread_names
 from sortd.classify.prompts import written_name
 from sortd.classify.proportions import estimated, out_of
 from sortd.classify.prototypes import PrototypeSet
@@ -376,6 +377,15 @@ def stored_calibration_findings(config: Config, layout: Layout) -> Iterator[Find
         if served is None or since is None:
             served, changed = evaluated, since
     yield from calibration_findings(layout, config.dataset(layout.name), served, changed=changed)
+    if served is not None and changed is None:
+        yield from name_findings(layout, served)
+
+
+def name_findings(layout: Layout, prototypes: PrototypeSet) -> Iterator[Finding]:
+    """Report class names that say nothing to the model."""
+    unread = unread_names(prototypes)
+    if unread is not None:
+        yield warning(layout.area(Area.CLASES), unread, UNREAD_REMEDY)
 
 
 def calibration_findings(

@@ -4,6 +4,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -23,7 +24,8 @@ from sortd.config import Config
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import References, ReferencesAbsentError, keep_evaluated
 from sortd.daemon.resources import LoadEncoder, Resources
-from sortd.errors import DataError, DestinationError, SortdError, StorageError
+from sortd.encoder.models import PACKAGED, STRONGER, locate_clip
+from sortd.errors import DataError, DestinationError, ModelError, SortdError, StorageError
 from sortd.events import ImageRefused
 from sortd.files import write_atomic
 from sortd.images.thumbnails import thumbnails
@@ -55,6 +57,8 @@ CALIBRATED = {"accuracy": "held_out", "filed_expected": "held_out", "precision_e
 TEXTS = {"mode", "label", "note", "confused_with", "needs_images"}
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
+HIGH_ACCURACY = 0.95
+"""Leave-one-out accuracy from which a stronger model is not recommended."""
 MATRIX_CLASSES = 30
 """Largest size of the confusion matrix; the classes with the most errors are shown."""
 SUSPECTS_ON_PAGE = 24
@@ -78,6 +82,8 @@ class DatasetEvaluation:
     refused: tuple[ImageRefused, ...]  # references that could not be read
     serving: dict[str, Any]
     """The classifier in use (``status.serving_facts``); the report is about the prototypes."""
+    next_model: str | None
+    """The stronger model to try, if the packaged one decides and is often wrong."""
 
     def facts(self) -> dict[str, Any]:
         """Return the evaluation as plain values."""
@@ -88,7 +94,13 @@ class DatasetEvaluation:
         calibration = report["calibration"]
         calibration["precision_judged"] = calibration["checked"] or calibration["filed_held_out"]
         report["calibration"] = with_intervals(calibration, CALIBRATED)
-        return {"root": str(self.root), **report, "unreadable": unreadable, "serving": self.serving}
+        return {
+            "root": str(self.root),
+            **report,
+            "unreadable": unreadable,
+            "serving": self.serving,
+            "next_model": self.next_model,
+        }
 
 
 def evaluate_datasets(
@@ -137,7 +149,17 @@ def _examined(
     support, refused = References(layout.area(Area.CLASES)).support(embedder, reference_settings, tell=reading)
     tell(f"evaluating {layout.name}", len(support.sources), len(support.sources))
     report = evaluate(support, reference_settings.settings, keep=partial(keep_evaluated, config, layout))
-    return DatasetEvaluation(layout.name, layout.root, report, refused, serving_facts(config, layout))
+    serving = serving_facts(config, layout)
+    return DatasetEvaluation(layout.name, layout.root, report, refused, serving, _next_model(config, report))
+
+
+def _next_model(config: Config, report: EvaluationReport) -> str | None:
+    accuracy = report.whole_accuracy
+    if accuracy is None or accuracy >= HIGH_ACCURACY:
+        return None
+    with suppress(ModelError):
+        return STRONGER if locate_clip(config.model, cache_dir=config.cache_dir).folder == PACKAGED else None
+    return None
 
 
 # ---------------------------------------------------------------- output
@@ -224,6 +246,12 @@ def evaluation_sentences(facts: Mapping[str, Any]) -> list[str]:
     """Return the classifier in use and the advice in sentences."""
     said = [_classifier_sentence(facts["serving"])]
     said += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in facts["advice"]["sentences"]]
+    if facts["next_model"] is not None:
+        name = facts["next_model"]
+        said.append(
+            f"The packaged model is small and probably the limit: `sortd models fetch {name}` gets a stronger one, and "
+            f"`sortd models --available` lists others."
+        )
     needy = [one for one in facts["class_reports"] if one["needs_images"]]
     if needy:
         named = "; ".join(f"{label_on_page(one['label'])}: {one['needs_images']}" for one in needy[:8])

@@ -1,4 +1,4 @@
-"""The models on this machine: the commands ``models list``, ``fetch`` and ``export``, and the facts that they print.
+"""The models on this machine: the commands ``models list``, ``fetch``, ``convert``, ``export``, and what they print.
 
 ``export`` embeds the references of all datasets (a sample, if there are many) with int8 and with float32, and
 ``classify.held_out`` compares the decisions. The verdict is stored with the export; the daemon only reads it.
@@ -6,7 +6,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from sortd.daemon.resources import Resources
 from sortd.encoder import models
 from sortd.encoder.backends import choose_backend
 from sortd.encoder.export import CALIBRATION_IMAGES, Progress, make_exports
+from sortd.encoder.fetch import fetch
 from sortd.encoder.models import STRONGER, ModelFolder, Use, locate_configured
 from sortd.encoder.onnx_encoder import (
     Exports,
@@ -32,8 +34,10 @@ from sortd.encoder.onnx_encoder import (
     read_verdict,
     write_verdict,
 )
+from sortd.encoder.pickles import convert_folder
+from sortd.encoder.published import PUBLISHED, TEXT_MODEL_OF
 from sortd.encoder.quantize import photographic_noise
-from sortd.errors import LayoutError, ModelError, SortdError
+from sortd.errors import ConfigError, LayoutError, ModelError, SortdError
 from sortd.layout import Area, Layout, find_datasets
 from sortd.service import read_status
 
@@ -91,16 +95,51 @@ def _print_finetuned(datasets: Mapping[str, Any]) -> None:
         print_table(("", "dataset", "verdict", *columns, "base", "folder"), rows, right=columns)
 
 
+def published_list(config: Config) -> dict[str, Any]:
+    """Return the published models that sortd reads, and which are on this machine, as plain values."""
+    here = {model.name for model in models.available(cache_dir=config.cache_dir)}
+    return {
+        "models": [asdict(model) | {"is_here": model.name in here} for model in PUBLISHED],
+        "text_models": dict(TEXT_MODEL_OF),
+    }
+
+
+def print_published(facts: Mapping[str, Any]) -> None:
+    """Print ``published_list``."""
+    columns = ("name", "megabytes", "speed", "reads", "licence", "published")
+    rows = [("here" * model["is_here"], *(str(model[column]) for column in columns)) for model in facts["models"]]
+    right = ("MB", "speed")
+    print_table(("", "model", *right, "class names", "licence", "published by its authors"), rows, right=right)
+    print_line("")
+    print_line("speed: images a second on a CPU, relative to clip-ViT-B-32; docs/models.md has the sources.")
+    for name, text_model in facts["text_models"].items():
+        print_line(f"class names in more than 50 languages: `model: {name}` with `text_model: {text_model}`")
+    print_line("To get one, with network access: sortd models fetch NAME")
+
+
 def fetch_model(config: Config, name: str, *, as_json: bool) -> None:
     """Download a model into sortd's cache, and print what it is for."""
     say(f"sortd: fetching {name}")
-    model = models.fetch(name, cache_dir=config.cache_dir)
+    model = fetch(name, cache_dir=config.cache_dir)
 
     def render(facts: Mapping[str, Any]) -> None:
         print_line(f"{name} is in {facts['folder']}")
         print_line(how_to_use(name, model.use, config))
 
     show({"name": name, "folder": str(model.folder), "use": model.use.value}, render, as_json=as_json)
+
+
+def convert_model(config: Config, folder: Path, *, as_json: bool) -> None:
+    """Convert the pickled weights of a folder to safetensors, and print what the model is for."""
+    say(f"sortd: converting {folder}")
+    written = convert_folder(str(folder), folder)
+    model = models.verify_folder(str(folder), folder)
+
+    def render(facts: Mapping[str, Any]) -> None:
+        print_line(f"wrote {', '.join(facts['written'])}" if written else "it has weights in safetensors already")
+        print_line(how_to_use(str(folder), model.use, config))
+
+    show({"folder": str(folder), "written": [str(path) for path in written]}, render, as_json=as_json)
 
 
 def export_model(config: Config, *, as_json: bool) -> None:
@@ -176,7 +215,8 @@ def how_to_use(name: str, use: Use, config: Config) -> str:
     match use:
         case Use.IMAGES:
             return (
-                f"it takes images but no text, so it cannot be `model:`; it can be the base of a fine-tuned model: "
+                f"it takes images but no text: set `model: {name}` {restart}, to decide by references alone "
+                f"(`mode: mixed` is then `best`); it can also be the base of a fine-tuned model: "
                 f"`sortd finetune DATASET --base {name}`"
             )
         case Use.WORDS if config.text_model == name:
@@ -204,7 +244,7 @@ def backend_facts(config: Config) -> dict[str, Any]:
     }
     try:
         model = locate_configured(config)
-    except ModelError:  # ``model_list`` and ``check`` report it
+    except (ConfigError, ModelError):  # ``model_list`` and ``check`` report it
         return facts
     try:
         found = find_exports(model) if is_installed() else None

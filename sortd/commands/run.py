@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import typer
@@ -18,7 +19,8 @@ from sortd.daemon.daemon import Daemon, simulate
 from sortd.daemon.references import is_class_name
 from sortd.daemon.reporting import Metrics, decision_facts
 from sortd.daemon.resources import LoadEncoder, Resources
-from sortd.errors import ConfigError, LayoutError
+from sortd.encoder.models import check_modes, locate_clip
+from sortd.errors import ConfigError, LayoutError, ModelError
 from sortd.events import LIKE_NO_CLASS, Move
 from sortd.files import readable_json
 from sortd.layout import Area, Layout, enclosing_dataset
@@ -38,11 +40,19 @@ def run_daemon(configured: Callable[[], Config], *, once: bool, load_encoder: Lo
     Daemon(
         config,
         resources=Resources(config, load_encoder=load_encoder),
-        reload=configured,
+        reload=lambda: _reloaded(configured),
         notifier=Notifier(os.environ),
         metrics=Metrics(),
         once=once,
     ).run()
+
+
+def _reloaded(configured: Callable[[], Config]) -> Config:
+    """Read the configuration again; raises ConfigError, also for a mode that the model does not support."""
+    config = configured()
+    with suppress(ModelError):  # the model in use stays until a restart
+        check_modes(config, locate_clip(config.model, cache_dir=config.cache_dir))
+    return config
 
 
 def raise_descriptor_limit() -> None:

@@ -4,16 +4,20 @@
 gives other embeddings than torch, so the user must request it by ``sortd models export``.
 """
 
+import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import structlog
 
 from sortd import logs
+from sortd.arrays import FloatArray
 from sortd.config import Config
 from sortd.encoder.clip import Encoder, TorchEncoder, probe
 from sortd.encoder.models import LocatedModel, locate_configured, locate_pair
@@ -31,8 +35,14 @@ from sortd.encoder.onnx_encoder import (
     read_verdict,
 )
 from sortd.errors import ModelError
+from sortd.files import read_regular, write_json
+
+KNOWN_ROWS = "known-rows.json"
+"""In the cache: the rows of two probe images by ``encoder_id``."""
 
 _REMEDY = "run `sortd models export`"
+_SAME_COSINE = 0.999  # devices and numbers of threads differ by the order of additions, much less than this
+_MAX_KNOWN_ROWS = 31  # encoders besides the present one, of some kilobytes each
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +133,43 @@ def load_encoder(
         number = Precision(precision or "fp32")
         onnx = OnnxEncoder(exported, number, device=device, threads=threads, decoding=decoding)
         # The text tower was tested at the export and is verified by content; opening it takes half of a start.
-        probe(onnx, texts=())
+        check_known_rows(onnx.encoder_id, probe(onnx, texts=()), cache_dir)
         return onnx
     if kind == "onnx":
         raise ModelError(f"there is no valid export of {located.clip.name!r} to ONNX; {_REMEDY}")
     encoder = TorchEncoder(located, device=device, threads=threads, decoding=decoding)
-    probe(encoder)
+    check_known_rows(encoder.encoder_id, probe(encoder), cache_dir)
     return encoder
+
+
+def check_known_rows(encoder_id: str, rows: FloatArray, cache_dir: Path | None) -> None:
+    """Compare the rows of the probe images with those of the first start under the same ``encoder_id``; keep these.
+
+    Raises:
+        ModelError: they differ: cached embeddings and prototypes would not fit the ones made from now on.
+    """
+    if cache_dir is None:
+        return
+    file, known = cache_dir / KNOWN_ROWS, {}
+    with suppress(OSError, ValueError):  # without the file this start counts as the first
+        loaded = json.loads(read_regular(file))
+        known = loaded if isinstance(loaded, dict) else {}
+    before = np.zeros(0, np.float32)
+    with suppress(ValueError, TypeError):  # a damaged entry is written again
+        before = np.asarray(known.get(encoder_id), np.float32)
+    if before.shape == rows.shape and np.isfinite(before).all():
+        cosine = float((before * rows).sum(axis=1).min())
+        if cosine < _SAME_COSINE:
+            raise ModelError(
+                f"model {encoder_id} gives other embeddings than those in the cache (cosine {cosine:.4f}): its "
+                f"libraries or its device changed; return to them, or have everything embedded again: stop sortd and "
+                f"delete {file}, embeddings.sqlite and prototypes there"
+            )
+        return
+    kept = dict(list(known.items())[-_MAX_KNOWN_ROWS:]) | {encoder_id: np.round(rows, 6).tolist()}
+    with suppress(OSError):  # a full disk or a read-only cache: the next start counts as the first
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, kept, durable=False)
 
 
 # ------------------------------------------------------------ the configured model

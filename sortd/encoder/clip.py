@@ -4,6 +4,7 @@ Images arrive at the size of the model, so all that remains of its image process
 subtraction for a batch.
 """
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,9 +12,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sortd.arrays import FloatArray, Pixels
-from sortd.encoder.models import SAFETENSORS, LocatedModel, ModelFolder, first_line, repr_digest
+from sortd.encoder.models import (
+    PADS_TEXTS,
+    LocatedModel,
+    ModelFolder,
+    Use,
+    first_line,
+    repr_digest,
+    transformer_folder,
+    weight_files,
+)
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
+from sortd.files import read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +82,8 @@ def valid_utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def probe(encoder: Encoder, *, texts: Sequence[str] = ("a photo",)) -> None:
-    """Test an encoder on known images: a device in a bad state returns zeros or noise without an error.
+def probe(encoder: Encoder, *, texts: Sequence[str] = ("a photo",)) -> FloatArray:
+    """Test an encoder on two known images and return their rows; a device in a bad state gives no error, but noise.
 
     Raises:
         ModelError: rows are not finite, equal for unlike images, or different for the same image.
@@ -88,6 +99,7 @@ def probe(encoder: Encoder, *, texts: Sequence[str] = ("a photo",)) -> None:
         raise ModelError(f"model {encoder.encoder_id} gives one embedding for two unlike images: {_REMEDY}")
     if encoder.has_text and texts:
         encoder.encode_texts(texts)
+    return np.stack([first, second])
 
 
 _CHANNELS = 3
@@ -132,7 +144,8 @@ def preprocessing_of(processor: Mapping[str, Any]) -> Preprocessing:
 
 
 def _sides(processor: Mapping[str, Any], key: str) -> dict[str, int]:
-    return {name: side for name, side in dict(processor.get(key) or {}).items() if side is not None}
+    found = processor.get(key)
+    return {name: side for name, side in found.items() if side is not None} if isinstance(found, Mapping) else {}
 
 
 def normalisation(processor: Mapping[str, Any]) -> tuple[FloatArray, FloatArray]:
@@ -159,6 +172,9 @@ PASSIVE_WAIT = ("OMP_WAIT_POLICY", "PASSIVE")
 """OpenMP reads it when torch is loaded: threads that spin at each barrier take cores from the decoders. Beside busy
 decoders, a batch of 16 took 0.6 of the time without spinning, a single image 0.3 (OpenMP 5.2, 21.7)."""
 
+_FIRST_TOKEN = frozenset({"vit", "deit", "vit_msn", "dinov2", "dinov2_with_registers", "dinov3_vit"})
+_POOLED = "sentence_embedding"
+_SHOWN_NAMES = 4  # of missing weights
 _NO_LIMIT = 10**9  # tokens; transformers uses 1e30 if a tokenizer has no limit
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 """Errors of torch and transformers for a damaged or inconsistent folder."""
@@ -166,13 +182,11 @@ LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Runt
 
 # sentence-transformers and transformers publish no types, hence Any in this module.
 class TorchEncoder:
-    """A loaded CLIP, with an optional separate text model; see ``Encoder``.
+    """A loaded CLIP, with an optional separate text model, or an encoder of images; see ``Encoder``.
 
     ``clip`` and ``words`` are models of sentence-transformers, ``scale`` and ``shift`` the normalisation, (1, 3, 1, 1)
     each, and ``text_limit`` is the number of tokens of a text that are read (None: all). The export to ONNX uses them.
     """
-
-    has_text = True
 
     def __init__(
         self,
@@ -192,16 +206,14 @@ class TorchEncoder:
         self._device = torch_device(device)
         self.runs_on = self._device.type.upper()  # CPU, CUDA (AMD's GPUs, too) or MPS
         self.clip = _load(folder, self._device)
-        _check_modalities(self.clip, folder.name)
+        self.has_text = folder.use is Use.CLIP
+        _check_modalities(self.clip, folder)
         self.words = self.clip if words is None else _load(words, self._device)
-        self.text_limit = _limit_texts(self.words)
-        image_processor = getattr(self.clip.processor, "image_processor", None)
-        if image_processor is None:
-            raise ModelError(f"model {folder.name!r} has no preprocessor_config.json; copy it again completely")
-        processor = image_processor.to_dict()
+        self.text_limit = _limit_texts(self.words) if self.has_text else None
+        processor = _image_settings(self.clip, folder)
         self.preprocessing = preprocessing_of(processor)
         self.scale, self.shift = (torch.from_numpy(value).to(self._device) for value in normalisation(processor))
-        self.dimensions = int(self.clip.get_embedding_dimension())
+        self.dimensions = self._row_length(folder)
         if words is not None and int(self.words.get_embedding_dimension() or 0) != self.dimensions:
             raise ModelError(
                 f"text model {words.name!r} has {self.words.get_embedding_dimension()} dimensions and model "
@@ -210,6 +222,25 @@ class TorchEncoder:
             )
         identity = repr_digest((model.content_digests(), self.preprocessing, decoding))
         self.encoder_id = f"{folder.kind}-{self.dimensions}-torch-{identity[:16]}"
+
+    def _row_length(self, folder: ModelFolder) -> int:
+        """Return the number of dimensions of a row; an encoder of images is asked for the row of a black image."""
+        import torch
+
+        if self.has_text:
+            return int(self.clip.get_embedding_dimension())
+        black = torch.zeros(
+            1, _CHANNELS, self.preprocessing.crop_height, self.preprocessing.crop_width, device=self._device
+        )
+        try:
+            with torch.inference_mode():
+                rows = self.clip({"pixel_values": black, "modality": "image"})["sentence_embedding"]
+        except LOADING_ERRORS as error:
+            raise ModelError(
+                f"model {folder.name!r}, a {folder.kind}, gives no row for an image of the size in its "
+                f"preprocessor_config.json ({first_line(error)}); choose another model"
+            ) from error
+        return int(rows.shape[1])
 
     def encode_images(self, pixels: Pixels) -> FloatArray:
         """See ``Encoder``."""
@@ -228,6 +259,8 @@ class TorchEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """See ``Encoder``; long texts are truncated."""
+        if not self.has_text:
+            raise ModelError(f"model {self.encoder_id} takes images only; set `model:` to a CLIP")
         if not texts:
             return np.empty((0, self.dimensions), np.float32)
         output = self.words.encode([valid_utf8(text) for text in texts], convert_to_numpy=True, show_progress_bar=False)
@@ -258,47 +291,122 @@ def _load(model: ModelFolder, device: "torch.device") -> Any:  # noqa: ANN401
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would print which weights are missing, which is checked below
+    safely = {"local_files_only": True, "trust_remote_code": False}
+    weights = {"use_safetensors": True, "dtype": torch.float32}
     try:
-        loaded = SentenceTransformer(
-            str(model.folder),
-            device=str(device),
-            local_files_only=True,
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True, "dtype": torch.float32},
-        )
+        if model.kind in PADS_TEXTS and (transformer_folder(model) / "tokenizer.json").exists():
+            _prefer_tokenizer_file()
+        if model.use is Use.IMAGES and not (model.folder / "modules.json").exists():
+            loaded = _load_image_network(model, safely | weights).to(device)
+        else:
+            loaded = SentenceTransformer(str(model.folder), device=str(device), **safely, model_kwargs=weights)
+        _check_weights(loaded, model)
     except (*LOADING_ERRORS, SafetensorError) as error:
         raise ModelError(
             f"model {model.name!r} in {model.folder} does not load: {first_line(error)}; fetch or copy it again, or "
             f"set `model: packaged`"
         ) from error
-    _check_weight_count(loaded, model)
+    finally:
+        logging.set_verbosity(verbosity)
     loaded.eval()
     return loaded
 
 
-def _check_weight_count(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401
-    """Raise ModelError if a folder has fewer weights than its network; transformers initialises the rest at random."""
+def _load_image_network(model: ModelFolder, options: dict[str, Any]) -> "torch.nn.Module":
+    """Load an encoder of images, in the form that sentence-transformers gives a CLIP.
+
+    Its row of an image is the first token of a ViT and its relatives, which was trained to describe the image; their
+    pooler is an addition that published weights often lack. Other networks have a pooler of their own.
+    """
+    import torch
+    from transformers import AutoImageProcessor, AutoModel
+
+    network = AutoModel.from_pretrained(str(model.folder), **options)
+    try:
+        processor = AutoImageProcessor.from_pretrained(str(model.folder), local_files_only=True).to_dict()
+    except (ImportError, ValueError):  # some exist for torchvision only; their settings are enough
+        processor = json.loads(read_regular(model.folder / "preprocessor_config.json", follow=True))
+        if not {"image_mean", "image_std", "size"} <= processor.keys():
+            raise
+
+    class ImageNetwork(torch.nn.Module):
+        modalities = ("image",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformers_model = network
+            self.image_settings = processor
+
+        def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+            output = self.transformers_model(pixel_values=features["pixel_values"])
+            if model.kind in _FIRST_TOKEN:
+                return {"sentence_embedding": output.last_hidden_state[:, 0]}
+            return {"sentence_embedding": output.pooler_output.flatten(1)}
+
+    return ImageNetwork()
+
+
+def _prefer_tokenizer_file() -> None:
+    """Let transformers read the tokenizer.json of a SigLIP: its own class needs sentencepiece and has no export."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    TOKENIZER_MAPPING_NAMES["siglip"] = "TokenizersBackend"
+
+
+def _check_weights(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401
+    """Raise ModelError if a folder lacks weights of its network, by name: transformers would fill them at random."""
     from safetensors import safe_open
 
-    held = 0
-    for path in model.files:
-        if path.suffix == SAFETENSORS:
-            with safe_open(path, "np") as file:
-                held += sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
-    wanted = sum(parameter.numel() for parameter in loaded.parameters())
-    if held < wanted:
+    folder, network = transformer_folder(model), loaded.transformers_model
+    held: set[str] = set()
+    for path in weight_files(model.name, folder):
+        with safe_open(path, "np") as file:
+            held |= set(file.keys())
+    if network.state_dict().keys() <= held:
+        return
+    # Names of older versions, or of a network with a head, are known to transformers only.
+    _, report = type(network).from_pretrained(
+        str(folder), config=network.config, output_loading_info=True, use_safetensors=True, local_files_only=True
+    )
+    if model.kind in _FIRST_TOKEN:
+        is_pooled = False
+    else:
+        is_pooled = model.use is not Use.WORDS or loaded[0].module_output_name == _POOLED
+    lacking = sorted(key for key in report["missing_keys"] if is_pooled or not key.startswith("pooler."))
+    if lacking:
+        unknown = sorted(report["unexpected_keys"])
+        named = f"; it holds {_some(unknown)}, which the network does not know" if unknown else ""
         raise ModelError(
-            f"model {model.name!r} in {model.folder} holds {held:,} of the {wanted:,} weights in its configuration; "
-            f"fetch or copy it again completely"
+            f"model {model.name!r} in {model.folder} lacks weights of its network: {_some(lacking)}{named}; fetch or "
+            f"copy it again completely, from where it was published for transformers"
         )
 
 
-def _check_modalities(loaded: Any, name: str) -> None:  # noqa: ANN401
-    lacking = sorted({"image", "text"} - {str(modality) for modality in loaded.modalities})
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN_NAMES])
+    return shown if len(names) <= _SHOWN_NAMES else f"{shown} and {len(names) - _SHOWN_NAMES} more"
+
+
+def _image_settings(loaded: Any, model: ModelFolder) -> Mapping[str, Any]:  # noqa: ANN401
+    """Return the settings of the image processor."""
+    if hasattr(loaded, "image_settings"):
+        return dict(loaded.image_settings)
+    image_processor = getattr(loaded.processor, "image_processor", None if model.use is Use.CLIP else loaded.processor)
+    if image_processor is None:
+        raise ModelError(f"model {model.name!r} has no preprocessor_config.json; copy it again completely")
+    return dict(image_processor.to_dict())
+
+
+def _check_modalities(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401
+    wanted = {"image", "text"} if model.use is Use.CLIP else {"image"}
+    kind = "a CLIP" if model.use is Use.CLIP else "an encoder of images"
+    lacking = sorted(wanted - {str(modality) for modality in loaded.modalities})
     if lacking:
-        raise ModelError(f"model {name!r} is not a CLIP: it takes no {' and no '.join(lacking)}")
-    if getattr(loaded[0], "module_output_name", "sentence_embedding") != "sentence_embedding":
-        raise ModelError(f"model {name!r} is not a CLIP: it gives several embeddings for one image")
+        raise ModelError(f"model {model.name!r} is not {kind}: it takes no {' and no '.join(lacking)}")
+    if model.use is Use.CLIP and getattr(loaded[0], "module_output_name", _POOLED) != _POOLED:
+        raise ModelError(f"model {model.name!r} is not {kind}: it gives several embeddings for one image")
 
 
 def _limit_texts(words: Any) -> int | None:  # noqa: ANN401
@@ -314,7 +422,24 @@ def _limit_texts(words: Any) -> int | None:  # noqa: ANN401
         return None if known is None or known > _NO_LIMIT else int(known)
     limit = min(int(positions) - _unused_positions(words), int(known or positions))
     words.max_seq_length = limit
+    if config.model_type in PADS_TEXTS:
+        _pad_texts(words[0], limit)
     return limit
+
+
+def _pad_texts(module: Any, length: int) -> None:  # noqa: ANN401
+    """Make a SigLIP read texts as in its training; Gemma's tokenizer, which SigLIP 2 uses, keeps capitals by itself.
+
+    The network attends to the padding, so a text padded to another length has another row.
+    https://huggingface.co/docs/transformers/model_doc/siglip2
+    """
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    module.processing_kwargs = {
+        "text": {"padding": "max_length", "max_length": length, "padding_side": "right", "return_attention_mask": False}
+    }
+    tokenizer = module.tokenizer.backend_tokenizer
+    tokenizer.normalizer = Sequence([Lowercase(), *([] if tokenizer.normalizer is None else [tokenizer.normalizer])])
 
 
 def _unused_positions(words: Any) -> int:  # noqa: ANN401

@@ -162,12 +162,13 @@ def write_export(model: LocatedModel, min_gain: float, on_progress: Progress, in
     on_progress("step 1 of 5, loading the model in torch")
     encoder = TorchEncoder(model, device="cpu")
     on_progress("step 2 of 5, writing its text tower")
-    text = _export_text(encoder, into)
+    text = _export_text(encoder, into) if encoder.has_text else None
     on_progress("step 3 of 5, writing its image tower")
     _export_image(encoder, into)
     on_progress("step 4 of 5, comparing both with torch")
     _compare_images(encoder, into)
-    _compare_texts(encoder, into, text)
+    if text is not None:
+        _compare_texts(encoder, into, text)
     on_progress("step 5 of 5, measuring int8")
     gain = _quantize_towers(into, min_gain, encoder.preprocessing)
     files = sorted(path for path in into.iterdir() if path.name != MANIFEST)
@@ -329,7 +330,7 @@ def _quantize_towers(into: Path, min_gain: float, preprocessing: Preprocessing) 
         fast.unlink(missing_ok=True)
         return gain
     exact, fast = (into / tower_file("text", precision) for precision in Precision)
-    if not quantize(exact, fast, largest=weight_range()):
+    if exact.exists() and not quantize(exact, fast, largest=weight_range()):
         fast.write_bytes(exact.read_bytes())
     return gain
 

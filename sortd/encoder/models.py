@@ -1,13 +1,12 @@
 """The models on this machine: found by name or path without the network, and verified by their configuration.
 
-Nothing here imports torch at the start. Only ``fetch`` uses the network.
+Nothing here imports torch or uses the network.
 """
 
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from sortd.config import Config
-from sortd.errors import ModelError
+from sortd.errors import ConfigError, ModelError
 from sortd.files import read_regular, sha256_of, write_json
 
 STRONGER = "clip-ViT-B-32"
 """What ``model: auto`` selects if it is in a local cache, and what is recommended."""
 PACKAGED = Path(__file__).parents[1] / "model"
 SAFETENSORS = ".safetensors"
+WEIGHTS = "model.safetensors"
 
+PADS_TEXTS = frozenset({"siglip"})
+"""Model types trained on lower-case texts, all padded to the longest that they read, without a mask."""
+
+_LONGEST_LINE = 300  # characters of another library's message
+_ANY_SIZE = frozenset({"siglip2", "siglip2_vision_model"})  # SigLIP 2 of fixed size has the type siglip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # loading one can run code
-_PICKLE = "pytorch_model.bin"
-_CONTENT = (SAFETENSORS, ".json", ".txt", ".model")  # suffixes of files on which embeddings depend
-_FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "README.md"]
-_NOT_FETCHED = ["onnx/*", "openvino/*", "*.onnx"]
+_CONTENT = (".json", ".txt", ".model")  # suffixes of files on which, beside the weights, embeddings depend
 
 
 class Use(StrEnum):
@@ -35,7 +37,7 @@ class Use(StrEnum):
 
     CLIP = "clip"  # ``model:``
     WORDS = "words"  # ``text_model:`` beside a CLIP of the same space
-    IMAGES = "images"  # a base of ``sortd finetune``
+    IMAGES = "images"  # ``model:`` without class names, or a base of ``sortd finetune``
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class ModelFolder:
 
 @dataclass(frozen=True, slots=True)
 class LocatedModel:
-    """A CLIP on this disk, with the separate text model, if any."""
+    """A CLIP or an encoder of images on this disk, with the separate text model of a CLIP, if any."""
 
     clip: ModelFolder
     words: ModelFolder | None = None
@@ -90,7 +92,7 @@ def locate_clip(
         packaged: the folder of the packaged model.
 
     Raises:
-        ModelError: it is missing, incomplete, or not a CLIP that sortd can load; the message says what to do.
+        ModelError: it is missing, incomplete, or takes no images; the message says what to do.
     """
     if model == "auto":
         stronger = find_snapshot(STRONGER, cache_dir=cache_dir, environment=environment)
@@ -103,12 +105,37 @@ def locate_pair(model: str, text_model: str | None, cache_dir: Path | None) -> L
     """Find a CLIP and the separate text model, if one is named; see ``locate_clip`` and ``locate_text``."""
     clip = locate_clip(model, cache_dir=cache_dir)
     words = None if text_model is None else locate_text(text_model, cache_dir=cache_dir)
+    if words is not None and clip.use is Use.IMAGES:
+        raise ModelError(
+            f"text model {text_model!r} does not fit model {model!r}, a {clip.kind} that was trained on images alone: "
+            f"no text has a place in its space; leave `text_model` out, or set `model:` to the CLIP of that text model"
+        )
     return LocatedModel(clip, words, cache_dir)
 
 
 def locate_configured(config: Config) -> LocatedModel:
-    """Return the configured model and the separate text model, if any; raises ModelError."""
-    return locate_pair(config.model, config.text_model, config.cache_dir)
+    """Return the configured model and the separate text model, if any.
+
+    Raises:
+        ModelError: one of them is not usable.
+        ConfigError: the configured mode needs another model.
+    """
+    model = locate_pair(config.model, config.text_model, config.cache_dir)
+    check_modes(config, model.clip)
+    return model
+
+
+def check_modes(config: Config, model: ModelFolder) -> None:
+    """Raise ConfigError if a dataset is to be decided by class names, and the model does not read texts."""
+    if model.use is Use.CLIP:
+        return
+    wanted = {"mode": config.mode, **{f"datasets: {name}: mode": config.dataset(name).mode for name in config.datasets}}
+    for key, mode in wanted.items():
+        if mode == "text":
+            raise ConfigError(
+                f"`{key}: text` decides by class names, and model {model.name!r} is a {model.kind} that takes images "
+                f"only; set it to `best`, which uses the references, or set `model:` to a CLIP such as {STRONGER}"
+            )
 
 
 def locate_text(
@@ -136,7 +163,7 @@ def find_snapshot(
     name: str, *, cache_dir: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> Path | None:
     """Return the folder of a model of the hub in a local cache; None if it is in none."""
-    folder = "models--" + _repository(name).replace("/", "--")
+    folder = "models--" + repository_of(name).replace("/", "--")
     snapshots = (_snapshot(cache / folder) for cache in _hub_caches(cache_dir, environment))
     return next((snapshot for snapshot in snapshots if snapshot is not None), None)
 
@@ -144,7 +171,7 @@ def find_snapshot(
 def available(
     *, cache_dir: Path | None = None, environment: Mapping[str, str] = os.environ, packaged: Path = PACKAGED
 ) -> tuple[ModelFolder, ...]:
-    """Return every CLIP on this machine that sortd can load by name."""
+    """Return every model on this machine that can be ``model:`` by its name."""
     candidates: list[tuple[str, Path | None]] = [("packaged", packaged)]
     for cache in _hub_caches(cache_dir, environment):
         for folder in sorted(cache.glob("models--*--*")):
@@ -169,7 +196,8 @@ def _hub_caches(cache_dir: Path | None, environment: Mapping[str, str]) -> list[
     return [*own, *(Path(path).expanduser() for path in paths if path)]
 
 
-def _repository(name: str) -> str:
+def repository_of(name: str) -> str:
+    """Return the name of a model's repository on the hub."""
     return name if "/" in name else f"sentence-transformers/{name}"
 
 
@@ -187,15 +215,23 @@ def _snapshot(folder: Path) -> Path | None:
 
 
 def verify_clip(name: str, folder: Path) -> ModelFolder:
-    """Return a folder that holds a CLIP (an image and a text tower into one space); raise ModelError for others."""
+    """Return a folder that can be ``model:``: a CLIP (images and texts in one space), or an encoder of images.
+
+    Raises:
+        ModelError: it is another model, or takes images in another form.
+    """
     model = verify_folder(name, folder)
-    if model.use is not Use.CLIP:
-        config = _read_object(_module_folders(name, folder)[0] / "config.json", name)
-        lacks = "has no text tower" if model.use is Use.IMAGES else "has no image tower"
+    if model.kind in _ANY_SIZE:
+        raise ModelError(
+            f"model {name!r} is a {model.kind}, which takes images of any size as lists of patches (NaFlex), not of "
+            f"one size, as sortd decodes them; choose a SigLIP 2 of fixed size such as google/siglip2-base-patch16-224"
+        )
+    if model.use is Use.WORDS:
+        config = _read_object(transformer_folder(model) / "config.json", name)
         kind, *_ = config.get("architectures") or ["model without an architecture"]
         raise ModelError(
             f"model {name!r} is not a CLIP: it is a {kind} ({config.get('model_type', 'of unknown type')}), which "
-            f"{lacks}; set `model:` to a CLIP such as {STRONGER}, or to `packaged`"
+            f"has no image tower; set `model:` to a CLIP such as {STRONGER}, or to `packaged`"
         )
     return model
 
@@ -210,22 +246,25 @@ def verify_folder(name: str, folder: Path) -> ModelFolder:
     if not folder.is_dir():
         remedy = "reinstall sortd-images" if name == "packaged" else "check `model:`, or set it to `packaged`"
         raise ModelError(f"model {name!r}: the folder {folder} does not exist; {remedy}")
-    modules = _module_folders(name, folder)
+    modules = module_folders(name, folder)
     first = modules[0]
     config = _read_object(first / "config.json", name)
+    _refuse_foreign(name, first, config)
+    _refuse_code(name, first)
     if (first / "adapter_config.json").exists():
         raise ModelError(
             f"model {name!r} in {folder} is an adapter (adapter_config.json) that needs another model; "
             f"merge the two (peft: merge_and_unload) and save the result"
         )
     for module in modules:
-        _refuse_pickles(name, module)
-    if not _weights(first):
-        raise ModelError(
-            f"model {name!r} in {folder} has no weights (*{SAFETENSORS}): fetch or copy it again completely"
-        )
+        _refuse_pickles(name, folder, module)
+    if not weight_files(name, first):
+        raise ModelError(f"model {name!r} in {folder} has no weights ({WEIGHTS}): fetch or copy it again completely")
     files = tuple(
-        sorted({path for at in modules for path in at.glob("*") if path.suffix in _CONTENT and path.is_file()})
+        sorted(
+            {path for at in modules for path in at.glob("*") if path.suffix in _CONTENT and path.is_file()}
+            | {path for at in modules for path in weight_files(name, at)}
+        )
     )
     for path in files:
         if not os.access(path, os.R_OK, effective_ids=True):
@@ -257,10 +296,11 @@ def _access_error(name: str, path: Path, verb: str) -> ModelError:
     )
 
 
-def _module_folders(name: str, folder: Path) -> list[Path]:
+def module_folders(name: str, folder: Path) -> list[Path]:
     """Return the folder of each module, in order; raise ModelError for modules with their own code."""
     if not (folder / "modules.json").exists():
         if not (folder / "config.json").exists():
+            _refuse_foreign(name, folder, {})
             raise ModelError(
                 f"model {name!r}: {folder} holds neither modules.json nor config.json; "
                 f"set `model:` to the folder that does"
@@ -283,18 +323,69 @@ def _module_folders(name: str, folder: Path) -> list[Path]:
     return [*(folder / path for path in paths), folder]
 
 
-def _weights(folder: Path) -> list[Path]:
-    """Return the weights that exist: in the hub's cache they are links, whose targets may be missing."""
-    return [path for path in folder.glob(f"*{SAFETENSORS}") if path.is_file()]
+def transformer_folder(model: ModelFolder) -> Path:
+    """Return the folder of a model's first module, which transformers reads."""
+    return module_folders(model.name, model.folder)[0]
 
 
-def _refuse_pickles(name: str, folder: Path) -> None:
-    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in _PICKLES)
-    if pickled and not _weights(folder):
+def weight_files(name: str, folder: Path) -> list[Path]:
+    """Return the files of weights that transformers reads: ``model.safetensors``, or the parts that its index names.
+
+    Others beside them (``open_clip_model.safetensors``) do not count. In the hub's cache files are links, whose targets
+    may be missing.
+    """
+    single, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    found = _read_object(index, name).get("weight_map")
+    parts = sorted({str(part) for part in found.values()}) if isinstance(found, dict) else []
+    for part in parts:
+        if Path(part).name != part or not (folder / part).is_file():
+            raise ModelError(f"model {name!r} is incomplete: {index} names {part}; fetch or copy it again completely")
+    return [folder / part for part in parts]
+
+
+def _refuse_foreign(name: str, folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a folder of open_clip (MobileCLIP, too) or timm, which transformers does not read."""
+    if "model_type" in config:  # some folders are for both libraries
+        return
+    is_open_clip = (folder / "open_clip_config.json").exists() or {"image_cfg", "text_cfg"} <= config.keys()
+    if is_open_clip or any(path.suffix == ".pt" and "clip" in path.name for path in folder.glob("*.pt")):
+        library, others = "open_clip", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K or google/siglip2-base-patch16-224"
+    elif {"architecture", "pretrained_cfg"} <= config.keys():
+        library, others = "timm", "facebook/dinov2-small or clip-ViT-B-32"
+    else:
+        return
+    raise ModelError(
+        f"model {name!r}: {folder} is a folder of {library}, and sortd reads those of transformers and "
+        f"sentence-transformers; choose a model such as {others}"
+    )
+
+
+def _refuse_code(name: str, folder: Path) -> None:
+    """Raise ModelError for a model that is to be run by code in its folder, whatever type it declares."""
+    for file in ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+        if (folder / file).exists():
+            names = _read_object(folder / file, name).get("auto_map")
+            if names:
+                shown = ", ".join(map(str, names.values() if isinstance(names, dict) else [names]))
+                raise ModelError(
+                    f"model {name!r} has its own code (auto_map in {file}: {shown}), which sortd does not run; choose "
+                    f"a model of transformers itself, such as {STRONGER} or google/siglip2-base-patch16-224"
+                )
+
+
+def _refuse_pickles(name: str, folder: Path, module: Path) -> None:
+    pickled = sorted(path.name for path in module.glob("*") if path.suffix in _PICKLES)
+    if pickled and not weight_files(name, module):
+        remedy = "load it with sentence-transformers on a machine that may run it, and save it again"
+        if any(file.startswith("pytorch_model") for file in pickled):
+            remedy = f"run `sortd models convert {folder}`, which accepts tensors only, or {remedy}"
         raise ModelError(
-            f"model {name!r} in {folder} has its weights only as {', '.join(pickled)}, a format that can run code when "
-            f"it is loaded; sortd loads only {SAFETENSORS}: load it with sentence-transformers on a machine that may "
-            f"run it, save it again, and set `model:` to that folder"
+            f"model {name!r} in {module} has its weights only as {', '.join(pickled)}, a format that can run code when "
+            f"it is loaded; sortd loads only {SAFETENSORS}: {remedy}"
         )
 
 
@@ -320,8 +411,8 @@ def _read_json(path: Path, name: str) -> object:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's message; libraries list everything that they would have accepted."""
+    return next((line[:_LONGEST_LINE] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 # ------------------------------------------------------------ digests
@@ -333,7 +424,9 @@ def digest(model: ModelFolder, *, cache_dir: Path | None = None) -> str:
     Hashing half a gigabyte takes a second or two, so ``cache_dir`` keeps the hashes with the stamps of the files.
     """
     sums = checksums(model.files, cache_dir=cache_dir)
-    lines = (f"{path.relative_to(model.folder).as_posix()}\0{sums[path]}\n" for path in model.files)
+    lines = [f"{path.relative_to(model.folder).as_posix()}\0{sums[path]}\n" for path in model.files]
+    if model.kind in PADS_TEXTS:
+        lines.append("padded")  # earlier versions did not pad: their rows and exports must not be used
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -362,74 +455,3 @@ def checksums(files: Iterable[Path], *, cache_dir: Path | None = None) -> dict[P
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_json(memory, known, durable=False)
     return sums
-
-
-# ------------------------------------------------------------ fetching
-
-
-def fetch(name: str, *, cache_dir: Path | None = None) -> ModelFolder:
-    """Download a model from the hub into sortd's cache (None: the hub client's).
-
-    Raises:
-        ModelError: no such model, no network, no disk space, or no weights in a format that sortd loads.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    repository = _repository(name)
-    target = None if cache_dir is None else str(cache_dir / "models")
-    try:
-        folder = Path(
-            snapshot_download(repository, cache_dir=target, allow_patterns=_FETCHED, ignore_patterns=_NOT_FETCHED)
-        )
-        offered = HfApi().list_repo_files(repository, revision=folder.name)
-        pickles = [path for path in offered if _is_only_format(path, offered)]
-        if pickles:
-            snapshot_download(repository, cache_dir=target, allow_patterns=pickles, revision=folder.name)
-    except OfflineModeIsEnabled as error:
-        raise ModelError(
-            f"cannot fetch {name}: HF_HUB_OFFLINE forbids the network; unset it for this command"
-        ) from error
-    except Exception as error:  # the errors of the client's HTTP library change from version to version
-        raise ModelError(
-            f"cannot fetch {name}: {first_line(error)}; check the name and the network, or copy the model's "
-            f"folder from another machine and set `model:` to its path"
-        ) from error
-    for path in pickles:
-        _convert(name, folder / path)
-    return verify_folder(name, folder)
-
-
-def _is_only_format(path: str, offered: Sequence[str]) -> bool:
-    """Tell whether a file is a pickle without safetensors beside it, as in some of the oldest published CLIPs."""
-    folder, _, file = path.rpartition("/")
-    return file == _PICKLE and not any(
-        other.rpartition("/")[0] == folder and other.endswith(SAFETENSORS) for other in offered
-    )
-
-
-def _convert(name: str, pickle: Path) -> None:
-    """Write the tensors of a pickle as safetensors beside it.
-
-    torch's restricted unpickler accepts tensors and their containers, and refuses everything else.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    try:
-        loaded = torch.load(pickle, map_location="cpu", weights_only=True)
-        tensors = {str(key): value.clone().contiguous() for key, value in loaded.items()}
-    except Exception as error:  # a hostile pickle can raise anything
-        raise ModelError(
-            f"cannot fetch {name}: {pickle.name} holds something other than weights, and was not run "
-            f"({first_line(error)}); choose a model with {SAFETENSORS} weights"
-        ) from error
-    beside = pickle.with_name("model.safetensors.part")
-    try:
-        save_file(tensors, beside, {"format": "pt"})
-        beside.replace(pickle.with_name("model.safetensors"))
-    except OSError as error:
-        raise ModelError(f"cannot fetch {name}: {pickle.parent}: {error.strerror}; make room there") from error

@@ -70,7 +70,7 @@ class Manifest:
     identity: str
     dimensions: int
     preprocessing: Preprocessing
-    text: TextInputs
+    text: TextInputs | None  # None: the model takes images only
     gain: float  # speed of int8 relative to float32 with one image, at the time of export; 0 without an int8 form
     weight_range: int  # the largest quantized weight; a processor with a smaller range would overflow
     checksums: Mapping[str, str]  # sha256 of each file, by its name
@@ -258,9 +258,7 @@ def can_use_gpu(available: Sequence[str], *, is_there: Callable[[Path], bool] = 
 
 
 class OnnxEncoder:
-    """An exported CLIP; see ``Encoder``."""
-
-    has_text = True
+    """An exported CLIP or encoder of images; see ``Encoder``."""
 
     def __init__(
         self,
@@ -286,7 +284,9 @@ class OnnxEncoder:
         self._exports, self._device, self._threads = exports, device, threads
         self.dimensions, self.preprocessing = manifest.dimensions, manifest.preprocessing
         # Another quantisation of the same model may give other weights, so those files are part of the identity.
-        files = [tower_file(tower, precision) for tower in ("image", "text") if precision is Precision.INT8]
+        self.has_text = manifest.text is not None
+        towers = ("image", "text") if self.has_text else ("image",)
+        files = [tower_file(tower, precision) for tower in towers if precision is Precision.INT8]
         quantized = [manifest.checksums[file] for file in files]
         content = exports.model.content_digests()
         identity = repr_digest((content, self.preprocessing, decoding, FORMAT, precision.value, quantized or 0))
@@ -306,6 +306,9 @@ class OnnxEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """See ``Encoder``; long texts are truncated."""
+        text = self._exports.manifest.text
+        if text is None:
+            raise ModelError(f"model {self.encoder_id} takes images only; set `model:` to a CLIP")
         if not texts:
             return np.empty((0, self.dimensions), np.float32)
         from tokenizers import Tokenizer
@@ -317,7 +320,7 @@ class OnnxEncoder:
         rows = np.empty((len(texts), self.dimensions), np.float32)
         for start in range(0, len(order), _TEXT_BATCH):
             chosen = order[start : start + _TEXT_BATCH]
-            inputs = text_inputs([encoded[index] for index in chosen], self._exports.manifest.text)
+            inputs = text_inputs([encoded[index] for index in chosen], text)
             rows[chosen] = _run(tower, inputs, self.encoder_id)
         del tower
         _trim_memory()

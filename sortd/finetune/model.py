@@ -15,7 +15,7 @@ from sortd.classify.gaussian import MEAN_SHRINKAGE, PSEUDO_ROWS
 from sortd.encoder import models
 from sortd.encoder.clip import LOADING_ERRORS, preprocessing_of
 from sortd.encoder.finetuned import MAP, TOWER, Network, build_tower, head_of
-from sortd.encoder.models import SAFETENSORS, first_line
+from sortd.encoder.models import SAFETENSORS, first_line, weight_files
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from sortd.finetune.data import TrainDataset
@@ -90,7 +90,7 @@ def load_base(name: str, labels: Sequence[str], *, cache_dir: Path | None = None
     """
     found, folder = find_base(name, cache_dir=cache_dir)
     config = _json(folder / "config.json", found)
-    if not any(path.is_file() for path in folder.glob(f"*{SAFETENSORS}")):
+    if not weight_files(found, folder):
         raise ModelError(
             f"base {found!r} in {folder} has no {SAFETENSORS} weights, and sortd loads no other kind: `sortd models "
             "fetch` converts them, or save the model again with transformers"
@@ -137,7 +137,7 @@ def _load_tower(
     try:
         weights = {
             key: value.float()
-            for file in sorted(folder.glob(f"*{SAFETENSORS}"))
+            for file in weight_files(name, folder)
             for key, value in load_file(file).items()
             if key.startswith(("vision_model.", "visual_projection."))
         }

@@ -9,7 +9,7 @@ import pytest
 
 from sortd.classify.build import build
 from sortd.classify.decide import score_batch
-from sortd.classify.evaluate import evaluate
+from sortd.classify.evaluate import evaluate, unread_names
 from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
 from sortd.events import Mode
 from tests.made_features import Blobs, load_world, support_set, unit, worlds
@@ -210,3 +210,33 @@ def test_leave_one_out_foretells_new_images(name: str) -> None:
     (report,) = [one for one in evaluate(support).modes if one.mode == "best"]
     judged = score_batch(build(support, OFF, generation=1), queries.astype(np.float64), Mode.BEST)
     assert report.distinct_accuracy == pytest.approx((judged.best == labels).mean(), abs=0.03)
+
+
+class TestNames:
+    """Class names that the model does not read are no better than chance."""
+
+    def support(self, shift: int) -> SupportSet:
+        """Return eight classes, each with the name of the one ``shift`` places on."""
+        blobs, index = Blobs(8, spread=1.0), np.repeat(np.arange(8), 6)
+        names = blobs.draw(np.arange(8))
+        return support_set(blobs.draw(index), index, text=np.roll(names, shift, axis=0), text_mean=names.mean(axis=0))
+
+    def test_evaluate_names_no_better_than_chance_are_reported(self) -> None:
+        """With the figures and the remedy; names that are read are not, nor names that are not used."""
+        unread, read = self.support(1), self.support(0)
+        mixed = DecisionSettings(Mode.MIXED)
+        (said,) = [one for one in evaluate(unread, mixed).advice.sentences if "does not read" in one]
+        assert re.search(
+            r"0\.0 % of 48 references.*by chance 12\.5%; describe the classes in English \(class\.txt\)", said
+        )
+        assert not any("does not read" in one for one in evaluate(read, mixed).advice.sentences)
+        assert not any("does not read" in one for one in evaluate(unread, DecisionSettings(Mode.BEST)).advice.sentences)
+
+    def test_unread_names_of_few_references_are_unknown(self) -> None:
+        """Nineteen prove nothing."""
+        assert unread_names(build(self.support(1), DecisionSettings(Mode.TEXT), generation=1)) is not None
+        support = self.support(1)
+        few = replace(
+            support, embeddings=support.embeddings[:19], classes=support.classes[:19], sources=support.sources[:19]
+        )
+        assert unread_names(build(few, DecisionSettings(Mode.TEXT), generation=1)) is None

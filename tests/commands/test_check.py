@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from sortd.classify.build import build
 from sortd.classify.calibration import Calibration
 from sortd.classify.types import AbstainSettings, DecisionSettings
 from sortd.commands.check import check_all, machine_findings, watching_findings
-from sortd.commands.check_dataset import calibration_findings, move_findings
+from sortd.commands.check_dataset import calibration_findings, move_findings, name_findings
 from sortd.commands.evaluation import evaluate_datasets
 from sortd.commands.findings import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, read_config
@@ -27,6 +29,7 @@ from sortd.watch import inotify
 from tests.command_line import sortd
 from tests.daemon_process import make_dataset, picture, tree
 from tests.fake_encoder import FakeEncoder
+from tests.made_features import support_set
 from tests.prototype_maker import make_prototypes
 
 Findings = list[Finding]
@@ -457,6 +460,20 @@ class TestCalibration:
         assert about(found, Topic.CALIBRATION, "precision 0.99 is asked", severity=Severity.WARNING)
         assert about(found, Topic.CALIBRATION, "only 30.0 % of", severity=Severity.WARNING)
         assert about(found, Topic.CALIBRATION, "a precision of 90.0 % of 4 (95 %: ", severity=Severity.NOTE)
+
+    def test_check_dataset_unread_names_are_a_warning(self, site: Path) -> None:
+        """The remedy names both ways out."""
+        rows = np.eye(8, dtype=np.float32)
+        classes = np.repeat(np.arange(8), 3)
+        support = support_set(rows[classes], classes, text=np.roll(rows, 1, axis=0), text_mean=rows.mean(axis=0))
+        unread = build(support, DecisionSettings(Mode.MIXED), generation=1)
+        (finding,) = name_findings(Layout(site), unread)
+        assert finding.severity is Severity.WARNING
+        assert "the model does not read the class names: by its name alone 0.0 % of 24 references" in finding.what
+        assert "class.txt" in finding.mend
+        assert "text_model" in finding.mend
+        read = build(replace(support, text=rows), DecisionSettings(Mode.MIXED), generation=1)
+        assert not list(name_findings(Layout(site), read))
 
     @pytest.mark.usefixtures("site")
     def test_check_dataset_without_calibration_is_a_note(self, look: Check, tmp_path: Path) -> None:

@@ -90,7 +90,9 @@ def noisy_support(folder: Path, classes: int = 4, references: int = 8) -> Suppor
 def facts_of(folder: Path, **sizes: int) -> dict[str, Any]:
     """Return the facts of an evaluation with mistakes in it."""
     serving = {"deciding": "prototypes", "model_id": None, "refusal": None}
-    return DatasetEvaluation("Noise", folder, evaluate(noisy_support(folder, **sizes)), (), serving).facts()
+    return DatasetEvaluation(
+        "Noise", folder, evaluate(noisy_support(folder, **sizes)), (), serving, "clip-ViT-B-32"
+    ).facts()
 
 
 class TestExplainPage:
@@ -158,6 +160,21 @@ class TestEvaluationPage:
         picture("blue", 1).save(tmp_path / "8.png")
         text = evaluation_page({"Noise": facts_of(tmp_path)}, now=NOW)
         assert re.search(r'class="pair"><img [^>]*><img ', text)
+
+    def test_evaluation_names_the_next_model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the packaged one decides and is often wrong."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert any("`sortd models fetch clip-ViT-B-32`" in said for said in evaluation_sentences(facts_of(tmp_path)))
+        make_dataset(tmp_path / "Data")
+        config = read_config(write_config(tmp_path), {})
+        (right,) = evaluate_datasets(config, load_encoder=lambda _: FakeEncoder())
+        assert right.next_model is None
+        labels = sorted((tmp_path / "Data/Colours/Clases").iterdir())
+        for folder in labels:
+            for number, colour in enumerate(("red", "green", "blue") * 2):
+                picture(colour, 100 * labels.index(folder) + number).save(folder / f"wrong{number}.png")
+        (wrong,) = evaluate_datasets(config, load_encoder=lambda _: FakeEncoder())
+        assert wrong.next_model == "clip-ViT-B-32"
 
     def test_evaluation_page_names_the_classes_that_need_images(self, tmp_path: Path) -> None:
         """By name, and why."""

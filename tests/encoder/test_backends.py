@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sortd.encoder import models
-from sortd.encoder.backends import load_encoder
+from sortd.encoder.backends import KNOWN_ROWS, load_encoder
 from sortd.encoder.clip import Encoder, preprocessing_of, probe
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
@@ -225,6 +225,35 @@ class TestIdentity:
         assert np.allclose(encoder.encode_images(pixels), load_encoder(str(clip)).encode_images(pixels), atol=1e-6)
 
 
+class TestKnownRows:
+    """The answer of a model is compared with that of its first start."""
+
+    def test_load_twice_compares_with_the_first_start(self, clip: Path, tmp_path: Path) -> None:
+        """The rows of two images are kept by encoder_id."""
+        encoder = load_encoder(str(clip), backend="torch", cache_dir=tmp_path)
+        known = json.loads((tmp_path / KNOWN_ROWS).read_text())
+        assert np.shape(known[encoder.encoder_id]) == (2, DIMENSIONS)
+        assert load_encoder(str(clip), backend="torch", cache_dir=tmp_path).encoder_id == encoder.encoder_id
+
+    def test_load_with_other_rows_is_refused(self, clip: Path, tmp_path: Path) -> None:
+        """Embeddings in the cache would not fit the new ones."""
+        encoder_id = load_encoder(str(clip), backend="torch", cache_dir=tmp_path).encoder_id
+        other = probe(load_encoder(str(build_tiny_clip(tmp_path / "other", seed=1)), backend="torch"))
+        (tmp_path / KNOWN_ROWS).write_text(json.dumps({encoder_id: other.tolist()}))
+        with pytest.raises(ModelError, match=rf"other embeddings than those in the cache.*delete .*{KNOWN_ROWS}"):
+            load_encoder(str(clip), backend="torch", cache_dir=tmp_path)
+
+    @pytest.mark.parametrize("content", ["[", "[]", "{}", '{"ID": [[1]]}', '{"ID": "x"}', '{"ID": [[NaN, 1]]}'])
+    def test_load_with_damaged_known_rows_writes_them_again(self, clip: Path, tmp_path: Path, content: str) -> None:
+        """The cache may be deleted at any time."""
+        encoder = load_encoder(str(clip), backend="torch", cache_dir=tmp_path)
+        (tmp_path / KNOWN_ROWS).write_text(content.replace("ID", encoder.encoder_id))
+        load_encoder(str(clip), backend="torch", cache_dir=tmp_path)
+        assert np.allclose(
+            json.loads((tmp_path / KNOWN_ROWS).read_text())[encoder.encoder_id], probe(encoder), atol=1e-5
+        )
+
+
 class TestWords:
     """Texts of any length are embedded, whatever text tower a model has."""
 
@@ -288,16 +317,34 @@ class TestRefusals:
         """ConvNeXt gives the crop as a share, SigLIP gives height and width."""
         assert preprocessing_of(settings) == expected
 
-    def test_load_missing_weights_is_refused(self, copied: Path) -> None:
-        """Transformers would initialise them at random."""
+    @pytest.mark.parametrize("change", ["missing", "renamed", "beside"])
+    def test_load_missing_weights_are_named(self, copied: Path, change: str) -> None:
+        """Transformers would fill them at random; as many weights under other names, or elsewhere, do not help."""
         from safetensors.numpy import load_file, save_file
 
         file = copied / "model.safetensors"
         weights = load_file(file)
-        del weights["visual_projection.weight"]
+        if change == "beside":
+            save_file(weights, copied / "open_clip_model.safetensors", {"format": "pt"})
+        lost = weights.pop("visual_projection.weight")
+        if change == "renamed":
+            weights["visual.proj"] = lost
         save_file(weights, file, {"format": "pt"})
-        with pytest.raises(ModelError, match=r"holds [\d,]+ of the [\d,]+ weights"):
+        with pytest.raises(ModelError, match=r"lacks weights of its network: visual_projection\.weight") as caught:
             load_encoder(str(copied))
+        assert ("it holds visual.proj, which the network does not know" in str(caught.value)) == (change == "renamed")
+
+    def test_load_weights_with_names_of_older_versions(self, copied: Path) -> None:
+        """Old checkpoints hold indices that are no weights; a different order or an extra tensor is no loss."""
+        from safetensors.numpy import load_file, save_file
+
+        encoder = load_encoder(str(copied))
+        file = copied / "model.safetensors"
+        weights = load_file(file)
+        weights["text_model.embeddings.position_ids"] = np.arange(16)[None]
+        save_file(weights, file, {"format": "pt"})
+        pixels = batch(encoder, pictures(2))
+        assert np.array_equal(load_encoder(str(copied)).encode_images(pixels), encoder.encode_images(pixels))
 
     @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "config", "tokenizer", "unknown type"])
     def test_load_damaged_folder_is_refused(self, copied: Path, damage: str) -> None:

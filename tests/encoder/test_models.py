@@ -15,14 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from sortd.config import read_config
 from sortd.encoder import models
-from sortd.encoder.models import ModelFolder, verify_clip
-from sortd.errors import ModelError
-from tests.command_line import write_config
+from sortd.encoder.models import ModelFolder, Use, check_modes, verify_clip
+from sortd.encoder.published import PUBLISHED
+from sortd.errors import ConfigError, ModelError
+from tests.command_line import sortd, write_config
 from tests.daemon_process import PATIENCE_SECONDS
 
 CLIP = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": {}, "vision_config": {}}
 VIT = {"model_type": "vit", "architectures": ["ViTModel"], "image_size": 224}
+NAFLEX = CLIP | {"model_type": "siglip2", "architectures": ["Siglip2Model"]}
 BERT = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30522}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -138,7 +141,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("config", "complaint"),
         [
-            (VIT, r"is not a CLIP: it is a ViTModel \(vit\), which has no text tower"),
+            (NAFLEX, r"is a siglip2, which takes images of any size.*siglip2-base-patch16-224"),
             (BERT, r"is not a CLIP: it is a BertModel \(bert\), which has no image tower"),
             ([], "is not a JSON object"),
         ],
@@ -148,11 +151,30 @@ class TestRefusals:
         with pytest.raises(ModelError, match=complaint):
             verify_clip("mine", write_model(tmp_path / "m", config))
 
+    def test_verify_encoder_of_images_passes(self, tmp_path: Path) -> None:
+        """It can decide by references alone."""
+        assert verify_clip("mine", write_model(tmp_path / "m", VIT)).use is Use.IMAGES
+
+    def test_check_modes_text_needs_a_model_that_reads(self, tmp_path: Path) -> None:
+        """Of a dataset, too; all other modes do without."""
+        model = verify_clip("mine", write_model(tmp_path / "m", VIT))
+        reader = verify_clip("clip", write_model(tmp_path / "c"))
+        for mode in ("avg", "max", "mean", "best", "mixed"):
+            check_modes(read_config(write_config(tmp_path, mode=mode), os.environ), model)
+        config = read_config(write_config(tmp_path, mode="text"), os.environ)
+        check_modes(config, reader)
+        with pytest.raises(ConfigError, match=r"`mode: text` decides by class names.*takes images only.*`best`"):
+            check_modes(config, model)
+        config = read_config(write_config(tmp_path, datasets={"Photos": {"mode": "text"}}), os.environ)
+        with pytest.raises(ConfigError, match="`datasets: Photos: mode: text`"):
+            check_modes(config, model)
+
     @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", "model.ckpt", "weights.pkl"])
     def test_verify_pickled_weights_are_refused(self, tmp_path: Path, weights: str) -> None:
         """The message says how to convert them to safetensors."""
-        with pytest.raises(ModelError, match=rf"only as {weights}.*can run code.*save it again"):
+        with pytest.raises(ModelError, match=rf"only as {weights}.*can run code.*save it again") as caught:
             verify_clip("mine", write_model(tmp_path / "m", weights=weights))
+        assert (f"sortd models convert {tmp_path / 'm'}" in str(caught.value)) == (weights == "pytorch_model.bin")
 
     def test_verify_safetensors_beside_a_pickle_passes(self, tmp_path: Path) -> None:
         """The pickle is ignored."""
@@ -175,6 +197,10 @@ class TestRefusals:
         ("modules", "complaint"),
         [
             ([{"path": "", "type": "custom_clip.Model"}], r"its own code \(custom_clip.Model\)"),
+            (
+                [{"path": "", "type": "custom_st.Transformer"}],
+                r"its own code \(custom_st.Transformer\)",
+            ),  # jina-clip-v2
             ([{"path": "", "type": "sentence_transformers.models.Router"}], "first module is a Router"),
             ([{"path": "../../etc", "type": "sentence_transformers.models.Transformer"}], "outside its folder"),
             ([{"path": "/etc", "type": "sentence_transformers.models.Transformer"}], "outside its folder"),
@@ -188,6 +214,76 @@ class TestRefusals:
         folder = write_model(tmp_path / "m")
         (folder / "modules.json").write_text(json.dumps(modules))
         with pytest.raises(ModelError, match=complaint):
+            verify_clip("mine", folder)
+
+    @pytest.mark.parametrize(
+        ("file", "auto_map"),
+        [
+            ("config.json", {"AutoModel": "modeling_mine.MyCLIP"}),
+            ("preprocessor_config.json", {"AutoImageProcessor": "modeling_mine.MyCLIP"}),
+            ("tokenizer_config.json", {"AutoTokenizer": ["modeling_mine.MyCLIP", None]}),
+            ("config.json", {"AutoModel": "nomic-ai/nomic-bert-2048--modeling_mine.MyCLIP"}),  # nomic-embed-vision
+        ],
+    )
+    def test_verify_model_with_own_code_is_refused(
+        self, tmp_path: Path, file: str, auto_map: dict[str, object]
+    ) -> None:
+        """Its type may be that of a stock model, which would run other code on the same weights."""
+        folder = write_model(tmp_path / "m")
+        settings = (CLIP if file == "config.json" else {}) | {"auto_map": auto_map}
+        (folder / "0_CLIPModel" / file).write_text(json.dumps(settings))
+        with pytest.raises(
+            ModelError, match=rf"its own code \(auto_map in {file}: .*modeling_mine.MyCLIP.*does not run"
+        ):
+            verify_clip("mine", folder)
+
+    @pytest.mark.parametrize(
+        ("config", "file", "complaint"),
+        [
+            (None, "open_clip_config.json", r"a folder of open_clip.*such as laion/CLIP-ViT-B-32"),
+            (None, "mobileclip2_s0.pt", "a folder of open_clip"),
+            ({"embed_dim": 512, "image_cfg": {}, "text_cfg": {}}, "mobileclip_s0.pt", "a folder of open_clip"),
+            (
+                {"architecture": "vit_small", "pretrained_cfg": {}},
+                "model.safetensors",
+                "a folder of timm.*dinov2-small",
+            ),
+        ],
+    )
+    def test_verify_folder_of_another_library_is_named(
+        self, tmp_path: Path, config: object, file: str, complaint: str
+    ) -> None:
+        """Nothing that sortd could do helps there, so other models are named."""
+        (tmp_path / file).write_text("{}")
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match=complaint):
+            verify_clip("mine", tmp_path)
+
+    def test_verify_weights_for_open_clip_do_not_count(self, tmp_path: Path) -> None:
+        """Beside those for transformers they are neither hashed nor counted; alone they are no weights."""
+        folder = write_model(tmp_path / "m")
+        module = folder / "0_CLIPModel"
+        (module / "open_clip_model.safetensors").write_bytes(b"x")
+        (module / "open_clip_config.json").write_text("{}")
+        assert module / "open_clip_model.safetensors" not in verify_clip("mine", folder).files
+        (module / "model.safetensors").unlink()
+        with pytest.raises(ModelError, match=r"has no weights \(model\.safetensors\)"):
+            verify_clip("mine", folder)
+
+    def test_verify_sharded_weights_are_those_of_the_index(self, tmp_path: Path) -> None:
+        """A part that is missing is named, and no name leads out of the folder."""
+        folder = write_model(tmp_path / "m", weights="model-00001-of-00002.safetensors")
+        module = folder / "0_CLIPModel"
+        index = module / "model.safetensors.index.json"
+        names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+        index.write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(ModelError, match=r"incomplete: .*index\.json names model-00002-of-00002"):
+            verify_clip("mine", folder)
+        (module / names["b"]).write_bytes(b"weights")
+        assert {module / name for name in names.values()} <= set(verify_clip("mine", folder).files)
+        index.write_text(json.dumps({"weight_map": names | {"c": "../../modules.json"}}))
+        with pytest.raises(ModelError, match=r"names \.\./\.\./modules\.json"):
             verify_clip("mine", folder)
 
     def test_verify_incomplete_folder_names_the_missing_file(self, tmp_path: Path) -> None:
@@ -268,15 +364,23 @@ class TestTextModels:
 class TestAvailable:
     """What `sortd models` lists."""
 
-    def test_available_lists_every_clip(self, tmp_path: Path, environment: dict[str, str], packaged: Path) -> None:
+    def test_available_lists_every_usable_model(
+        self, tmp_path: Path, environment: dict[str, str], packaged: Path
+    ) -> None:
         """Other models of the cache are left out."""
         cache = tmp_path / "home/.cache/huggingface/hub"
         put_in_cache(cache, "sentence-transformers/clip-ViT-B-32")
         put_in_cache(cache, "openai/clip-vit-large-patch14")
-        put_in_cache(cache, "google/vit-base-patch16-224", VIT)
+        put_in_cache(cache, "facebook/dinov2-small", VIT)
+        put_in_cache(cache, "google-bert/bert-base-uncased", BERT)
         listed = models.available(environment=environment, packaged=packaged)
-        assert {row.name for row in listed} == {"packaged", "clip-ViT-B-32", "openai/clip-vit-large-patch14"}
-        assert all(row.size_bytes > 0 and row.kind == "clip" for row in listed)
+        assert {row.name: row.kind for row in listed} == {
+            "packaged": "clip",
+            "clip-ViT-B-32": "clip",
+            "openai/clip-vit-large-patch14": "clip",
+            "facebook/dinov2-small": "vit",
+        }
+        assert all(row.size_bytes > 0 for row in listed)
 
     def test_available_without_models_is_empty(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """Also without the packaged model."""
@@ -403,7 +507,7 @@ class TestFetch:
 import sys
 from pathlib import Path
 from sortd.errors import ModelError
-from sortd.encoder.models import fetch
+from sortd.encoder.fetch import fetch
 try:
     print(fetch(sys.argv[1], cache_dir=Path(sys.argv[2])).folder)
 except ModelError as error:
@@ -439,14 +543,14 @@ except ModelError as error:
         ("config", "said"),
         [
             (CLIP, "to use it, set `model: tiny`"),
-            ({"model_type": "vit", "image_size": 224}, "`sortd finetune DATASET --base tiny`"),
+            ({"model_type": "vit", "image_size": 224}, "set `model: tiny`"),
             ({"model_type": "distilbert", "vocab_size": 9}, "`text_model: tiny`"),
         ],
     )
     def test_models_fetch_prints_what_a_model_is_for(
         self, hub: tuple[str, Path], tmp_path: Path, config: dict[str, object], said: str
     ) -> None:
-        """Only a CLIP can be `model:`."""
+        """Only what takes images can be `model:`."""
         address, folder = hub
         (folder / "0_CLIPModel" / "config.json").write_text(json.dumps(config))
         done = subprocess.run(
@@ -487,13 +591,39 @@ except ModelError as error:
         assert "holds something other than weights, and was not run" in done.stdout
         assert not (tmp_path / "owned").exists()
 
+    def test_fetch_takes_the_weights_for_transformers_only(self, hub: tuple[str, Path], tmp_path: Path) -> None:
+        """Laion's repositories hold the same weights for open_clip, in two formats."""
+        address, folder = hub
+        for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin"):
+            (folder / "0_CLIPModel" / name).write_bytes(b"x")
+        done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
+        assert done.returncode == 0, done.stdout + done.stderr
+        names = {path.name for path in Path(done.stdout.strip()).rglob("*") if path.is_file()}
+        assert names == {"modules.json", "config.json", "model.safetensors"}
+
+    def test_fetch_pickle_beside_weights_for_open_clip_is_converted(
+        self, hub: tuple[str, Path], tmp_path: Path
+    ) -> None:
+        """The others are no replacement for the missing ones."""
+        import torch
+        from safetensors.torch import load_file
+
+        address, folder = hub
+        (folder / "0_CLIPModel/model.safetensors").rename(folder / "0_CLIPModel/open_clip_model.safetensors")
+        torch.save({"a": torch.ones(2)}, folder / "0_CLIPModel/pytorch_model.bin")
+        done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
+        assert done.returncode == 0, done.stdout + done.stderr
+        module = Path(done.stdout.strip()) / "0_CLIPModel"
+        assert load_file(module / "model.safetensors").keys() == {"a"}
+        assert not (module / "open_clip_model.safetensors").exists()
+
     def test_fetch_unsupported_weights_are_refused(self, hub: tuple[str, Path], tmp_path: Path) -> None:
         """They are not downloaded."""
         address, folder = hub
         (folder / "0_CLIPModel/model.safetensors").rename(folder / "0_CLIPModel/model.ckpt")
         done = self.fetch("tiny", tmp_path / "cache", HF_ENDPOINT=address)
         assert done.returncode == 69
-        assert "has no weights (*.safetensors)" in done.stdout
+        assert "has no weights (model.safetensors)" in done.stdout
 
     @pytest.mark.parametrize("name", ["absent", "not/a/name", "a--b/c"])
     def test_fetch_unknown_name_is_refused(self, hub: tuple[str, Path], tmp_path: Path, name: str) -> None:
@@ -523,3 +653,27 @@ def test_locate_packaged_is_a_clip() -> None:
     found = models.locate_clip("packaged")
     assert isinstance(found, ModelFolder)
     assert found.size_bytes < 31_000_000
+
+
+class TestPublished:
+    """The table of published models is the same in the program and in the document."""
+
+    def test_published_models_are_those_of_the_document(self) -> None:
+        """Name, size, speed, languages, licence and figure; each source is named."""
+        text = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "| [" in line]
+        assert len(rows) == len(PUBLISHED)
+        for row, model in zip(rows, PUBLISHED, strict=True):
+            assert row[:5] == [f"`{model.name}`", f"{model.megabytes}", f"{model.speed:g}", model.reads, model.licence]
+            assert row[5].startswith(f"[{model.published or 'card'}](")
+            assert model.source in row[5]
+
+    def test_models_available_lists_them(self, tmp_path: Path) -> None:
+        """And which are on this machine."""
+        put_in_cache(tmp_path / "cache/models", "facebook/dinov2-small", VIT)
+        found = sortd("models", "--available", "-c", write_config(tmp_path), "--json").facts
+        here = {model["name"] for model in found["models"] if model["is_here"]}
+        assert here >= {"packaged", "facebook/dinov2-small"}
+        printed = sortd("models", "--available", "-c", write_config(tmp_path)).out
+        assert all(model.name in printed for model in PUBLISHED)
+        assert "`text_model: clip-ViT-B-32-multilingual-v1`" in printed

@@ -182,7 +182,8 @@ class TestVerdict:
         """Without a verdict float32 is used, without an export torch, with a warning."""
         make_dataset(tmp_path / "Data", references=12)
         world = World(make_config())
-        world.exports()  # the hashes of the files are remembered from here on
+        world.exports()  # the hashes of the files are remembered from here on,
+        world.load()  # and the rows of the probe images from the first start on
         before = tree(tmp_path / "cache")
         assert "-onnx-fp32-" in world.load().encoder_id
         assert tree(tmp_path / "cache") == before
