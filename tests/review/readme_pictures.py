@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.harness import write_config
 from tests.daemon_process import DaemonProcess
-from tests.review.world import PHONE, ROOT, ReviewProcess, chromium, copy_sample, session
+from tests.review.world import PHONE, ROOT, ReviewProcess, chromium, copy_sample, load_with_groups, session
 
 FOLDER = ROOT / "docs" / "images"
 DESKTOP = {"width": 1280, "height": 860}
@@ -35,8 +35,7 @@ def main() -> None:
                 with session(browser, review, **options) as opened:
                     (page,) = opened.pages
                     page.goto(f"{page.url}waiting")
-                    while page.get_by_text("being grouped").count():
-                        page.reload()
+                    load_with_groups(page)
                     page.wait_for_load_state("load")
                     shot = Image.open(io.BytesIO(page.screenshot()))
                     shot.convert("RGB").save(FOLDER / f"{name}.webp", quality=QUALITY, method=6)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks.harness import write_config
 from tests.daemon_process import DaemonProcess, draw_strangers, make_dataset, picture, running, teach
-from tests.review.world import PHONE, ReviewProcess, chromium, needs_browser, session
+from tests.review.world import PHONE, ReviewProcess, chromium, load_with_groups, needs_browser, session
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, ViewportSize
@@ -71,8 +71,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 def open_batch(page: "Page", wanted: str) -> None:
     """Open the batch of which the heading or the badge says this; wait until there are groups."""
     page.click("nav >> text=Waiting")
-    while page.get_by_text("being grouped").count():
-        page.reload()
+    load_with_groups(page)
     if not page.locator(".title").get_by_text(wanted).count():
         page.locator(".batch").get_by_text(wanted).first.click()
 

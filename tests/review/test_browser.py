@@ -12,7 +12,16 @@ import pytest
 
 from benchmarks.harness import write_config
 from tests.daemon_process import DaemonProcess
-from tests.review.world import ReviewProcess, chromium, copy_sample, every_file, needs_browser, session
+from tests.review.world import (
+    ReviewProcess,
+    chromium,
+    copy_sample,
+    every_file,
+    load_with_groups,
+    needs_browser,
+    press_keys,
+    session,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -38,8 +47,7 @@ class Keyboard:
 
     def press(self, *keys: str) -> None:
         """Press keys one after the other."""
-        for key in keys:
-            self.page.keyboard.press(key)
+        press_keys(self.page, *keys)
         self.pressed += len(keys)
 
     def answer(self, *keys: str) -> None:
@@ -107,8 +115,7 @@ def test_browser_sample_is_answered_by_keyboard_alone(browser: "Browser", tmp_pa
             (page,) = opened.pages
             keys = Keyboard(page)
             keys.answer("Enter")
-            while page.get_by_text("being grouped").count():
-                page.reload()
+            load_with_groups(page)
             undone, answered = 0, dict[str, str]()
             while page.locator(".shown").count():
                 answered |= answer_batch(keys, truth, "odd")

@@ -19,7 +19,16 @@ from sortd.store.records import Selection
 from tests.bombs import gif, one_bit_png, png_with_text, tiff_in_circles
 from tests.daemon_process import PATIENCE_SECONDS, draw_strangers, make_dataset, picture, running, teach
 from tests.hostile_files import HOSTILE
-from tests.review.world import PHONE, Client, ReviewProcess, chromium, every_file, needs_browser, session
+from tests.review.world import (
+    PHONE,
+    Client,
+    ReviewProcess,
+    chromium,
+    every_file,
+    load_with_groups,
+    needs_browser,
+    session,
+)
 
 pytestmark = needs_browser
 
@@ -61,8 +70,7 @@ def address_of(review: ReviewProcess, dataset: Path) -> str:
 def open_waiting(page: Page, review: ReviewProcess, dataset: Path) -> None:
     """Open what waits in a dataset, once it is grouped."""
     page.goto(address_of(review, dataset) + "waiting")
-    while page.get_by_text("being grouped").count():
-        page.reload()
+    load_with_groups(page)
 
 
 def add_hostile(dataset: Path) -> None:

@@ -21,7 +21,7 @@ import pytest
 from tests.daemon_process import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, ViewportSize
+    from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 FLAGS = (
@@ -153,6 +153,19 @@ def session(browser: "Browser", review: ReviewProcess, **options: object) -> "It
         yield context
     finally:
         context.close()
+
+
+def press_keys(page: "Page", *keys: str) -> None:
+    """Press keys, each as soon as the page takes them: not at once after an answer by key."""
+    for key in keys:
+        page.locator('html[data-keys="ready"]').wait_for()
+        page.keyboard.press(key)
+
+
+def load_with_groups(page: "Page") -> None:
+    """Load the page of what waits again until it shows the groups."""
+    while page.locator(".grouping").inner_text():
+        page.reload()
 
 
 def copy_sample(folder: Path) -> Path:

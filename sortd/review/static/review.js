@@ -2,6 +2,8 @@
 "use strict";
 
 const STORED = "sortd-keys-off";
+const ANSWERED = "sortd-answered-at";
+const SEEN_MILLISECONDS = 400; // a second press within this time was meant for the page before
 const NATIVE = "a, button, summary, select, textarea, dialog *";
 
 const grid = document.querySelector("[data-grid]");
@@ -20,6 +22,29 @@ function keysAreOff() {
 
 function controlOf(key) {
   return [...document.querySelectorAll("[data-key]")].find((one) => one.dataset.key === key && !one.disabled);
+}
+
+// Let keys answer once the page could have been seen, if a key answered the page before.
+function acceptKeys() {
+  let left = 0;
+  try {
+    left = Number(sessionStorage.getItem(ANSWERED)) + SEEN_MILLISECONDS - Date.now();
+  } catch {
+    // storage may be forbidden: no answer of the page before is known
+  }
+  const root = document.documentElement;
+  delete root.dataset.keys;
+  setTimeout(() => (root.dataset.keys = "ready"), Math.min(Math.max(left, 0), SEEN_MILLISECONDS));
+}
+
+function answer(control) {
+  if (document.documentElement.dataset.keys !== "ready") return;
+  try {
+    if (control.matches("button")) sessionStorage.setItem(ANSWERED, Date.now());
+  } catch {
+    // as above
+  }
+  control.click();
 }
 
 // ---------------------------------------------------------------- selection
@@ -132,7 +157,7 @@ function press(event) {
     const control = controlOf(event.key);
     if (!control && event.key !== "Enter") return undefined;
     if (control?.matches("input")) control.focus();
-    else control?.click();
+    else if (control) answer(control);
   }
   return event.preventDefault();
 }
@@ -209,6 +234,7 @@ function leave() {
 }
 
 window.addEventListener("pageshow", listen);
+window.addEventListener("pageshow", acceptKeys);
 window.addEventListener("pagehide", leave);
 document.addEventListener("visibilitychange", () => (document.hidden ? leave() : listen()));
 
