@@ -39,6 +39,8 @@ URL_FILE: Final = "review.url"
 
 FIRST_PASSED: Final = 3  # SD_LISTEN_FDS_START
 WAITING_CONNECTIONS: Final = 64
+NICENESS: Final = 10
+"""The daemon's filing comes before pages and pictures; `benchmarks.review filing` measures how much they cost it."""
 STOP_SECONDS: Final = 2
 """How long a stop waits for responses; streams of events end at once."""
 
@@ -69,6 +71,7 @@ def serve(
         StartupError: the address cannot be used.
     """
     logs.configure(config.log.format, config.log.level)
+    os.nice(NICENESS)
     if behind_proxy is not None and not _HOST.fullmatch(behind_proxy):
         raise typer.BadParameter("give a host name, and a port if it is not 443", param_hint="--behind-proxy")
     notifier, log = Notifier(environ), structlog.get_logger("sortd")
