@@ -1,22 +1,21 @@
 """What a real browser lets another site do with the review page."""
 
 import http.server
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from tests.review.served import Served, serving
+from tests.review.world import chromium, needs_browser
 
-CHROMIUM = shutil.which("chromium")
 OTHER_SITE, OTHER_PORT = "other.example", "127.0.0.1"
 """Hosts of another program of this machine: the second differs from the review page only by its port."""
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not here")
+pytestmark = needs_browser
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,8 @@ def other_program() -> Iterator[int]:
 def browser() -> Iterator[Browser]:
     """A browser that finds the other site on this machine."""
     rules = f"--host-resolver-rules=MAP {OTHER_SITE} 127.0.0.1"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", rules])
-        yield browser
-        browser.close()
+    with chromium(rules) as started:
+        yield started
 
 
 @pytest.fixture

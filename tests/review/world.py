@@ -27,6 +27,7 @@ CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found :=
 FLAGS = (
     "--no-sandbox",  # root cannot use it, and the pages are ours
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # containers have little of it
     "--no-first-run",
     "--disable-background-networking",
     "--disable-component-update",
@@ -131,12 +132,12 @@ class Reply:
 
 
 @contextmanager
-def chromium() -> "Iterator[Browser]":
-    """Start the browser of the system."""
+def chromium(*flags: str) -> "Iterator[Browser]":
+    """Start the browser of the system, with more flags."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *flags])
         try:
             yield browser
         finally:
