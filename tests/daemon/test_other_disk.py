@@ -117,7 +117,8 @@ def test_daemon_with_any_folder_on_another_disk_moves_and_undoes_all_kinds(
     config = write_config(mode="best", abstain="{precision: 0.95}")
     with running(config) as daemon:
         for path in sorted(made.iterdir(), key=lambda path: path.suffix != ".xmp"):
-            shutil.copy(path, colours / "Images")
+            # `copy` would change the file once more after it was closed, and a move of it may fail then.
+            shutil.copyfile(path, colours / "Images" / path.name)
         for event, count in (("image.filed", 1), ("image.sent_to_review", 2), ("image.rejected", 1)):
             daemon.wait_for(event, count=count)
         assert tree(colours / "Images") == {}
