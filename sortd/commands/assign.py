@@ -10,7 +10,7 @@ from sortd.commands.console import counted, print_line, printable, say, show
 from sortd.commands.moves import JournalPlace, dataset_at, record_facts
 from sortd.config import Config
 from sortd.daemon.assign import assign_images, assigned_label_problem, image_facts
-from sortd.daemon.control import ANSWER_SECONDS, ask
+from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
 from sortd.daemon.corrections import record_places
 from sortd.daemon.dataset_lock import open_dataset
 from sortd.errors import DataError, LayoutError
@@ -19,9 +19,6 @@ from sortd.layout import JOURNAL_FILE, Layout
 from sortd.store.history import History
 from sortd.store.records import Selection
 from sortd.watch.scan import stamp
-
-SECONDS_FOR_EACH = 0.05
-"""Additional time to wait for the answer, for each image to be moved."""
 
 
 def assign_to_class(

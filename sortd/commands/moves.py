@@ -16,7 +16,15 @@ from typing import Any
 from sortd.commands.console import counted, format_time, print_line, print_table, printable, say, show
 from sortd.config import Config
 from sortd.daemon.assign import forget_made_classes
-from sortd.daemon.control import ANSWER_SECONDS, NotRunningError, ask, release_reply, undo_facts, undo_records
+from sortd.daemon.control import (
+    ANSWER_SECONDS,
+    SECONDS_FOR_EACH,
+    NotRunningError,
+    ask,
+    release_reply,
+    undo_facts,
+    undo_records,
+)
 from sortd.daemon.dataset_lock import inspect_dataset, open_dataset
 from sortd.daemon.learnt import CONFIRMED, CORRECTED, is_reference, learnt_images
 from sortd.errors import DataError, JournalError, LayoutError, SortdError, StartupError
@@ -27,9 +35,6 @@ from sortd.store.records import Record, Role, Selection
 
 _STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
 """Form of the names that ``Layout.state_folder`` gives."""
-
-SECONDS_FOR_EACH = 0.05
-"""Additional time to wait for the answer, for each file to be undone."""
 
 GIVEN = frozenset({CORRECTED, CONFIRMED})
 """The outcomes of images that a person moved to a class."""

@@ -17,7 +17,7 @@ from sortd.classify.prototypes import Classifier, PrototypeSet
 from sortd.commands.console import counted, print_line, print_table, printable, say, show, spinner
 from sortd.commands.groups import File, chosen_datasets, embed_missing, embedded_rows, models, stored_rows
 from sortd.config import Config
-from sortd.daemon.control import ANSWER_SECONDS, ask
+from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
 from sortd.daemon.dataset_lock import open_dataset
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import ReferencesAbsentError, class_labels, stored_prototypes
@@ -32,9 +32,6 @@ from sortd.watch.scan import whole_files
 
 AT_ONCE = 2_000  # images decided in one call
 MOST_IN_A_REQUEST = 1_000
-SECONDS_FOR_EACH = 0.05
-"""Additional time to wait for the answer, for each image to be moved."""
-
 Filed = dict[File, Record]
 """By file: the record of the move by which sortd filed it."""
 

@@ -58,6 +58,7 @@ from sortd.store.history import History
 
 FOLDER = "requests"
 ANSWER_SECONDS = 30.0  # default time to wait for an answer
+SECONDS_FOR_EACH = 0.05  # additional time to wait for the answer, for each image to be moved
 FORGOTTEN_SECONDS = 600.0  # until an answer that was not read is removed
 MOST_LISTED = 10_000  # requests taken from one listing of the folder
 MOST_BYTES = 8 << 20  # a request to undo a million moves
