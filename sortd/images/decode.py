@@ -111,8 +111,12 @@ def decode_image(
         loaded = _load(image)
         if image.format in {"JPEG", "MPO"} and image.mode == "CMYK" and "adobe" not in image.info:
             loaded.info["jpeg_cmyk"] = "plain"  # Pillow inverts every CMYK JPEG, as Adobe's need; others do not
-        upright = _to_opaque(loaded, _transpose_of(image), preprocessing)
-        return np.array(_resize(upright, preprocessing).convert("RGB"))
+        return _fit(loaded, _transpose_of(image), preprocessing)
+
+
+def fit_image(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
+    """Return the pixels that the encoder takes of an image of Pillow, as ``decode_image`` does at full scale."""
+    return _fit(image, _transpose_of(image), preprocessing)
 
 
 def decode_file(path: str, preprocessing: Preprocessing, limits: DecodeLimits, *, jpeg: Jpeg = "draft") -> Pixels:
@@ -301,7 +305,7 @@ def _load(image: ImageFile.ImageFile) -> Image.Image:
     return Image.frombytes("RGB", image.size, frame[0], "raw", "RGBX")
 
 
-def _transpose_of(image: ImageFile.ImageFile) -> Image.Transpose | None:
+def _transpose_of(image: Image.Image) -> Image.Transpose | None:
     """Return the operation that makes an image upright; None where it is upright or its EXIF is broken."""
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
@@ -310,6 +314,11 @@ def _transpose_of(image: ImageFile.ImageFile) -> Image.Transpose | None:
 
 
 # ------------------------------------------------------------ conversion and resizing
+
+
+def _fit(loaded: Image.Image, turn: Image.Transpose | None, preprocessing: Preprocessing) -> Pixels:
+    """Return a loaded image as uint8 (crop_height, crop_width, 3), upright and blended onto white."""
+    return np.array(_resize(_to_opaque(loaded, turn, preprocessing), preprocessing).convert("RGB"))
 
 
 def _min_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
