@@ -131,6 +131,12 @@ def check_header(path: str, limits: DecodeLimits) -> None:
         _check_size(opened, limits, Preprocessing(1, 1, 1), "draft")
 
 
+def image_size(path: str, limits: DecodeLimits) -> tuple[int, int]:
+    """Return width and height of an image from its header, not turned by its EXIF; raise as ``check_header``."""
+    with _open_path(path) as file, _open_image(file, limits, "full") as opened:
+        return opened.image.size
+
+
 def load_decoders() -> list[str]:
     """Import the decoders of all formats; return for each missing one a message that says what to install."""
     missing = []
