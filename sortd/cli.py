@@ -8,7 +8,7 @@ import math
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -164,6 +164,9 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     run: Annotated[str | None, typer.Option("--run", help="Show only moves of this run of sortd.")] = None,
     path: Annotated[Path | None, typer.Option("--path", help="Show only moves from or to this path.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=0, help="Show the newest N moves (0: all).")] = 50,
+    format_name: Annotated[
+        Literal["table", "csv", "json"], typer.Option("--format", help="How to print them.")
+    ] = "table",
     as_json: JsonOption = False,
 ) -> None:
     """Show the moves with their reasons, and what a person corrected or confirmed, newest first."""
@@ -172,8 +175,39 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     if outcome not in {None, *OUTCOMES}:
         raise typer.BadParameter(f"must be one of {', '.join(OUTCOMES)}", param_hint="--outcome")
     begin, end = time_option("--since", since), time_option("--until", until)
+    kind = "json" if as_json else format_name
     chosen = {"label": label, "outcome": outcome, "run": run, "since": begin, "until": end}
-    show_history(load_config(config), dataset=dataset, file=path, limit=limit, as_json=as_json, **chosen)
+    show_history(load_config(config), dataset=dataset, file=path, limit=limit, format_name=kind, **chosen)
+
+
+@app.command(cls=Command)
+def export(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
+    out: Annotated[Path, typer.Option("--out", help="File or folder to write; it must not exist.")],
+    dataset: Annotated[str | None, typer.Argument(help="Name of the dataset. Default: the only one.")] = None,
+    config: ConfigOption = None,
+    format_name: Annotated[
+        Literal["csv", "jsonl", "parquet", "imagefolder", "coco", "fiftyone", "datasets"],
+        typer.Option("--format", help="What to write."),
+    ] = "csv",
+    checked: Annotated[
+        bool, typer.Option("--checked-only", help="Export only images whose class a person has given or confirmed.")
+    ] = False,
+    split: Annotated[
+        float | None, typer.Option("--split", min=0.01, max=0.99, help="Share of the part train; the rest is test.")
+    ] = None,
+    link: Annotated[
+        Literal["copy", "hard", "symbolic"], typer.Option("--link", help="How images get into a folder.")
+    ] = "copy",
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Also export the embeddings.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export the images in Dataset/ with what is known of them, for other programs."""
+    from sortd.commands.export import ExportFormat, ExportOptions, Link, export_dataset
+    from sortd.commands.status import dataset_named
+
+    loaded = load_config(config)
+    options = ExportOptions(ExportFormat(format_name), out, checked, split, Link(link), embeddings)
+    export_dataset(loaded, dataset_named(loaded, dataset), options, as_json=as_json)
 
 
 @app.command(cls=Command)

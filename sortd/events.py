@@ -162,11 +162,21 @@ class Assigned:
     mode: DecidedBy
     confidence: float = 1.0  # probability of the class among the known classes
     precision: float | None = None  # precision of held-out images with at least this confidence; None: not calibrated
+    familiarity: float | None = None  # likeness to the references of the class; None: not asked for
 
     @property
     def best_label(self) -> str:
         """The label."""
         return self.label
+
+    @property
+    def probability(self) -> float:
+        """The probability of the class among the known classes: ``confidence``."""
+        return self.confidence
+
+    @property
+    def reason(self) -> None:
+        """None: the image is filed."""
 
 
 NO_CLASS = "_none"
@@ -187,6 +197,16 @@ class Abstained:
     mode: DecidedBy
     confidence: float = 0.0
     precision: float | None = None
+    familiarity: float | None = None
+
+    @property
+    def label(self) -> None:
+        """None: the image is not filed; ``best_label`` is the best guess."""
+
+    @property
+    def probability(self) -> float:
+        """The probability of the best guess among the known classes: ``confidence``."""
+        return self.confidence
 
     @property
     def review_folder(self) -> str:

@@ -103,10 +103,14 @@ def decide(
         return [Abstained("no_classes", None, 0.0, 0.0, None, mode) for _ in queries]
     batch = score_batch(prototypes, queries, mode) if batch is None else batch
     facts = prototypes.labels, mode, prototypes.calibration
-    reasons = _reasons(prototypes, queries, batch, near)
+    familiar = familiarity(prototypes, queries, batch)
+    if familiar is not None and near is not None:
+        familiar = near.added_to(familiar)
+    reasons = _reasons(prototypes, queries, batch, familiar)
     if prototypes.settings.abstain is not None and turned_away is not None and any(turned_away):
         reasons[_is_still_strange(prototypes, queries, batch, np.asarray(turned_away)) & (reasons == None)] = "stranger"  # noqa: E711 -- elementwise
-    return [_decision(*facts, batch, at, reason) for at, reason in enumerate(reasons)]
+    likeness = [None] * len(queries) if familiar is None else [float(value) for value in familiar]
+    return [_decision(*facts, batch, at, reason, likeness[at]) for at, reason in enumerate(reasons)]
 
 
 def _checked(rows: npt.ArrayLike, width: int) -> Array:
@@ -243,7 +247,7 @@ def _nearer_to_strangers(whitening: Whitening, queries: Array, judged: ScoredBat
 
 
 def _reasons(
-    prototypes: PrototypeSet, queries: Array, judged: ScoredBatch, near: Near | None
+    prototypes: PrototypeSet, queries: Array, judged: ScoredBatch, familiar: Array | None
 ) -> npt.NDArray[np.object_]:
     """Return (B,) the reason why each image is not filed, or None; later assignments take precedence."""
     facts = prototypes.calibration
@@ -251,9 +255,7 @@ def _reasons(
     if prototypes.settings.abstain is not None:
         reasons[judged.confidence < facts.confidence] = "margin"
         has_images = prototypes.counts[judged.best] > 0
-        familiar = familiarity(prototypes, queries, judged)
         if familiar is not None and facts.gate is not None:
-            familiar = familiar if near is None else near.added_to(familiar)
             reasons[has_images & (familiar < facts.gate.least)] = "typicality"
         shares = stranger_shares(prototypes, queries, judged)
         if shares is not None and facts.strangers_cut is not None:
@@ -269,7 +271,13 @@ def _reasons(
 
 
 def _decision(
-    labels: tuple[str, ...], mode: DecidedBy, calibration: Calibration, batch: ScoredBatch, at: int, reason: str | None
+    labels: tuple[str, ...],
+    mode: DecidedBy,
+    calibration: Calibration,
+    batch: ScoredBatch,
+    at: int,
+    reason: str | None,
+    familiar: float | None = None,
 ) -> Decision:
     if reason == "no_classes":
         return Abstained(reason, None, 0.0, 0.0, None, mode)
@@ -282,5 +290,6 @@ def _decision(
         "mode": mode,
         "confidence": confidence,
         "precision": calibration.precision_at(confidence),
+        "familiarity": familiar,
     }
     return Assigned(labels[best], **facts) if reason is None else Abstained(reason, labels[best], **facts)

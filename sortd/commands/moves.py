@@ -4,6 +4,7 @@ The last three send a request to the running sortd, so only one process moves fi
 ``release`` take the dataset's lock.
 """
 
+import csv
 import os
 import re
 import sys
@@ -161,10 +162,14 @@ def show_history(
     dataset: str | None,
     file: Path | None,
     limit: int,
-    as_json: bool,
+    format_name: str,
     **conditions: Any,  # noqa: ANN401 -- of Selection
 ) -> None:
-    """Print the records that meet the conditions, newest first; then raise JournalError if a journal was unreadable."""
+    """Print the records that meet the conditions, newest first, as ``table``, ``csv`` or ``json``.
+
+    Raises:
+        JournalError: a journal was unreadable; the records of the others are printed.
+    """
     refusal, records = None, list[dict[str, Any]]()
     dataset, relative = narrowed(config, dataset, file)
     for place in journals(config, dataset):
@@ -179,7 +184,8 @@ def show_history(
             refusal = refusal or error
     records.sort(key=lambda one: (one["at"], one["id"]), reverse=True)
     records = records[: limit or None]
-    show(records, partial(_print_records, limit), as_json=as_json)
+    render = _print_csv if format_name == "csv" else partial(_print_records, limit)
+    show(records, render, as_json=format_name == "json")
     if refusal is not None:
         raise refusal
 
@@ -222,6 +228,16 @@ def _given_facts(place: JournalPlace, record: Record, corrected: str, path: str)
             "lost": [],
         }
     )
+
+
+def _print_csv(records: Sequence[Mapping[str, Any]]) -> None:
+    """Print records as CSV with a header; several values in one cell are separated by semicolons."""
+    keys = list(dict.fromkeys(key for record in records for key in record))
+    writer = csv.writer(sys.stdout)
+    writer.writerow(keys)
+    for record in records:
+        cells = [";".join(value) if isinstance(value := record.get(key), list) else value for key in keys]
+        writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in cells])
 
 
 def _print_records(limit: int, records: Sequence[Mapping[str, Any]]) -> None:

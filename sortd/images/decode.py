@@ -111,8 +111,12 @@ def decode_image(
         loaded = _load(image)
         if image.format in {"JPEG", "MPO"} and image.mode == "CMYK" and "adobe" not in image.info:
             loaded.info["jpeg_cmyk"] = "plain"  # Pillow inverts every CMYK JPEG, as Adobe's need; others do not
-        upright = _to_opaque(loaded, _transpose_of(image), preprocessing)
-        return np.array(_resize(upright, preprocessing).convert("RGB"))
+        return _fit(loaded, _transpose_of(image), preprocessing)
+
+
+def fit_image(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
+    """Return the pixels that the encoder takes of an image of Pillow, as ``decode_image`` does at full scale."""
+    return _fit(image, _transpose_of(image), preprocessing)
 
 
 def decode_file(path: str, preprocessing: Preprocessing, limits: DecodeLimits, *, jpeg: Jpeg = "draft") -> Pixels:
@@ -125,6 +129,12 @@ def check_header(path: str, limits: DecodeLimits) -> None:
     """Read only the header of an image; raise what ``decode_image`` would raise because of it."""
     with _open_path(path) as file, _open_image(file, limits, "draft") as opened:
         _check_size(opened, limits, Preprocessing(1, 1, 1), "draft")
+
+
+def image_size(path: str, limits: DecodeLimits) -> tuple[int, int]:
+    """Return width and height of an image from its header, not turned by its EXIF; raise as ``check_header``."""
+    with _open_path(path) as file, _open_image(file, limits, "full") as opened:
+        return opened.image.size
 
 
 def load_decoders() -> list[str]:
@@ -301,7 +311,7 @@ def _load(image: ImageFile.ImageFile) -> Image.Image:
     return Image.frombytes("RGB", image.size, frame[0], "raw", "RGBX")
 
 
-def _transpose_of(image: ImageFile.ImageFile) -> Image.Transpose | None:
+def _transpose_of(image: Image.Image) -> Image.Transpose | None:
     """Return the operation that makes an image upright; None where it is upright or its EXIF is broken."""
     try:
         return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
@@ -310,6 +320,11 @@ def _transpose_of(image: ImageFile.ImageFile) -> Image.Transpose | None:
 
 
 # ------------------------------------------------------------ conversion and resizing
+
+
+def _fit(loaded: Image.Image, turn: Image.Transpose | None, preprocessing: Preprocessing) -> Pixels:
+    """Return a loaded image as uint8 (crop_height, crop_width, 3), upright and blended onto white."""
+    return np.array(_resize(_to_opaque(loaded, turn, preprocessing), preprocessing).convert("RGB"))
 
 
 def _min_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:

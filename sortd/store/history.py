@@ -83,9 +83,8 @@ class History:
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         """Use an open connection."""
-        self._connection = connection
-        self._connection.row_factory = sqlite3.Row
-        self._path = path
+        self._connection, self._path = connection, path
+        connection.row_factory = sqlite3.Row
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -108,11 +107,9 @@ class History:
         """Return the selected finished moves, newest first."""
         # The plus: read the newest fifty of a million instead of sorting them all; the index of an outcome is sorted.
         is_by_outcome = selection == Selection(outcome=selection.outcome, undoable=True, limit=selection.limit)
-        conditions = ["progress = 'done'" if selection.outcome and is_by_outcome else "+progress = 'done'"]
-        values: list[Any] = []
-        for condition, value in conditions_of(selection):
-            conditions.append(condition)
-            values += value
+        chosen = list(conditions_of(selection))
+        done = "progress = 'done'" if selection.outcome and is_by_outcome else "+progress = 'done'"
+        conditions, values = [done, *(one for one, _ in chosen)], [value for _, some in chosen for value in some]
         limit = -1 if selection.limit is None else min(selection.limit, _MOST_ROWS)
         return self._records(f"{' AND '.join(conditions)} ORDER BY moves.id DESC LIMIT ?", (*values, limit))
 
@@ -206,15 +203,18 @@ class History:
 
     def accuracy(self) -> dict[str, FiledImages]:
         """Return for each class how many of its filed images a person has checked, and what was wrong with them."""
-        return {
-            label_from(row["label"]) or "": FiledImages(**{name: int(row[name]) for name in row.keys()[1:]})
-            for row in self._rows(checks.ACCURACY)
-        }
+        rows = self._rows(checks.ACCURACY)
+        counts = ({name: int(row[name]) for name in row.keys()[1:]} for row in rows)
+        return {label_from(row["label"]) or "": FiledImages(**one) for row, one in zip(rows, counts, strict=True)}
 
     def newest_checked(self, mode: str, most: int) -> list[CheckedImage]:
         """Return the newest filed images that a mode decided and a person has checked."""
         rows = self._rows(checks.NEWEST_CHECKED, (mode, most))
         return [CheckedImage(row["score"], *(bool(value) for value in tuple(row)[1:])) for row in rows]
+
+    def audited_right(self) -> frozenset[int]:
+        """Return the moves of filed images that an audit found right."""
+        return frozenset(row["move"] for row in self._rows("SELECT move FROM checks WHERE is_right"))
 
     def to_audit(self) -> list[int]:
         """Return the filed images of which nobody has said whether they are right."""

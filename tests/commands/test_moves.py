@@ -1,5 +1,7 @@
 """History tells what was moved; undo takes it back without harm; release lets go; all with and without a daemon."""
 
+import csv
+import io
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -361,3 +363,15 @@ def test_rebuild_without_a_running_sortd_is_an_error(site: Path) -> None:
     ran = run(site, "rebuild")
     assert ran.code == 75
     assert "no sortd runs" in ran.err
+
+
+def test_history_as_csv_is_read_by_the_csv_module(tmp_path: Path) -> None:
+    """Each move is a row under a header; commas, quotes and newlines in names break no row."""
+    write_config(tmp_path)
+    dataset = make_dataset(tmp_path / "Data")
+    file_images(dataset, tmp_path / "state", {'a,"b".png': "red", "two\nlines.png": "blue"})
+    done = sortd("history", "--format", "csv", "-c", str(tmp_path / "config.yaml"))
+    rows = list(csv.DictReader(io.StringIO(done.out)))
+    assert [row["label"] for row in rows] == ["blue", "red"]
+    assert [row["outcome"] for row in rows] == ["filed", "filed"]
+    assert [Path(row["to"]).name for row in rows] == ["two\\nlines.png", 'a,"b".png']

@@ -1,0 +1,223 @@
+"""A dataset and its journal for programs: what was moved, filing one image, undo."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from sortd.api.classifier import Classifier
+from sortd.api.images import LoadedEncoder
+from sortd.commands.assign import assign_to_class
+from sortd.commands.moves import JournalPlace, record_facts, undo_records_of
+from sortd.config import Config, read_config
+from sortd.core.sorter import order_for
+from sortd.daemon.dataset_lock import open_dataset as locked_dataset
+from sortd.daemon.references import References, ReferencesAbsentError, stored_prototypes
+from sortd.daemon.resources import reference_settings_of
+from sortd.encoder.backends import load_with_backend
+from sortd.errors import DataError, LayoutError, UnreadableError
+from sortd.events import EmbeddedImage, ImageRefused, Moved
+from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.service import read_status
+from sortd.store.history import History
+from sortd.store.records import Selection
+from sortd.watch.scan import stamp
+
+PATIENCE_SECONDS = 60.0
+"""For which ``file`` waits until a running daemon has filed an image."""
+POLLING_SECONDS = 0.05
+
+
+class DatasetHandle:
+    """One dataset; a context manager, which closes the model if ``file`` loaded one.
+
+    Nothing here moves a file but through the journal: a running daemon is asked, without one the dataset's lock is
+    taken for as long as a call needs it. Moves are dictionaries with the keys of ``sortd history --json``.
+    """
+
+    def __init__(self, layout: Layout, config: Config) -> None:
+        """Use a dataset with a configuration."""
+        self.layout, self.config = layout, config
+        self._classifier: Classifier | None = None
+
+    def __enter__(self) -> Self:
+        """Return the dataset."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.layout.name
+
+    def history(
+        self,
+        *,
+        outcome: str | None = None,
+        label: str | None = None,
+        run: str | None = None,
+        path: str | os.PathLike[str] | None = None,
+        limit: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return the moves of the journal that meet every given condition, newest first.
+
+        Args:
+            outcome: ``filed``, ``sent_to_review``, ``rejected``, ``assigned``, ``refiled`` or ``undone``.
+            label: the class.
+            run: one start of sortd, as the key ``run`` of a move names it.
+            path: an image, by a path that it has or had.
+            limit: at most so many.
+
+        Raises:
+            JournalError: the journal cannot be read.
+        """
+        relative = None if path is None else self._relative(path)
+        return self._moves(Selection(outcome=outcome, label=label, run=run, path=relative, limit=limit))
+
+    def file(self, image: str | os.PathLike[str], label: str | None = None) -> dict[str, Any]:
+        """File one image and return its move.
+
+        With a label, an image in Review/ or Dataset/ goes to that class, as by ``sortd assign``. Without one, an image
+        in Images/ is decided and goes to its class or to Review/: by the running daemon, which is waited for, or here.
+        A file that is still being written must not be passed.
+
+        Raises:
+            DataError: it lies elsewhere, was not moved, or the daemon has not filed it in time; the message says why.
+            UnreadableError: it cannot be decoded; it stays where it is.
+            SortdError: the dataset is not there, or another sortd works on it.
+        """
+        path = f"{self.layout.root}/{self._relative(image)}"
+        version = stamp(path)
+        if version is None:
+            raise DataError(f"{path} is not a file")
+        if label is not None:
+            facts = {"path": path, "size": version.size, "mtime_ns": version.mtime_ns}
+            done = assign_to_class(self.config, self.layout, label, [facts])["assigned"][0]
+            if done["destination"] is None:
+                raise DataError(f"{path} was not moved: {done['message']}")
+            return self._moves(Selection(id=done["id"], limit=1))[0]
+        if self.layout.area_of(path) is not Area.IMAGES:
+            raise DataError(f"{path} is not in {self.layout.area(Area.IMAGES)}; to file it elsewhere, pass a label")
+        status = read_status(self.config.state_dir)
+        return self._await(path) if status is not None and status["alive"] else self._file_here(path)
+
+    def undo(self, run: str | None = None, *, moves: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Undo the moves of a run, or one move as ``history`` or ``file`` returned it.
+
+        Returns:
+            For each move ``id``, ``was``, ``restored`` (None: it was not moved back) and ``message``.
+
+        Raises:
+            DataError: neither or both are given, or there is nothing to undo.
+            SortdError: the dataset is not there, or another sortd works on it.
+        """
+        if (run is None) == (moves is None):
+            raise DataError("undo takes a run, or one move")
+        identifier = None if moves is None else int(moves["id"])
+        records = self._moves(Selection(run=run, id=identifier, undoable=True))
+        if not records:
+            raise DataError("the journal has no such move that can be undone")
+        undone: list[dict[str, Any]] = undo_records_of(
+            self.config, self.layout, [int(str(one["id"])) for one in records]
+        )["undone"]
+        return undone
+
+    def classifier(self) -> Classifier:
+        """Return the classifier of ``Clases/`` under the configured model and settings, built with the first call.
+
+        Raises:
+            DataError: there is no class.
+            ModelError: the model cannot be loaded.
+        """
+        if self._classifier is None:
+            config = self.config
+            backend = {"onnx": "onnx", "torch": "torch"}.get(config.backend, "auto")
+            encoder = LoadedEncoder(
+                load_with_backend(config, backend), cache_dir=config.cache_dir, jpeg=config.decoding.jpeg
+            )
+            settings = reference_settings_of(config.dataset(self.name))
+            previous = stored_prototypes(config, self.layout)
+            generation = 1 if previous is None else previous.generation + 1
+            try:
+                rebuilt = References(self.layout.area(Area.CLASES)).rebuild(
+                    encoder.embedder(), settings, previous=previous, generation=generation
+                )
+            except ReferencesAbsentError as error:
+                encoder.close()
+                raise DataError(str(error)) from error
+            self._classifier = Classifier(rebuilt.prototypes, encoder=encoder)
+        return self._classifier
+
+    def close(self) -> None:
+        """End what ``file`` and ``classifier`` started."""
+        if self._classifier is not None and self._classifier.encoder is not None:
+            self._classifier.encoder.close()
+        self._classifier = None
+
+    def _file_here(self, path: str) -> dict[str, Any]:
+        classifier = self.classifier()
+        assert classifier.encoder is not None, "classifier() sets it"
+        version = stamp(path)
+        answer = None if version is None else next(iter(classifier.encoder.embedder().embed([(path, version)])))
+        if answer is None or isinstance(answer, ImageRefused):
+            raise UnreadableError(f"{path}: {'it is gone' if answer is None else answer.message}")
+        assert isinstance(answer, EmbeddedImage)
+        (decision,) = classifier.classify_rows(answer.embedding[None])
+        move = order_for(answer, decision, classifier.prototypes, settle_seconds=0.0)
+        companions = self.config.dataset(self.name).companions
+        with locked_dataset(self.layout, self.config.state_dir, companions=companions) as opened:
+            if (problem := opened.presence.problem()) is not None:
+                raise LayoutError(problem)
+            ended = [one for one in opened.mover.move_all([move]) if one.path == path]
+        if not ended or not isinstance(ended[0], Moved):
+            raise DataError(f"{path} was not moved: {getattr(ended[0], 'message', '') if ended else 'try again'}")
+        return self._moves(Selection(path=self._relative(path), limit=1))[0]
+
+    def _await(self, path: str) -> dict[str, Any]:
+        """Return the newest move of a path that a running daemon is about to make."""
+        relative, until = self._relative(path), time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < until:
+            if stamp(path) is None and (found := self._moves(Selection(path=relative, limit=1))):
+                return found[0]
+            time.sleep(POLLING_SECONDS)
+        raise DataError(f"{path} is still there after {PATIENCE_SECONDS:.0f} s; `sortd status` says why")
+
+    def _moves(self, selection: Selection) -> list[dict[str, Any]]:
+        place = JournalPlace(
+            self.name, self.layout.root, self.layout.state_folder(self.config.state_dir) / JOURNAL_FILE
+        )
+        if not place.is_there:
+            return []
+        with History.open(place.file) as history:
+            return [record_facts(place, record) for record in history.moves(selection)]
+
+    def _relative(self, path: str | os.PathLike[str]) -> str:
+        """Return a path relative to the dataset; raise DataError if it lies elsewhere."""
+        absolute = os.path.abspath(os.fspath(path))
+        for root in (os.fspath(self.layout.root), os.path.realpath(self.layout.root)):
+            if absolute.startswith(root + os.sep):
+                return absolute.removeprefix(root + os.sep)
+        raise DataError(f"{path} lies outside of the dataset {self.layout.root}")
+
+
+def open_dataset(folder: str | os.PathLike[str], *, config: str | os.PathLike[str] | None = None) -> DatasetHandle:
+    """Return a dataset by its folder.
+
+    Args:
+        folder: the dataset, a folder with ``Clases/`` in it.
+        config: the configuration of sortd; None: the one that ``sortd`` itself would read. Its ``root`` becomes the
+            parent of the folder.
+
+    Raises:
+        LayoutError: the folder is no dataset.
+        ConfigError: the configuration has mistakes.
+    """
+    layout = Layout(Path(os.path.abspath(folder)))
+    if not layout.is_dataset:
+        raise LayoutError(f"{layout.root} is no dataset: it has no {Area.CLASES}/; `sortd init` makes one")
+    read = read_config(None if config is None else Path(config), os.environ)
+    return DatasetHandle(layout, read.model_copy(update={"root": layout.root.parent}))
