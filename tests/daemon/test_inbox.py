@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from sortd.daemon.daemon import MANY_EVENTS, Inbox
+from sortd.daemon.inbox import MANY_EVENTS, Inbox
 from sortd.daemon.worker import WorkerReady
 from sortd.service import Signalled, signals_posted
 from sortd.watch.watcher import DropReason, EventsDropped, FileEvent
