@@ -41,13 +41,14 @@ COMMAND_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.1  # between two calls of ``Waiting.on_wait``
 _MOST_PAUSE_SECONDS: Final = 2.0  # between two attempts to connect
 _SILENT_SECONDS: Final = 3.0  # without a greeting; then the service counts as away
+_LOADING_SECONDS: Final = 60.0  # the same for a command, which waits while a service that was just started loads
 _SLOW_SECONDS: Final = 60.0  # without an answer; the requests of other clients come before it
 _SAME_COSINE: Final = 0.999  # of the rows of the probe images, as in ``backends``
 
 _T = TypeVar("_T")
 
 
-class Kind(IntEnum):
+class MessageKind(IntEnum):
     """What a message is."""
 
     GREETING = 1
@@ -134,7 +135,7 @@ def receive(connection: socket.socket, buffer: memoryview, patience: Patience) -
 
 
 def send_message(
-    connection: socket.socket, kind: Kind, content: bytes | memoryview, patience: Patience, *, count: int = 0
+    connection: socket.socket, kind: MessageKind, content: bytes | memoryview, patience: Patience, *, count: int = 0
 ) -> None:
     """Send a message. Raises ConnectionLostError."""
     content = memoryview(content)
@@ -151,7 +152,7 @@ def send_message(
             left = left[sent:]
 
 
-def parse_header(header: bytes | bytearray) -> tuple[Kind, int, int]:
+def parse_header(header: bytes | bytearray) -> tuple[MessageKind, int, int]:
     """Return kind, count and bytes of the content. Raises ProtocolError."""
     magic, version, kind, count, size = HEADER.unpack(header)
     if magic != MAGIC:
@@ -159,7 +160,7 @@ def parse_header(header: bytes | bytearray) -> tuple[Kind, int, int]:
     if version != VERSION:
         raise ProtocolError(f"it uses version {version} of the protocol, and this sortd version {VERSION}")
     try:
-        return Kind(kind), count, size
+        return MessageKind(kind), count, size
     except ValueError as error:
         raise ProtocolError(f"there is no message of kind {kind}") from error
 
@@ -222,7 +223,7 @@ class RemoteEncoder:
         check_pixels(pixels, self.preprocessing)
         most = self.greeting.most_images
         parts = [np.ascontiguousarray(pixels[start : start + most]) for start in range(0, len(pixels), most)]
-        return self._stacked([self._ask(Kind.IMAGES, bytes_of(part), len(part)) for part in parts])
+        return self._stacked([self._ask(MessageKind.IMAGES, bytes_of(part), len(part)) for part in parts])
 
     def encode_texts(self, texts: Sequence[str]) -> FloatArray:
         """See ``Encoder``."""
@@ -230,12 +231,12 @@ class RemoteEncoder:
             raise ModelError(f"model {self.encoder_id} takes images only; serve a CLIP by `sortd encode`")
         cut = [text[:MOST_CHARACTERS] for text in texts]
         parts = [cut[start : start + MOST_TEXTS] for start in range(0, len(cut), MOST_TEXTS)]
-        return self._stacked([self._ask(Kind.TEXTS, json.dumps(part).encode(), len(part)) for part in parts])
+        return self._stacked([self._ask(MessageKind.TEXTS, json.dumps(part).encode(), len(part)) for part in parts])
 
     def _stacked(self, parts: Sequence[FloatArray]) -> FloatArray:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, self.dimensions), np.float32), *parts])
 
-    def _ask(self, kind: Kind, content: bytes | memoryview, count: int) -> FloatArray:
+    def _ask(self, kind: MessageKind, content: bytes | memoryview, count: int) -> FloatArray:
         """Send a request until it is answered, and return its rows."""
 
         def exchange() -> FloatArray:
@@ -321,9 +322,9 @@ class RemoteEncoder:
         return self._first
 
     def _receive_greeting(self, connection: socket.socket) -> Greeting:
-        patience = self._patience(_SILENT_SECONDS)
+        patience = self._patience(_SILENT_SECONDS if self._waiting.most_seconds is None else _LOADING_SECONDS)
         kind, _, size = self._receive_header(connection, patience)
-        if kind is not Kind.GREETING or size > GREETING_BYTES:
+        if kind is not MessageKind.GREETING or size > GREETING_BYTES:
             raise ProtocolError("it does not begin with a greeting")
         content = bytearray(size)
         receive(connection, memoryview(content), patience)
@@ -334,18 +335,18 @@ class RemoteEncoder:
 
     def _receive_rows(self, connection: socket.socket, count: int, patience: Patience) -> FloatArray:
         kind, found, size = self._receive_header(connection, patience)
-        if kind is Kind.REFUSED and size <= REASON_BYTES:
+        if kind is MessageKind.REFUSED and size <= REASON_BYTES:
             reason = bytearray(size)
             receive(connection, memoryview(reason), patience)
             raise ModelError(f"the encoder service at {self._path}: {reason.decode('utf-8', 'replace')}")
         rows = np.empty((count, self.dimensions), np.float32)
-        if kind is not Kind.ROWS or found != count or size != rows.nbytes:
+        if kind is not MessageKind.ROWS or found != count or size != rows.nbytes:
             raise ProtocolError(f"it answered {count} images or texts with {kind.name}, {found}, {size} bytes")
         receive(connection, bytes_of(rows), patience)
         return rows
 
     @staticmethod
-    def _receive_header(connection: socket.socket, patience: Patience) -> tuple[Kind, int, int]:
+    def _receive_header(connection: socket.socket, patience: Patience) -> tuple[MessageKind, int, int]:
         header = bytearray(HEADER.size)
         receive(connection, memoryview(header), patience)
         return parse_header(header)

@@ -33,7 +33,7 @@ from sortd.encoder.remote import (
     TEXTS_BYTES,
     ConnectionLostError,
     Greeting,
-    Kind,
+    MessageKind,
     Patience,
     ProtocolError,
     bytes_of,
@@ -239,7 +239,7 @@ class EncoderServer:
     def _converse(self, client: _Client) -> None:
         """Greet a client, and answer its requests until it leaves."""
         connection = client.connection
-        send_message(connection, Kind.GREETING, self._greeting.to_json(), self._patience())
+        send_message(connection, MessageKind.GREETING, self._greeting.to_json(), self._patience())
         while True:
             try:
                 request = self._read_request(client)
@@ -253,10 +253,12 @@ class EncoderServer:
             if isinstance(answer, str):
                 self._refuse(connection, answer)
             else:
-                send_message(connection, Kind.ROWS, bytes_of(answer), self._patience(), count=len(answer))
+                send_message(connection, MessageKind.ROWS, bytes_of(answer), self._patience(), count=len(answer))
 
     def _refuse(self, connection: socket.socket, reason: str) -> None:
-        send_message(connection, Kind.REFUSED, reason.encode("utf-8", "replace")[:REASON_BYTES], self._patience())
+        send_message(
+            connection, MessageKind.REFUSED, reason.encode("utf-8", "replace")[:REASON_BYTES], self._patience()
+        )
 
     def _refused(self, cause: str, error: str) -> None:
         self.metrics.refused.labels(cause).inc()
@@ -285,14 +287,14 @@ class EncoderServer:
         receive(client.connection, header[1:], patience)
         kind, count, size = parse_header(bytes(header))
         match kind:
-            case Kind.IMAGES if 1 <= count <= self._greeting.most_images:
+            case MessageKind.IMAGES if 1 <= count <= self._greeting.most_images:
                 seen = self._greeting.preprocessing
                 pixels = np.empty((count, seen.crop_height, seen.crop_width, 3), np.uint8)
                 if size != pixels.nbytes:
                     raise ProtocolError(f"{count} images take {pixels.nbytes} bytes, not {size}")
                 receive(client.connection, bytes_of(pixels), patience)
                 return _Request(pixels)
-            case Kind.TEXTS if 1 <= count <= MOST_TEXTS and size <= TEXTS_BYTES:
+            case MessageKind.TEXTS if 1 <= count <= MOST_TEXTS and size <= TEXTS_BYTES:
                 content = bytearray(size)
                 receive(client.connection, memoryview(content), patience)
                 return _Request(_texts_of(bytes(content), count))
