@@ -32,7 +32,7 @@ MOST_TEXTS: Final = 64
 """In one request."""
 MOST_CHARACTERS: Final = 10_000
 """Of a text: the client cuts longer ones. No model that sortd reads takes as many; the longest takes 512 tokens."""
-TEXTS_BYTES: Final = MOST_TEXTS * (6 * MOST_CHARACTERS + 4)  # in JSON, a character takes up to six bytes
+TEXTS_BYTES: Final = MOST_TEXTS * (12 * MOST_CHARACTERS + 4)  # in JSON, a character takes up to twelve bytes
 REASON_BYTES: Final = 8192
 GREETING_BYTES: Final = 1 << 20
 

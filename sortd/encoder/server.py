@@ -314,6 +314,7 @@ class EncoderServer:
 
     def _encode_waiting(self) -> None:
         """Encode until the server stops; whoever still waits then gets no answer."""
+        batch: list[_Request] | None = None
         try:
             while (batch := self._next_batch()) is not None:
                 self._busy_since = monotonic()
@@ -323,7 +324,7 @@ class EncoderServer:
             self._failure = error
         with self._changed:
             self._is_stopping = True
-            left = list(self._waiting)
+            left = [*(batch or ()), *self._waiting]
             self._waiting.clear()
         for request in left:
             request.is_done.set()
