@@ -17,6 +17,7 @@ from sortd.config import Config
 from sortd.encoder.backends import KNOWN_ROWS, connect, load_fastest
 from sortd.encoder.remote import HEADER, MAGIC, VERSION, MessageKind, RemoteEncoder, Waiting
 from sortd.errors import ConfigError, ModelError
+from tests.daemon_process import PATIENCE_SECONDS
 from tests.encoder_service import GatedEncoder, encoder_server, images
 from tests.fake_encoder import FakeEncoder
 
@@ -147,9 +148,16 @@ def test_remote_encoder_wait_can_be_ended(path: Path) -> None:
         encoder = RemoteEncoder(path, Waiting(on_wait, None))
         gated.gate.clear()
         gated.is_waiting.clear()
-        threading.Thread(target=lambda: (gated.is_waiting.wait(), is_ending.set())).start()
+
+        def end() -> None:
+            assert gated.is_waiting.wait(PATIENCE_SECONDS)
+            is_ending.set()
+
+        ending = threading.Thread(target=end)
+        ending.start()
         with pytest.raises(StopError):
             encoder.encode_images(images(1))
+        ending.join()
         is_ending.clear()
         gated.gate.set()
         assert np.array_equal(encoder.encode_images(images(3)), FakeEncoder().encode_images(images(3)))
