@@ -384,12 +384,13 @@ def encode(
     group: Annotated[
         str | None, typer.Option(help="Group whose members can connect. Default: only this user can.")
     ] = None,
+    metrics: Annotated[Path | None, typer.Option(help="Write metrics for Prometheus to this file, NAME.prom.")] = None,
 ) -> None:
     """Serve the model to other sortd processes of this machine, which have `backend: socket:PATH`."""
     os.environ.setdefault(*OPENBLAS_SPIN)
     from sortd.commands.encode import serve_encoder
 
-    serve_encoder(load_config(config), socket=socket, group=group)
+    serve_encoder(load_config(config), socket=socket, group=group, textfile=metrics)
 
 
 @app.command(cls=Command)

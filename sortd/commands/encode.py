@@ -31,6 +31,7 @@ def serve_encoder(
     *,
     socket: Path | None = None,
     group: str | None = None,
+    textfile: Path | None = None,
     environ: MutableMapping[str, str] = os.environ,
     load_encoder: Callable[[Config], Encoder] | None = None,
 ) -> None:
@@ -41,6 +42,7 @@ def serve_encoder(
             configuration of a client, the backend is ``auto`` and PATH is the default of ``socket``.
         socket: path of the Unix socket.
         group: whose members can connect; by default only this user can.
+        textfile: where Prometheus' collector of text files finds the metrics.
         environ: the variables of systemd.
         load_encoder: replaces the loader of the configured model.
 
@@ -70,7 +72,7 @@ def serve_encoder(
         places = [socket_place(one) for one in sockets]
         log.info(logs.ENCODER_READY, listens_on=places, model=greeting.description, encoder_id=encoder.encoder_id)
         notifier.ready(f"listens on {', '.join(places)}, {greeting.description}")
-        server.run(sockets, on_turn=_turn(server, config, notifier, metrics))
+        server.run(sockets, on_turn=_turn(server, textfile, notifier, metrics))
     log.info(logs.ENCODER_STOPPED)
 
 
@@ -114,20 +116,20 @@ def _listening(path: Path | None, group: str | None, environ: MutableMapping[str
         yield [listener]
 
 
-def _turn(server: EncoderServer, config: Config, notifier: Notifier, metrics: EncoderMetrics) -> Callable[[], None]:
+def _turn(
+    server: EncoderServer, textfile: Path | None, notifier: Notifier, metrics: EncoderMetrics
+) -> Callable[[], None]:
     """Return what resets the watchdog and writes the metrics, when they are due."""
-    timer, file = PeriodicTimer(), config.metrics.textfile
-    if file is not None:  # beside that of a daemon with this configuration
-        file = file.with_name(f"{file.stem}-encoder{file.suffix}")
+    timer = PeriodicTimer()
 
     def turn() -> None:
         now = monotonic()
         pings = notifier.watchdog_seconds and timer.is_due("ping", now, notifier.watchdog_seconds / 3)
         if pings and server.makes_progress:
             notifier.watchdog()
-        if file is not None and timer.is_due("metrics", now, METRICS_SECONDS):
+        if textfile is not None and timer.is_due("metrics", now, METRICS_SECONDS):
             try:
-                metrics.write_textfile(os.fspath(file))
+                metrics.write_textfile(os.fspath(textfile))
             except OSError as error:
                 structlog.get_logger().warning(logs.DAEMON_HAMPERED, path=error.filename, error=error.strerror)
 
