@@ -25,12 +25,20 @@ def main() -> None:
     parser.add_argument("-c", "--config", type=Path)
     parser.add_argument("--encoder-id", default=FakeEncoder().encoder_id)
     parser.add_argument("--socket", type=Path)
+    parser.add_argument("--group")
+    parser.add_argument("--metrics", type=Path)
     arguments = parser.parse_args()
     configured = partial(load_config, arguments.config)
     with exits.exit_on_error():
         if arguments.command == "encode":
             encoder = FakeEncoder(encoder_id=arguments.encoder_id)
-            serve_encoder(configured(), socket=arguments.socket, load_encoder=lambda _: encoder)
+            serve_encoder(
+                configured(),
+                socket=arguments.socket,
+                group=arguments.group,
+                textfile=arguments.metrics,
+                load_encoder=lambda _: encoder,
+            )
         elif arguments.dry_run:
             show_dry_run(configured, as_json=False, load_encoder=load_encoder)
         else:
