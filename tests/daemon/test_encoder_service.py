@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -79,6 +79,18 @@ def outcomes(daemon: DaemonProcess) -> Outcomes:
     }
 
 
+def drop_all(datasets: Iterable[Path], numbers: range) -> None:
+    """Put the same pictures into each inbox."""
+    for dataset in datasets:
+        drop(dataset, numbers)
+
+
+def wait_for_all(daemons: Iterable[DaemonProcess], count: int) -> None:
+    """Wait until each daemon has decided so many images."""
+    for daemon in daemons:
+        wait_for_images(daemon, count)
+
+
 def wait_for_images(daemon: DaemonProcess, count: int) -> None:
     """Wait until so many images were decided."""
     daemon.wait_until(lambda: sum(len(daemon.events(event)) for event in DECIDED) >= count, f"{count} images")
@@ -100,40 +112,41 @@ def check_equal(found: Outcomes, expected: Outcomes) -> None:
         assert fact[5:] == pytest.approx(expected[name][5:], abs=ROUNDING), name
 
 
+def check_filed(daemon: DaemonProcess, dataset: Path, names: Iterable[str], kills: int) -> None:
+    """Check that each image is in one place, and that the log names each time without the encoder."""
+    assert len(daemon.events("encoder.away")) >= kills
+    assert len(daemon.events("encoder.back")) == len(daemon.events("encoder.away"))
+    assert not [line for line in daemon.lines if line["event"] in {"image.rejected", "image.left"}]
+    assert not [*(dataset / "Images").iterdir()]
+    assert not [*(dataset / "Rejected").glob("*")]
+    assert Counter(names) == Counter(file.name for file in dataset.rglob("*.png") if file.parents[1].name != "Clases")
+
+
 def check_kills(tmp_path: Path, *, count: int, kills: int, program: str) -> None:
     """Let two daemons file images with one encoder, which is killed under load, and compare with a daemon alone."""
     path = tmp_path / "encoder.sock"
     clients = [client(tmp_path, name) for name in "AB"]
-    part = count // (kills + 1)
+    datasets, part = [dataset for dataset, _ in clients], count // (kills + 1)
     with ExitStack() as stack:
         daemons = [stack.enter_context(DaemonProcess(config, program=REAL)) for _, config in clients]
-        for number in range(kills + 1):
+        for number in range(kills):
             with encoder_process(path, program=program) as encoder:
-                for dataset, _ in clients:
-                    drop(dataset, range(number * part, count if number == kills else (number + 1) * part))
-                if number == kills:
-                    for daemon in daemons:
-                        wait_for_images(daemon, count)
-                    for daemon in daemons:
-                        daemon.stop()
-                    continue
-                for daemon in daemons:
-                    wait_for_images(daemon, number * part + part // 8)
+                drop_all(datasets, range(number * part, (number + 1) * part))
+                wait_for_all(daemons, number * (part + 1) + part // 8)
+                before = [len(daemon.events("encoder.away")) for daemon in daemons]
                 encoder.send(signal.SIGKILL)
-            for dataset, _ in clients:  # which need the encoder while it is away
-                drop(dataset, range(count + number, count + number + 1))
-            for daemon in daemons:
-                daemon.wait_for("encoder.away", count=number + 1)
+            drop_all(datasets, range(count + number, count + number + 1))  # which needs the encoder while it is away
+            for daemon, times in zip(daemons, before, strict=True):
+                daemon.wait_for("encoder.away", count=times + 1)
                 assert daemon.process.poll() is None
+        with encoder_process(path, program=program):
+            drop_all(datasets, range(kills * part, count))
+            wait_for_all(daemons, count + kills)
+            for daemon in daemons:
+                daemon.stop()
         found = [outcomes(daemon) for daemon in daemons]
-        for daemon, (dataset, _) in zip(daemons, clients, strict=True):
-            assert len(daemon.events("encoder.away")) >= kills
-            assert len(daemon.events("encoder.back")) == len(daemon.events("encoder.away"))
-            assert not [line for line in daemon.lines if line["event"] in {"image.rejected", "image.left"}]
-            assert not [*(dataset / "Images").iterdir()]
-            assert not [*(dataset / "Rejected").glob("*")]
-            filed = Counter(file.name for file in dataset.rglob("*.png") if file.parents[1].name != "Clases")
-            assert filed == Counter(found[0].keys())
+        for daemon, dataset in zip(daemons, datasets, strict=True):
+            check_filed(daemon, dataset, found[0].keys(), kills)
     alone = in_process(tmp_path, count + kills, program)
     for by_service in found:
         check_equal(by_service, alone)
