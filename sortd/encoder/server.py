@@ -187,7 +187,8 @@ class EncoderServer:
         for client in clients:
             if client.thread is not None:
                 client.thread.join()
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1  # a signal may call ``stop`` once more
+        os.close(wake)
 
     # ------------------------------------------------------------ clients
 
