@@ -412,6 +412,22 @@ def review(
 
 
 @app.command(cls=Command)
+def encode(
+    config: ConfigOption = None,
+    socket: Annotated[Path | None, typer.Option(help="Path of the Unix socket. Default: that of `backend:`.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Group whose members can connect. Default: only this user can.")
+    ] = None,
+    metrics: Annotated[Path | None, typer.Option(help="Write metrics for Prometheus to this file, NAME.prom.")] = None,
+) -> None:
+    """Serve the model to other sortd processes of this machine, which have `backend: socket:PATH`."""
+    os.environ.setdefault(*OPENBLAS_SPIN)
+    from sortd.commands.encode import serve_encoder
+
+    serve_encoder(load_config(config), socket=socket, group=group, textfile=metrics)
+
+
+@app.command(cls=Command)
 def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameters
     dataset: Annotated[str, typer.Argument(help="Name of the dataset.")],
     config: ConfigOption = None,

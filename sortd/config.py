@@ -33,6 +33,9 @@ DEFAULT_TEMPLATES = (
 PREFIX = "SORTD_"
 ANY = "*"  # in a key's path: any name of a dataset
 OFF = {"off", "no", "false"}
+BACKENDS = ("auto", "torch", "onnx")
+SOCKET = "socket:"  # before the path of the socket of `sortd encode`, in the place of a backend
+SOCKET_PATH_BYTES = 107  # see unix(7)
 
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0.1, le=86_400, allow_inf_nan=False)]
@@ -74,6 +77,17 @@ def _textfile(path: Path) -> Path:
     if path.suffix != ".prom":
         raise ValueError(f"{path.name!r} does not end in .prom: the textfile collector reads no other file")
     return path
+
+
+def _backend(value: str) -> str:
+    if value.startswith(SOCKET):
+        path = value.removeprefix(SOCKET)
+        if not path or len(os.fsencode(path)) > SOCKET_PATH_BYTES:
+            raise ValueError(f"{value!r} names no path of at most {SOCKET_PATH_BYTES} bytes, as a socket has")
+    elif value not in BACKENDS:
+        allowed = (*BACKENDS, f"{SOCKET}PATH")
+        raise ValueError(f"{value!r} is none of {', '.join(allowed)}{_meant(value, allowed)}")
+    return value
 
 
 class _Frozen(BaseModel):
@@ -142,7 +156,7 @@ class Config(DatasetConfig):
     datasets: Mapping[str, DatasetConfig] = {}
     model: Annotated[str, Field(min_length=1)] = "auto"
     text_model: Annotated[str, Field(min_length=1)] | None = None
-    backend: Literal["auto", "torch", "onnx"] = "auto"
+    backend: Annotated[str, AfterValidator(_backend)] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     rescan_seconds: Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)] = 300.0
@@ -151,6 +165,11 @@ class Config(DatasetConfig):
     decoding: Decoding = Decoding()
     log: Log = Log()
     metrics: MetricsConfig = MetricsConfig()
+
+    @property
+    def encoder_socket(self) -> Path | None:
+        """The socket of the encoder service; None if the model is loaded in this process."""
+        return Path(self.backend.removeprefix(SOCKET)) if self.backend.startswith(SOCKET) else None
 
     def dataset(self, name: str) -> DatasetConfig:
         """Return the configuration of a dataset: its own keys, and the general values of all others."""
@@ -314,6 +333,9 @@ def _make_absolute(values: dict[str, Any], base: Path, environment: Mapping[str,
             folder = _absolute(named, base, environment)
             if named.startswith(("/", "./", "../", "~")) or os.path.isdir(folder):
                 values[key] = folder
+    backend = values.get("backend")
+    if isinstance(backend, str) and (path := backend.removeprefix(SOCKET)) not in {backend, ""}:
+        values["backend"] = SOCKET + _absolute(path, base, environment)
 
 
 def _absolute(path: str, base: Path, environment: Mapping[str, str]) -> str:

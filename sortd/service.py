@@ -1,17 +1,23 @@
-"""A run as a service: signals as messages, notifications to systemd (sd_notify(3)), the status file, its process."""
+"""A run as a service: signals as messages, notifications to systemd, the status file, its process, its sockets.
 
+See sd_notify(3) and sd_listen_fds(3).
+"""
+
+import grp
+import ipaddress
 import json
 import os
 import re
 import signal
 import socket
+import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 from sortd.config import Config
 from sortd.errors import AlreadyRunningError, StartupError
@@ -207,3 +213,138 @@ def require_to_be_alone(config: Config) -> None:
         and status.get("root") == str(config.root)
     ):
         raise AlreadyRunningError(f"another sortd works on {config.root} (pid {status['pid']}); stop it first")
+
+
+# ---------------------------------------------------------------- sockets
+
+FIRST_PASSED: Final = 3  # SD_LISTEN_FDS_START
+WAITING_CONNECTIONS: Final = 64
+LOCAL_FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+
+
+def passed_sockets(
+    environ: MutableMapping[str, str], *, families: Collection[int] = LOCAL_FAMILIES, first: int = FIRST_PASSED
+) -> list[socket.socket]:
+    """Return the sockets that systemd passed to this process, and remove its variables, as sd_listen_fds(3) does.
+
+    Raises:
+        StartupError: one of them is no listening stream socket of these families, is not of loopback, or has no
+            permissions.
+    """
+    process, number = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
+    environ.pop("LISTEN_FDNAMES", None)
+    if process != str(os.getpid()) or not number.isdigit():
+        return []
+    sockets: list[socket.socket] = []
+    try:
+        for descriptor in range(first, first + int(number)):
+            os.set_inheritable(descriptor, False)
+            sockets.append(socket.socket(fileno=descriptor))
+            _check_passed(sockets[-1], families)
+    except (OSError, StartupError) as error:
+        for one in sockets:
+            one.close()
+        if isinstance(error, StartupError):
+            raise
+        raise StartupError(f"descriptor {descriptor} of systemd is no socket: {error.strerror}") from error
+    return sockets
+
+
+def _check_passed(one: socket.socket, families: Collection[int]) -> None:
+    """Raise StartupError unless a socket listens for streams, on loopback or at a path, which has permissions."""
+    name = one.getsockname()
+    if one.family in {socket.AF_INET, socket.AF_INET6}:
+        is_local = ipaddress.ip_address(name[0]).is_loopback
+    else:
+        is_local = one.family == socket.AF_UNIX and isinstance(name, str) and name.startswith("/")
+    is_stream = one.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+    is_listening = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if not (one.family in families and is_local and is_stream and is_listening):
+        places = "the path of a Unix socket"
+        if socket.AF_INET in families:
+            places = f"127.0.0.1, [::1], or {places}"
+        raise StartupError(
+            f"the socket unit passes {socket_place(one)!r}; this service listens only on {places}: correct "
+            "ListenStream="
+        )
+
+
+@contextmanager
+def unix_socket(path: Path, *, group: str | None = None) -> Iterator[socket.socket]:
+    """Yield a socket to which only this user can connect, or also the members of a group; remove it at the end.
+
+    Raises:
+        StartupError: there can be no such socket, or another program listens on it.
+    """
+    _check_folder(path.parent)
+    _remove_unused(path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        before = os.umask(0o177)
+        try:
+            listener.bind(os.fspath(path))
+        except OSError as error:  # Python's own, for a long path, has no number
+            why = error.strerror or str(error)
+            raise StartupError(f"{path} cannot be a socket: {why}; name another path with --socket") from error
+        finally:
+            os.umask(before)
+        own = os.lstat(path).st_ino
+        if group is not None:
+            _give_to_group(path, group)
+        listener.listen(WAITING_CONNECTIONS)
+        try:
+            yield listener
+        finally:
+            with suppress(OSError):
+                if os.lstat(path).st_ino == own:
+                    path.unlink()
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise StartupError unless a folder is this user's and nobody else can put a socket there."""
+    try:
+        found = os.stat(folder)
+    except OSError as error:
+        raise StartupError(f"{folder} cannot be used: {error.strerror}; name another path with --socket") from error
+    if found.st_uid != os.geteuid() or found.st_mode & _OTHERS_WRITE:
+        raise StartupError(
+            f"{folder} belongs to another user, or others can write to it; name a path in a folder of your own with "
+            "--socket, for example in $XDG_RUNTIME_DIR"
+        )
+
+
+def _remove_unused(path: Path) -> None:
+    """Remove a socket of this user that nobody listens on. Raises StartupError for anything else of that name."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
+        raise StartupError(f"{path} exists and is no socket of this user; name another path with --socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError:
+            pass
+    raise AlreadyRunningError(f"another program listens on {path}; stop it, or name another path with --socket")
+
+
+def _give_to_group(path: Path, group: str) -> None:
+    """Let the members of a group connect to a socket, before it listens."""
+    try:
+        os.chown(path, -1, grp.getgrnam(group).gr_gid, follow_symlinks=False)
+        path.chmod(0o660)
+    except (KeyError, OSError) as error:
+        path.unlink()
+        why = "there is no such group" if isinstance(error, KeyError) else error.strerror
+        raise StartupError(f"{path} cannot be given to the group {group}: {why}; name a group of this user") from error
+
+
+def socket_place(one: socket.socket) -> str:
+    """Return the address of a socket."""
+    name = one.getsockname()
+    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else os.fsdecode(name)

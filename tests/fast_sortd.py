@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sortd import exits
 from sortd.commands.console import load_config
+from sortd.commands.encode import serve_encoder
 from sortd.commands.run import run_daemon, show_dry_run
 from sortd.config import Config
 from tests.fake_encoder import FakeEncoder
@@ -17,15 +18,28 @@ def load_encoder(_: Config) -> FakeEncoder:
 
 
 def main() -> None:
-    """Do what ``sortd run`` and ``sortd once`` do."""
+    """Do what ``sortd run``, ``sortd once`` and ``sortd encode`` do."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=["run", "once"])
+    parser.add_argument("command", choices=["run", "once", "encode"])
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-c", "--config", type=Path)
+    parser.add_argument("--encoder-id", default=FakeEncoder().encoder_id)
+    parser.add_argument("--socket", type=Path)
+    parser.add_argument("--group")
+    parser.add_argument("--metrics", type=Path)
     arguments = parser.parse_args()
     configured = partial(load_config, arguments.config)
     with exits.exit_on_error():
-        if arguments.dry_run:
+        if arguments.command == "encode":
+            encoder = FakeEncoder(encoder_id=arguments.encoder_id)
+            serve_encoder(
+                configured(),
+                socket=arguments.socket,
+                group=arguments.group,
+                textfile=arguments.metrics,
+                load_encoder=lambda _: encoder,
+            )
+        elif arguments.dry_run:
             show_dry_run(configured, as_json=False, load_encoder=load_encoder)
         else:
             run_daemon(configured, once=arguments.command == "once", load_encoder=load_encoder)

@@ -120,6 +120,17 @@ class TestValues:
         assert read(tmp_path, "model: openai/clip-vit-base-patch32", environment).model.startswith("openai/")
         assert read(tmp_path, "model: auto", environment).model == "auto"
 
+    @pytest.mark.parametrize("written", ["socket:run/encoder.sock", "socket:./run/encoder.sock"])
+    def test_encoder_socket_is_relative_to_the_file(
+        self, tmp_path: Path, environment: dict[str, str], written: str
+    ) -> None:
+        """As other paths are; the other backends have none, and a path is no longer than that of a socket."""
+        config = read(tmp_path, f"backend: {written}", environment)
+        assert config.encoder_socket == tmp_path / "run" / "encoder.sock"
+        assert config.backend == f"socket:{tmp_path}/run/encoder.sock"
+        assert read(tmp_path, "backend: onnx", environment).encoder_socket is None
+        assert "no path of at most 107 bytes" in complaints(tmp_path, f"backend: socket:{'x' * 107}", environment)[0]
+
     def test_state_and_cache_default_to_the_folders_of_systemd(
         self, tmp_path: Path, environment: dict[str, str]
     ) -> None:
@@ -242,6 +253,9 @@ mode: max
             ("settle_seconds: .nan", "1:1: settle_seconds: '.nan' is not a number"),
             ("settle_seconds: nan", "1:1: settle_seconds: 'nan' should be a finite number"),
             ("settle_seconds: 0", "1:1: settle_seconds: '0' should be greater than or equal to 0.1"),
+            ("backend: onxn", "1:1: backend: 'onxn' is none of auto, torch, onnx, socket:PATH; did you mean onnx?"),
+            ("backend: 'socket:'", "1:1: backend: 'socket:' names no path of at most 107 bytes, as a socket has"),
+            ("backend: [torch]", "1:1: backend: must be one value, not a list or a group of keys"),
             ("batch_size: 1.5", "1:1: batch_size: '1.5' is not a whole number"),
             ("prompts: []", "1:1: prompts: the list is empty; it needs at least one sentence"),
             ("prompts: a {}", "1:1: prompts: 'a {}' is not a list; write one `- ...` line for each"),

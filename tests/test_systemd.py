@@ -69,14 +69,15 @@ def test_systemd_has_nothing_to_say_about_the_users_unit(tmp_path: Path) -> None
 
 @needs_systemd
 @pytest.mark.parametrize("manager", ["--system", "--user"])
-def test_systemd_has_nothing_to_say_about_the_units_of_the_review_page(tmp_path: Path, manager: str) -> None:
-    """The same for the service of the page and its socket, each of which names the other."""
+@pytest.mark.parametrize("name", ["sortd-review", "sortd-encode"])
+def test_systemd_has_nothing_to_say_about_the_units_with_sockets(tmp_path: Path, manager: str, name: str) -> None:
+    """The same for a service and its socket, each of which names the other."""
     folder, program = (
         (UNITS, "/opt/sortd/.venv/bin/sortd") if manager == "--system" else (UNITS / "user", "%h/.local/bin/sortd")
     )
-    shutil.copy(folder / "sortd-review.socket", tmp_path)
-    assert verify(folder / "sortd-review.service", program, manager, runtime=tmp_path) == ""
-    assert verify(folder / "sortd-review.socket", program, manager, runtime=tmp_path) == ""
+    shutil.copy(folder / f"{name}.socket", tmp_path)
+    assert verify(folder / f"{name}.service", program, manager, runtime=tmp_path) == ""
+    assert verify(folder / f"{name}.socket", program, manager, runtime=tmp_path) == ""
 
 
 @needs_systemd
@@ -90,7 +91,8 @@ def test_an_unknown_key_would_be_told(tmp_path: Path) -> None:
 
 def test_what_is_known_to_break_sortd_is_not_in_the_units() -> None:
     """Each was seen in a run: torch dies or halves its threads, renames become copies, systemd 252 complains."""
-    for unit in (UNITS / "sortd.service", UNITS / "user" / "sortd.service"):
+    folders, names = (UNITS, UNITS / "user"), ("sortd.service", "sortd-encode.service")
+    for unit in (folder / name for folder in folders for name in names):
         lines = [line for line in unit.read_text().splitlines() if line and not line.startswith("#")]
         assert not [line for line in lines if line.startswith("MemoryDenyWriteExecute=")]
         assert not [line for line in lines if line.startswith("SystemCallFilter=~") and "@resources" in line]
@@ -352,6 +354,54 @@ def test_the_review_page_stops_and_starts_again_by_a_connection(review: Lab) -> 
     assert review.run("cat", "/var/lib/sortd/review.url").stdout != before
     review.run("systemctl", "stop", "sortd-review.socket", "sortd-review.service")
     assert review.run("test", "-e", REVIEW_SOCKET, check=False).returncode == 1
+
+
+ENCODED = (("blue", "encoded"), ("green", "again"))
+ENCODER_SOCKET = "/run/sortd-encode/encoder.sock"
+
+
+def test_the_encoder_service_is_started_by_its_client(service: Lab) -> None:
+    """A daemon with its socket as backend waits for it, uses it, and outlives its death; only the user may connect."""
+    commands = documented("sh", "One model for several services").replace("sudo ", "")
+    service.run("sh", "-ec", f"cd /opt/sortd/src\n{commands}")
+    keys = documented("yaml", "One model for several services")
+    keys = keys.replace("model: auto", "model: /opt/sortd/model")
+    service.run("sh", "-ec", f"cat > /etc/sortd/encoder.yaml <<'.'\n{keys}.\n")
+    assert service.run("stat", "--format=%a %U", ENCODER_SOCKET).stdout.split() == ["600", "sortd"]
+    connect = f"import socket; socket.socket(socket.AF_UNIX).connect('{ENCODER_SOCKET}')"
+    python = ("/opt/sortd/.venv/bin/python", "-c", connect)
+    assert "PermissionError" in service.run("runuser", "-u", "nobody", "--", *python, check=False).stderr
+    service.run("sh", "-ec", f"echo 'backend: socket:{ENCODER_SOCKET}' >> /etc/sortd/config.yaml")
+    try:
+        service.run("systemctl", "restart", "sortd")
+        assert service.property("ActiveState", "sortd-encode") == "active"
+        drop(service, "encoded.png", "blue")
+        filed(service, "encoded.png", "blue")
+        before = service.property("MainPID", "sortd-encode")
+        service.run("kill", "-9", before)
+        drop(service, "again.png", "green")
+        filed(service, "again.png", "green")
+        after = service.property("MainPID", "sortd-encode")
+        assert after not in {"0", before}
+        status = dict(re.findall(r"^(\w+):\s*(.*)$", service.run("cat", f"/proc/{after}/status").stdout, re.MULTILINE))
+        assert (status["CapEff"], status["NoNewPrivs"], status["Seccomp"]) == ("0" * 16, "1", "2")
+        inside = ("nsenter", "--target", after, "--mount", "sh", "-c")
+        assert service.run(*inside, "ls -A /srv/sortd", check=False).stdout == ""
+        service.wait(
+            lambda: (
+                "sortd_encoder_encoded_total"
+                in service.run("cat", "/run/sortd-encode/sortd-encode.prom", check=False).stdout
+            ),
+            "sortd-encode.prom",
+        )
+    finally:
+        service.run("sed", "-i", "/^backend:/d", "/etc/sortd/config.yaml")
+        service.run("systemctl", "stop", "sortd-encode.socket", "sortd-encode.service")
+        service.run("systemctl", "restart", "sortd")
+    assert service.property("Result", "sortd-encode") == "success"
+    images = [service.srv / "Colours" / "Dataset" / colour / f"{name}.png" for colour, name in ENCODED]
+    for image in images:
+        image.unlink()
 
 
 def reload(service: Lab) -> None:

@@ -37,6 +37,7 @@ from sortd.watch.scan import scan, stamp
 
 INT8 = "onnx-int8"
 BACKENDS = (INT8, "onnx", "torch")
+SERVED = "socket"  # by another process
 WORTH_A_CHANGE = 1.1
 """Ratio of images per second above which another backend is recommended."""
 
@@ -97,9 +98,9 @@ def measure(
             resources.unload()
         tell("moving copies")
         moved = _move_milliseconds(scratch, sorted(files, key=lambda file: file[1].size)[:MOVED_AT_MOST])
-    own = "torch" if "-onnx-" not in encoder.encoder_id else INT8 if f"-{INT8}-" in encoder.encoder_id else "onnx"
+    own = _own_backend(config, encoder)
     backends = [_backend(own, encoder, forward[best], bound, serves=True)]
-    for name in BACKENDS:
+    for name in BACKENDS if own != SERVED else ():  # the model here may be another one
         with suppress(ModelError):  # a missing backend is not recommended
             if name != own:
                 tell(f"encoding by {name}")
@@ -285,6 +286,12 @@ def _scratch(config: Config) -> Iterator[Path]:
 
 
 # ---------------------------------------------------------------- backends
+
+
+def _own_backend(config: Config, encoder: Encoder) -> str:
+    if config.encoder_socket is not None:
+        return SERVED
+    return "torch" if "-onnx-" not in encoder.encoder_id else INT8 if f"-{INT8}-" in encoder.encoder_id else "onnx"
 
 
 def _backend(name: str, encoder: Encoder, encode: float, bound: float, *, serves: bool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -32,6 +33,7 @@ from sortd.commands.groups import label_findings
 from sortd.commands.models import EXPORT_MISSING, backend_facts, verdict_sentence
 from sortd.config import Config, read_config
 from sortd.encoder import models
+from sortd.encoder.backends import connect
 from sortd.encoder.models import STRONGER
 from sortd.errors import ConfigError, JournalError, LayoutError, ModelError, StartupError
 from sortd.files import identity_of
@@ -242,6 +244,9 @@ def process_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Find
 
 def model_findings(config: Config, _layouts: Sequence[Layout]) -> Iterator[Finding]:
     """Yield which model would be used and what would run it, or how to get the configured one."""
+    if config.encoder_socket is not None:
+        yield from _service_findings(config, config.encoder_socket)
+        return
     subject = f"model: {config.model}"
     try:
         model = models.locate_clip(config.model, cache_dir=config.cache_dir)
@@ -257,6 +262,16 @@ def model_findings(config: Config, _layouts: Sequence[Layout]) -> Iterator[Findi
     except (ConfigError, ModelError) as refusal:
         yield error(subject, str(refusal))
     yield from _backend_findings(config)
+
+
+def _service_findings(config: Config, path: Path) -> Iterator[Finding]:
+    """Yield what the encoder service serves, or why it cannot be used."""
+    subject = f"backend: {config.backend}"
+    try:
+        with closing(connect(config, path)) as encoder:
+            yield note(subject, f"is an encoder service with {encoder.greeting.description}: {encoder.encoder_id}")
+    except (ConfigError, ModelError) as refusal:
+        yield error(subject, str(refusal))
 
 
 def _backend_findings(config: Config) -> Iterator[Finding]:

@@ -157,6 +157,8 @@ def _next_model(config: Config, report: EvaluationReport) -> str | None:
     accuracy = report.whole_accuracy
     if accuracy is None or accuracy >= HIGH_ACCURACY:
         return None
+    if config.encoder_socket is not None:
+        return None
     with suppress(ModelError):
         return STRONGER if locate_clip(config.model, cache_dir=config.cache_dir).folder == PACKAGED else None
     return None

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sortd.config import Config
 from sortd.daemon.references import STRANGERS_FOLDER, ClassFolder, References, ReferencesAbsentError
 from sortd.daemon.resources import Resources
 from sortd.encoder import models
-from sortd.encoder.backends import choose_backend
+from sortd.encoder.backends import choose_backend, connect
 from sortd.encoder.export import CALIBRATION_IMAGES, Progress, make_exports
 from sortd.encoder.fetch import fetch
 from sortd.encoder.models import STRONGER, ModelFolder, Use, locate_configured
@@ -160,8 +160,9 @@ def model_list(config: Config) -> dict[str, Any]:
     found = {model.folder: model for model in models.available(cache_dir=config.cache_dir)}
     problem, chosen = None, None
     try:
-        chosen = models.locate_clip(config.model, cache_dir=config.cache_dir)
-        found.setdefault(chosen.folder, chosen)
+        if config.encoder_socket is None:
+            chosen = models.locate_clip(config.model, cache_dir=config.cache_dir)
+            found.setdefault(chosen.folder, chosen)
     except ModelError as refusal:
         problem = str(refusal)
     status = read_status(config.state_dir)
@@ -169,6 +170,8 @@ def model_list(config: Config) -> dict[str, Any]:
     if status is not None and status["alive"]:
         running = {"model": status.get("model"), "encoder_id": status.get("encoder_id")}
     why, advice = _why(config.model, chosen)
+    if config.encoder_socket is not None:
+        why, advice = f"`backend: {config.backend}` selects the model of the encoder service", []
     return {
         "model": config.model,
         "models": [
@@ -242,6 +245,8 @@ def backend_facts(config: Config) -> dict[str, Any]:
         "export": None,
         "agreement": None,
     }
+    if config.encoder_socket is not None:
+        return facts | _service_facts(config, config.encoder_socket)
     try:
         model = locate_configured(config)
     except (ConfigError, ModelError):  # ``model_list`` and ``check`` report it
@@ -255,6 +260,15 @@ def backend_facts(config: Config) -> dict[str, Any]:
     except ModelError as refusal:
         facts["problem"] = str(refusal)
     return facts
+
+
+def _service_facts(config: Config, path: Path) -> dict[str, Any]:
+    """Return what the encoder service serves, or why it cannot be used, as ``backend_facts``."""
+    try:
+        with closing(connect(config, path)) as encoder:
+            return {"name": "socket", "why": f"{path} serves {encoder.greeting.description}: {encoder.encoder_id}"}
+    except (ConfigError, ModelError) as refusal:
+        return {"problem": str(refusal)}
 
 
 def _export_facts(found: Exports) -> dict[str, Any]:

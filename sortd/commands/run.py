@@ -51,7 +51,8 @@ def _reloaded(configured: Callable[[], Config]) -> Config:
     """Read the configuration again; raises ConfigError, also for a mode that the model does not support."""
     config = configured()
     with suppress(ModelError):  # the model in use stays until a restart
-        check_modes(config, locate_clip(config.model, cache_dir=config.cache_dir))
+        if config.encoder_socket is None:
+            check_modes(config, locate_clip(config.model, cache_dir=config.cache_dir))
     return config
 
 

@@ -46,7 +46,8 @@ Row = dict[str, str]
 """A file or folder that stays in Images/: its ``path``, ``reason`` and ``message``."""
 
 STATUS_KEYS = (
-    "pid", "version", "model", "encoder_id", "ready", "loading", "config_problem", "watching", "written_at", "ended_by",
+    "pid", "version", "model", "encoder_id", "ready", "loading", "config_problem", "encoder_problem", "watching",
+    "written_at", "ended_by",
 )  # fmt: skip
 NOT_KNOWN = {"deciding": "prototypes", "model_id": None, "refusal": None}
 """The classifier of a missing dataset, of which only the journal is known."""
@@ -407,6 +408,8 @@ def _print_run(facts: Mapping[str, Any]) -> None:
             _print_row("", hint)
     elif facts["running"] and facts.get("loading"):
         _print_row("model", printable(facts["loading"]))
+    if facts["running"] and facts.get("encoder_problem"):
+        _print_row("encoder", printable(facts["encoder_problem"]), style="bold yellow")
     if other := facts.get("other_root"):
         _print_row("root", f"the running sortd uses {printable(other)}, this configuration {facts['root']}")
     for watched in facts.get("watching") or ():

@@ -11,13 +11,11 @@ answers, file events, moves and scans, each for a limited time.
 """
 
 import os
-import queue
 import signal
 import tempfile
-import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from time import monotonic
 from typing import TypeVar
@@ -31,12 +29,14 @@ from sortd.daemon.control import Requests, answer, apply_undo_results
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import ReportMove
 from sortd.daemon.datasets import Datasets
-from sortd.daemon.reporting import Metrics
+from sortd.daemon.inbox import Inbox, Reported
+from sortd.daemon.reporting import Metrics, log_availability
 from sortd.daemon.resources import LoadEncoder, Resources
-from sortd.daemon.worker import Answer, Posted, Worker, WorkerDied, WorkerLoading, WorkerReady
+from sortd.daemon.worker import Answer, EncoderAvailability, Worker, WorkerDied, WorkerLoading, WorkerReady
+from sortd.encoder.remote import COMMAND_SECONDS
 from sortd.layout import Area
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
-from sortd.service import Notifier, Signalled, Status, require_to_be_alone, signals_posted, started_ticks
+from sortd.service import Notifier, Status, require_to_be_alone, signals_posted, started_ticks
 from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, FileEvent, Watcher
 
 STOP_SECONDS = 4.0  # for the last forward of the worker when the daemon stops
@@ -51,99 +51,7 @@ START_SECONDS = 120.0
 """The start timeout requested while the worker makes progress: reading thousands of references can take longer than
 ``TimeoutStartSec=`` of the unit."""
 
-MOST_EVENTS = 50_000  # some 20 MB; the kernel queues 16,384 events by default
-GATHER_SECONDS = 0.02  # between turns for file events alone: else each event of a storm would cost a turn
-MANY_EVENTS = 1000  # enough for a turn
-
-Reported = Posted | Copied | CopyFailed | CopyQueueDied  # by the worker and the copier
-Message = Reported | FileEvent | EventsDropped
-
 _T = TypeVar("_T")
-
-
-class Inbox:
-    """The messages to the loop that have not been taken yet.
-
-    Each kind has its own queue, so that none waits behind many of another kind. A file that changes a thousand times
-    is inspected once; beyond ``most_events`` paths one ``EventsDropped`` replaces them. ``put`` may be called from any
-    thread, ``put_signal`` from a signal handler.
-    """
-
-    def __init__(self, *, most_events: int = MOST_EVENTS) -> None:
-        """Start empty."""
-        self._most_events = most_events
-        self._signals: deque[Signalled] = deque()
-        self._reported: deque[Reported] = deque()
-        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()  # its ``put`` is reentrant
-        self._events: OrderedDict[tuple[str, bool], FileEvent] = OrderedDict()
-        self._drops: dict[tuple[str, DropReason], EventsDropped] = {}
-        self._events_taken_at = float("-inf")
-        self._lock = threading.Lock()  # of events and drops; never used by a signal handler
-
-    def put(self, message: Message) -> None:
-        """Add a message and wake the loop."""
-        if not isinstance(message, FileEvent | EventsDropped):
-            self._reported.append(message)
-            self._wakes.put(None)
-            return
-        with self._lock:
-            was_empty = not (self._events or self._drops)
-            if isinstance(message, EventsDropped):
-                self._drops[message.root, message.reason] = message
-            else:
-                self._keep(message)
-        if was_empty:
-            self._wakes.put(None)
-
-    def put_signal(self, signalled: Signalled) -> None:
-        """Add a signal and wake the loop; reentrant."""
-        self._signals.append(signalled)
-        self._wakes.put(None)
-
-    def _keep(self, event: FileEvent) -> None:
-        known = self._events.get((event.path, event.directory))
-        if known is not None and known.closed:
-            return
-        if known is None and len(self._events) >= self._most_events:
-            self._events.clear()
-            why = f"more than {self._most_events} files changed before they could be inspected; a scan finds them"
-            self._drops["", DropReason.OVERFLOWED] = EventsDropped("", why, DropReason.OVERFLOWED)
-            return
-        self._events[event.path, event.directory] = event
-
-    def wait(self, seconds: float) -> None:
-        """Sleep until there is a message, at most this long; file events are collected for ``GATHER_SECONDS``."""
-        if not (self._signals or self._reported or self._events or self._drops):
-            self._sleep(seconds)
-        until = self._events_taken_at + GATHER_SECONDS
-        while 0 < len(self._events) < MANY_EVENTS and not (self._signals or self._reported):
-            if (left := until - monotonic()) <= 0:
-                break
-            self._sleep(left)
-
-    def _sleep(self, seconds: float) -> None:
-        with suppress(queue.Empty):
-            self._wakes.get(timeout=seconds)
-            while True:
-                self._wakes.get_nowait()
-
-    def signals(self) -> Iterator[Signalled]:
-        """Yield and remove every signal."""
-        while self._signals:
-            yield self._signals.popleft()
-
-    def reported(self) -> Iterator[Reported]:
-        """Yield and remove the answers of the worker and the copier, in order; stopping early keeps the rest."""
-        while self._reported:
-            yield self._reported.popleft()
-
-    def file_events(self) -> Iterator[FileEvent | EventsDropped]:
-        """Yield and remove drops and events, oldest first; stopping early keeps the rest."""
-        self._events_taken_at = monotonic()
-        while self._drops or self._events:
-            with self._lock:
-                event = self._drops.pop(next(iter(self._drops))) if self._drops else self._events.popitem(last=False)[1]
-            yield event
 
 
 class Daemon:
@@ -175,7 +83,9 @@ class Daemon:
         self._reload, self._notifier, self._metrics = reload, notifier, metrics
         self._is_dry_run = dry_run is not None
         self._once = once or self._is_dry_run
-        self._worker = Worker(resources, self.inbox.put)
+        patience_seconds = COMMAND_SECONDS if self._once else None
+        self._worker = Worker(resources, self.inbox.put, patience_seconds=patience_seconds)
+        self._encoder_problem: str | None = None  # why the encoder of another process is away
         self._copier = CopyQueue(self.inbox.put)
         self.datasets = Datasets(config, ask=self._worker.ask, copier=self._copier, metrics=metrics, dry_run=dry_run)
         self._watcher: Watcher | None = None
@@ -327,6 +237,10 @@ class Daemon:
             case WorkerLoading(what=what):
                 self._loading = what
                 self._notifier.status(what)
+            case EncoderAvailability(problem=problem):
+                self._encoder_problem = problem
+                log_availability(problem, self._metrics)
+                self._notifier.status(self._condition())
             case WorkerReady():
                 self.model, self._loading = reported, None
                 self._log.info(logs.MODEL_LOADED, model=reported.description, encoder_id=reported.encoder_id)
@@ -374,8 +288,8 @@ class Daemon:
             return f"the worker has made no progress for {STUCK_SECONDS:.0f} s"
         if now - self._turned_at > STUCK_SECONDS:
             return f"the loop has made no progress for {STUCK_SECONDS:.0f} s"
-        if self._is_ready:
-            return None
+        if self._is_ready or self._encoder_problem:
+            return self._encoder_problem
         return self._loading or "sortd is starting: the model or the references are not loaded yet"
 
     def _write_status(self, *, running: bool) -> None:
@@ -406,7 +320,13 @@ class Daemon:
         self._log.info(
             logs.DAEMON_READY, drop_images_into=inboxes, model=model.description, encoder_id=model.encoder_id
         )
-        self._notifier.ready(f"{len(self.datasets.by_name)} datasets, {model.description}")
+        self._notifier.ready(self._condition())
+
+    def _condition(self) -> str:
+        """Return the status line for systemd."""
+        if self._encoder_problem or not self._is_ready or self.model is None:
+            return self._encoder_problem or self._loading or "starting"
+        return f"{len(self.datasets.by_name)} datasets, {self.model.description}"
 
     def _all_answered(self) -> bool:
         """Return whether each dataset has been scanned once and has prototypes, or a known reason why not."""
@@ -428,6 +348,7 @@ class Daemon:
             "model": None if self.model is None else self.model.description,
             "encoder_id": None if self.model is None else self.model.encoder_id,
             "config_problem": self.config_problem,
+            "encoder_problem": self._encoder_problem,
             "longest_turn_seconds": round(self._longest_turn_seconds, 3),
             "ended_by": self._ended_by,
             "watching": [

@@ -142,7 +142,8 @@ class Pipeline:
         for (queue, _), answer in zip(taken, answers, strict=True):
             by_queue.setdefault(id(queue), (queue, []))[1].append(answer)
         for queue, own in by_queue.values():
-            queue.deliver(own)
+            if queue in self._queues:  # not closed while the encoder was waited for
+                queue.deliver(own)
 
 
 UNIT_TOLERANCE = 1e-2  # of the length of an embedding; ten times the error of half precision

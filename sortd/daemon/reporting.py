@@ -76,6 +76,9 @@ class Metrics:
         )
         self._overflows = prometheus_client.Counter("sortd_watch_overflows", lost, registry=own)
         self._held = prometheus_client.Gauge("sortd_dataset_held", held, by, registry=own)
+        self._encoder_away = prometheus_client.Gauge(
+            "sortd_encoder_away", "1 while the encoder of another process is away, else 0.", registry=own
+        )
         self._corrections = prometheus_client.Counter(
             "sortd_corrections", "Filed images that the user moved to another class.", by, registry=own
         )
@@ -103,6 +106,10 @@ class Metrics:
     def watch_overflow(self) -> None:
         """Count one loss of events."""
         self._overflows.inc()
+
+    def encoder_away(self, *, is_away: bool) -> None:
+        """Set whether the encoder of another process is away."""
+        self._encoder_away.set(int(is_away))
 
     def correction(self, dataset: str) -> None:
         """Count an image that the user moved to another class."""
@@ -145,6 +152,16 @@ class Metrics:
 def _text(name: str) -> str:
     """Return a folder's name as a label: escaped, since names need not be UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def log_availability(problem: str | None, metrics: Metrics) -> None:
+    """Log that the encoder of another process went away, or (None) is back, and set its metric."""
+    metrics.encoder_away(is_away=problem is not None)
+    log = structlog.get_logger()
+    if problem is None:
+        log.info(logs.ENCODER_BACK)
+    else:
+        log.warning(logs.ENCODER_AWAY, error=problem, advice="start it; images wait until it is back")
 
 
 # ---------------------------------------------------------------- one dataset

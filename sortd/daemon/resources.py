@@ -6,7 +6,6 @@ Promotions of fine-tuned models are read at every rebuild. If a model cannot be 
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from sortd.encoder.backends import load_fastest
 from sortd.encoder.clip import Encoder
 from sortd.encoder.finetuned import FinetunedFacts, are_logits, load_finetuned, read_facts, read_promotion
 from sortd.encoder.models import STRONGER, first_line, locate_clip
+from sortd.encoder.remote import AS_COMMAND, RemoteEncoder, Waiting
 from sortd.errors import ModelError
 from sortd.events import Mode, Preprocessing
 from sortd.images.decode import DecodeLimits, Jpeg
@@ -149,23 +149,30 @@ class Resources:
         self.config = config
         self._embeddings, self._is_scratch = scratch or config.cache_dir, scratch is not None
         self._runs_on: list[str] = []
-        self._load_encoder = load_encoder or partial(load_fastest, report=self._runs_on.append)
+        self._load_encoder = load_encoder
+        self._encoder: Encoder | None = None
         self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
         self._cache: Cache | None = None
         self.finetuned: dict[str, Embedder] = {}  # the loaded fine-tuned models by identity, shared by datasets
 
-    def load(self) -> tuple[Embedder, PrototypeStore, str]:
+    def load(self, waiting: Waiting = AS_COMMAND) -> tuple[Embedder, PrototypeStore, str]:
         """Load the configured model, start its decoders and open the cache.
+
+        ``waiting`` is for an encoder in another process.
 
         Raises:
             ModelError: The model cannot be loaded.
         """
         config = self.config
-        encoder = self._load_encoder(config)
+        if self._load_encoder is None:
+            encoder = load_fastest(config, report=self._runs_on.append, waiting=waiting)
+        else:
+            encoder = self._load_encoder(config)
+        self._encoder = encoder
         decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
         self._cache = Cache(self._embeddings / CACHE_FILE, max_bytes=config.cache_megabytes * 1_000_000)
         embedder = Embedder(encoder, decoders, self._cache, batch_size=config.batch_size)
-        return embedder, self._store(self._cache), ", ".join([self._describe(config), *self._runs_on])
+        return embedder, self._store(self._cache), describe_encoder(config, encoder, self._runs_on)
 
     def _store(self, cache: Cache) -> PrototypeStore:
         """Return the store of prototypes; with a scratch folder it is read-only."""
@@ -222,18 +229,23 @@ class Resources:
             )
         return self._decoders[preprocessing, jpeg]
 
-    @staticmethod
-    def _describe(config: Config) -> str:
-        """Return the name of the model; if ``auto`` took the small one, also how to get the stronger one."""
-        if config.model != "auto":
-            return config.model
-        found = locate_clip("auto", cache_dir=config.cache_dir).name
-        hint = f"; `sortd models fetch {STRONGER}` installs the stronger one" if found == "packaged" else ""
-        return f"{found} (auto{hint})"
-
     def unload(self) -> None:
         """Stop the decoders and close the cache."""
         for decoders in self._decoders.values():
             decoders.close()
         if self._cache is not None:
             self._cache.close()
+        if isinstance(self._encoder, RemoteEncoder):
+            self._encoder.close()
+
+
+def describe_encoder(config: Config, encoder: Encoder, runs_on: Sequence[str]) -> str:
+    """Return the model and its backend in words; if ``auto`` took the small one, also how to get the stronger one."""
+    if isinstance(encoder, RemoteEncoder):
+        return f"{encoder.greeting.description}, served at {config.encoder_socket}"
+    name = config.model
+    if name == "auto":
+        found = locate_clip("auto", cache_dir=config.cache_dir).name
+        hint = f"; `sortd models fetch {STRONGER}` installs the stronger one" if found == "packaged" else ""
+        name = f"{found} (auto{hint})"
+    return ", ".join([name, *runs_on])

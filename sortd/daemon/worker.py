@@ -21,6 +21,7 @@ from sortd.classify.prototypes import PrototypeSet
 from sortd.daemon.embedder import Embedder, EncoderQueue
 from sortd.daemon.references import Rebuilt, References, ReferencesAbsentError, ReferenceSettings, class_labels
 from sortd.daemon.resources import ActiveClassifier, PrototypeStore, Resources
+from sortd.encoder.remote import Waiting
 from sortd.errors import ModelError, SortdError
 from sortd.events import DatasetId, Embedded, EmbeddedImage, Event, ImageRefused, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.images.pool import RESOURCE_ERRORS
@@ -193,7 +194,14 @@ class Answer:
     refusal: str | None = None  # with ``PrototypesBuilt``: why the wanted fine-tuned model is not used, in a sentence
 
 
-Posted = WorkerLoading | WorkerReady | WorkerDied | Answer
+@dataclass(frozen=True, slots=True)
+class EncoderAvailability:
+    """The encoder of another process went away, for this reason, or is back (None)."""
+
+    problem: str | None
+
+
+Posted = WorkerLoading | WorkerReady | WorkerDied | EncoderAvailability | Answer
 
 
 ODD_REFERENCES = (
@@ -209,9 +217,17 @@ class _StopAskedError(Exception):
 class Worker:
     """One thread and its queue of jobs."""
 
-    def __init__(self, resources: Resources, post: Callable[[Posted], None]) -> None:
-        """Prepare; ``resources`` are loaded and unloaded in the thread."""
+    def __init__(
+        self, resources: Resources, post: Callable[[Posted], None], *, patience_seconds: float | None = None
+    ) -> None:
+        """Prepare; ``resources`` are loaded and unloaded in the thread.
+
+        ``patience_seconds`` is how long an encoder of another process may be away (None: for ever).
+        """
         self._resources, self._post = resources, post
+        self._waiting = Waiting(self._wait, patience_seconds)
+        self._problem: str | None = None  # why the encoder is away
+        self._queues: EncoderQueues | None = None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._later: deque[RebuildJob | Forget] = deque()
         self._thread = threading.Thread(target=self._run, name="worker")
@@ -262,9 +278,9 @@ class Worker:
     def _serve(self) -> None:
         self.busy_since = monotonic()
         self._post(WorkerLoading(f"loading {self._resources.config.model}"))
-        embedder, store, description = self._resources.load()
+        embedder, store, description = self._resources.load(self._waiting)
         assert self._wake_descriptor is not None
-        queues = EncoderQueues(
+        self._queues = queues = EncoderQueues(
             embedder,
             self._resources,
             self._deliver,
@@ -281,6 +297,17 @@ class Worker:
                 self._carry_out(queues, store, self._later.popleft())
             elif queues.has_work:
                 queues.advance()
+
+    def _wait(self, problem: str | None) -> None:
+        """Go on with what needs no encoder while one in another process is waited for; raise to stop."""
+        if (problem is None) != (self._problem is None):
+            self._post(EncoderAvailability(problem))
+        self._problem = problem
+        if self._queues is not None:
+            self._take_jobs(self._queues)
+        self.busy_since = monotonic()
+        if self._stopping:
+            raise _StopAskedError
 
     def _take_jobs(self, queues: EncoderQueues) -> None:
         """Accept new jobs without waiting, between two steps of any work; raise ``_StopAskedError`` to stop."""

@@ -1,4 +1,4 @@
-"""The backends of a model, torch or ONNX Runtime in float32 or int8: their selection and loading.
+"""The backends of a model, torch, ONNX Runtime in float32 or int8, or another process: their selection and loading.
 
 ``auto`` uses ONNX Runtime only if this model was exported before: an export takes a minute, some hundred megabytes, and
 gives other embeddings than torch, so the user must request it by ``sortd models export``.
@@ -18,9 +18,9 @@ import structlog
 
 from sortd import logs
 from sortd.arrays import FloatArray
-from sortd.config import Config
+from sortd.config import SOCKET, Config
 from sortd.encoder.clip import Encoder, TorchEncoder, probe
-from sortd.encoder.models import LocatedModel, locate_configured, locate_pair
+from sortd.encoder.models import LocatedModel, locate_configured, locate_pair, refuse_text_mode
 from sortd.encoder.onnx_encoder import (
     EXTRA,
     GPUS,
@@ -34,7 +34,8 @@ from sortd.encoder.onnx_encoder import (
     is_installed,
     read_verdict,
 )
-from sortd.errors import ModelError
+from sortd.encoder.remote import AS_COMMAND, Greeting, RemoteEncoder, Waiting
+from sortd.errors import ConfigError, ModelError
 from sortd.files import read_regular, write_json
 
 KNOWN_ROWS = "known-rows.json"
@@ -82,7 +83,7 @@ def choose_backend(
             return BackendChoice("torch", "torch can use the device and this ONNX Runtime cannot")
         case "auto":
             return BackendChoice("onnx", "this model has been exported before")
-    raise ModelError(f"unknown backend {backend!r}; set `backend: auto`, `torch` or `onnx`")
+    raise ModelError(f"unknown backend {backend!r}; set `backend: auto`, `torch`, `onnx` or `{SOCKET}PATH`")
 
 
 def _only_torch_can_use(device: str, torch: str | None, is_there: Callable[[Path], bool]) -> bool:
@@ -188,16 +189,20 @@ def load_with_backend(config: Config, backend: str) -> Encoder:
     )
 
 
-def load_fastest(config: Config, *, report: Callable[[str], None]) -> Encoder:
+def load_fastest(config: Config, *, report: Callable[[str], None], waiting: Waiting = AS_COMMAND) -> Encoder:
     """Load the configured model with the fastest backend that is allowed and ready; nothing is exported or measured.
 
     int8 is used if the verdict stored with its export allows it. On an error the next backend is used, with a warning:
     float32 for int8, the CPU for the GPU, torch for a missing or damaged export, and with ``backend: auto`` torch for
-    ONNX Runtime. ``report`` is called with the backend and the reason why it is not a faster one.
+    ONNX Runtime. ``report`` is called with the backend and the reason why it is not a faster one. With ``backend:
+    socket:PATH`` nothing is loaded here: the encoder is that of another process, for which this one waits.
 
     Raises:
         ModelError: the model cannot be loaded.
+        ConfigError: it does not fit the configuration.
     """
+    if config.encoder_socket is not None:
+        return connect(config, config.encoder_socket, waiting)
     model = locate_configured(config)
     chosen = choose_backend(config.backend, model, device=config.device)
     if chosen.name == "torch":
@@ -215,6 +220,33 @@ def load_fastest(config: Config, *, report: Callable[[str], None]) -> Encoder:
     _warn_of_fallback("onnx", "torch", problem)
     report(f"torch; {problem}")
     return load_with_backend(config, "torch")
+
+
+def connect(config: Config, path: Path, waiting: Waiting = AS_COMMAND) -> RemoteEncoder:
+    """Return the encoder of another process, with the checks of one that is loaded here.
+
+    Raises:
+        ModelError: the service is away for too long, or its rows differ from those in the cache.
+        ConfigError: the configuration needs another model, or other decoding.
+    """
+    encoder = RemoteEncoder(path, waiting)
+    try:
+        _check_greeting(config, path, encoder.greeting)
+    except (ConfigError, ModelError):
+        encoder.close()
+        raise
+    return encoder
+
+
+def _check_greeting(config: Config, path: Path, greeting: Greeting) -> None:
+    if greeting.decoding != config.decoding.jpeg:
+        raise ConfigError(
+            f"`decoding: jpeg` is {config.decoding.jpeg} here and {greeting.decoding} for the encoder service at "
+            f"{path}, and embeddings depend on it: set both alike"
+        )
+    if not greeting.has_text:
+        refuse_text_mode(config, f"the encoder service at {path} ({greeting.description})")
+    check_known_rows(greeting.encoder_id, greeting.known_rows, config.cache_dir)
 
 
 def _load_exported(config: Config, exported: Exports, report: Callable[[str], None]) -> Encoder:

@@ -127,14 +127,18 @@ def locate_configured(config: Config) -> LocatedModel:
 
 def check_modes(config: Config, model: ModelFolder) -> None:
     """Raise ConfigError if a dataset is to be decided by class names, and the model does not read texts."""
-    if model.use is Use.CLIP:
-        return
+    if model.use is not Use.CLIP:
+        refuse_text_mode(config, f"model {model.name!r} is a {model.kind} that")
+
+
+def refuse_text_mode(config: Config, model: str) -> None:
+    """Raise ConfigError if a dataset is to be decided by class names; ``model`` begins what the message says of it."""
     wanted = {"mode": config.mode, **{f"datasets: {name}: mode": config.dataset(name).mode for name in config.datasets}}
     for key, mode in wanted.items():
         if mode == "text":
             raise ConfigError(
-                f"`{key}: text` decides by class names, and model {model.name!r} is a {model.kind} that takes images "
-                f"only; set it to `best`, which uses the references, or set `model:` to a CLIP such as {STRONGER}"
+                f"`{key}: text` decides by class names, and {model} takes images only; set it to "
+                f"`best`, which uses the references, or set `model:` to a CLIP such as {STRONGER}"
             )
 
 

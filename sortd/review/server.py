@@ -4,16 +4,14 @@ It listens on 127.0.0.1, on a Unix socket, or on the sockets that systemd passes
 """
 
 import asyncio
-import ipaddress
 import os
 import re
 import signal
-import stat
 import sys
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from socket import AF_INET, AF_INET6, AF_UNIX, SO_ACCEPTCONN, SO_REUSEADDR, SO_TYPE, SOCK_STREAM, SOL_SOCKET
+from socket import AF_INET, AF_UNIX, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET
 from socket import socket as Socket  # noqa: N812 -- a class; `socket` is the name of the option
 from typing import Final
 
@@ -30,22 +28,28 @@ from sortd.config import Config
 from sortd.errors import AlreadyRunningError, StartupError, advice_for_write
 from sortd.files import read_regular, write_atomic
 from sortd.review.security import HEADER_BYTES, HEADERS, Access, error_page, secured
-from sortd.service import STOP, Notifier, Signalled, signals_posted
+from sortd.service import (
+    STOP,
+    WAITING_CONNECTIONS,
+    Notifier,
+    Signalled,
+    passed_sockets,
+    signals_posted,
+    socket_place,
+    unix_socket,
+)
 
 PORT: Final = 8337
 LOOPBACK: Final = "127.0.0.1"
 URL_FILE: Final = "review.url"
 """The file in the state folder with the address of the page, its token included."""
 
-FIRST_PASSED: Final = 3  # SD_LISTEN_FDS_START
-WAITING_CONNECTIONS: Final = 64
 NICENESS: Final = 10
 """The daemon's filing comes before pages and pictures; `benchmarks.review filing` measures how much they cost it."""
 STOP_SECONDS: Final = 2
 """How long a stop waits for responses; streams of events end at once."""
 
 _HOST = re.compile(r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", re.IGNORECASE)
-_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 def serve(
@@ -81,7 +85,7 @@ def serve(
         with _url_file(config.state_dir, url) as file:
 
             def on_ready() -> None:
-                places = [_place(one) for one in sockets]
+                places = [socket_place(one) for one in sockets]
                 log.info(logs.REVIEW_READY, listens_on=places, url_file=os.fspath(file))
                 if not logs.is_journal(sys.stdout, environ.get("JOURNAL_STREAM", "")):
                     _print_url(url, sockets)
@@ -100,7 +104,7 @@ def serve(
 
 def _print_url(url: str, sockets: Sequence[Socket]) -> None:
     """Print the address to open, and how to reach a Unix socket from another machine."""
-    paths = [printable(_place(one)) for one in sockets if one.family == AF_UNIX]
+    paths = [printable(socket_place(one)) for one in sockets if one.family == AF_UNIX]
     if paths:
         typer.echo(f"On the machine with the browser: ssh -L {PORT}:{paths[0]} HOST")
     typer.echo(f"Open {url}")
@@ -268,7 +272,7 @@ def listening(port: int | None, path: Path | None, environ: MutableMapping[str, 
     if passed and (port is not None or path is not None):
         raise typer.BadParameter("omit --port and --socket: a socket unit of systemd has passed a socket")
     if path is not None:
-        with _unix_socket(path.absolute()) as listener:
+        with unix_socket(path.absolute()) as listener:
             yield [listener]
         return
     sockets = passed or [_loopback_socket(PORT if port is None else port)]
@@ -277,46 +281,6 @@ def listening(port: int | None, path: Path | None, environ: MutableMapping[str, 
     finally:
         for one in sockets:
             one.close()
-
-
-def passed_sockets(environ: MutableMapping[str, str], *, first: int = FIRST_PASSED) -> list[Socket]:
-    """Return the sockets that systemd passed to this process, and remove its variables, as sd_listen_fds(3) does.
-
-    Raises:
-        StartupError: one of them is no listening stream socket, is not of loopback, or has no permissions.
-    """
-    process, number = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
-    environ.pop("LISTEN_FDNAMES", None)
-    if process != str(os.getpid()) or not number.isdigit():
-        return []
-    sockets: list[Socket] = []
-    try:
-        for descriptor in range(first, first + int(number)):
-            os.set_inheritable(descriptor, False)
-            sockets.append(Socket(fileno=descriptor))
-            _check_passed(sockets[-1])
-    except (OSError, StartupError) as error:
-        for one in sockets:
-            one.close()
-        if isinstance(error, StartupError):
-            raise
-        raise StartupError(f"descriptor {descriptor} of systemd is no socket: {error.strerror}") from error
-    return sockets
-
-
-def _check_passed(one: Socket) -> None:
-    """Raise StartupError unless a socket listens for streams, on loopback or at a path, which has permissions."""
-    name = one.getsockname()
-    if one.family in {AF_INET, AF_INET6}:
-        is_local = ipaddress.ip_address(name[0]).is_loopback
-    else:
-        is_local = one.family == AF_UNIX and isinstance(name, str) and name.startswith("/")
-    is_stream = one.getsockopt(SOL_SOCKET, SO_TYPE) == SOCK_STREAM
-    if not (is_local and is_stream and one.getsockopt(SOL_SOCKET, SO_ACCEPTCONN)):
-        raise StartupError(
-            f"the socket unit passes {_place(one)!r}; sortd review listens only on 127.0.0.1, [::1], or the path of a "
-            "Unix socket: correct ListenStream="
-        )
 
 
 def _loopback_socket(port: int) -> Socket:
@@ -334,63 +298,6 @@ def _loopback_socket(port: int) -> Socket:
     return listener
 
 
-@contextmanager
-def _unix_socket(path: Path) -> Iterator[Socket]:
-    """Yield a socket that only this user can connect to; remove it at the end."""
-    _check_folder(path.parent)
-    _remove_unused(path)
-    with Socket(AF_UNIX, SOCK_STREAM) as listener:
-        before = os.umask(0o177)
-        try:
-            listener.bind(os.fspath(path))
-        except OSError as error:  # Python's own, for a long path, has no number
-            why = error.strerror or str(error)
-            raise StartupError(f"{path} cannot be a socket: {why}; name another path with --socket") from error
-        finally:
-            os.umask(before)
-        own = os.lstat(path).st_ino
-        listener.listen(WAITING_CONNECTIONS)
-        try:
-            yield listener
-        finally:
-            with suppress(OSError):
-                if os.lstat(path).st_ino == own:
-                    path.unlink()
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise StartupError unless a folder is this user's and nobody else can put a socket there."""
-    try:
-        found = os.stat(folder)
-    except OSError as error:
-        raise StartupError(f"{folder} cannot be used: {error.strerror}; name another path with --socket") from error
-    if found.st_uid != os.geteuid() or found.st_mode & _OTHERS_WRITE:
-        raise StartupError(
-            f"{folder} belongs to another user, or others can write to it; name a path in a folder of your own with "
-            "--socket, for example in $XDG_RUNTIME_DIR"
-        )
-
-
-def _remove_unused(path: Path) -> None:
-    """Remove a socket of this user that nobody listens on. Raises StartupError for anything else of that name."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
-        raise StartupError(f"{path} exists and is no socket of this user; name another path with --socket")
-    with Socket(AF_UNIX, SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except OSError:
-            pass
-    raise AlreadyRunningError(f"another program listens on {path}; stop it, or name another path with --socket")
-
-
 def _common_port(sockets: Sequence[Socket]) -> int | None:
     """Return the port that all connections come through; None if one comes from a Unix socket, by any port of ssh."""
     ports = {None if one.family == AF_UNIX else int(one.getsockname()[1]) for one in sockets}
@@ -401,9 +308,3 @@ def _origin(sockets: Sequence[Socket], proxy: str | None) -> str:
     """Return the origin of the pages for a browser: at the proxy, at a port, or at the near end of `ssh -L`."""
     ports = [one.getsockname()[1] for one in sockets if one.family != AF_UNIX]
     return f"https://{proxy}" if proxy is not None else f"http://{LOOPBACK}:{(*ports, PORT)[0]}"
-
-
-def _place(one: Socket) -> str:
-    """Return the address of a socket."""
-    name = one.getsockname()
-    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else os.fsdecode(name)

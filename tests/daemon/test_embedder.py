@@ -146,6 +146,26 @@ def test_pipeline_closed_queue_leaves_nothing(pool: DecoderPool, tmp_path: Path)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_pipeline_queue_closed_during_a_forward_is_told_nothing(pool: DecoderPool, tmp_path: Path) -> None:
+    """A dataset may be closed while an encoder in another process is waited for; other queues have their answers."""
+    recording = Recording()
+    kept: list[EmbeddedImage | ImageRefused] = []
+
+    def encode(batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
+        if closed in pipeline._queues:
+            pipeline.close(closed)
+        return recording.encode(batch)
+
+    pipeline = Pipeline(pool, encode, batch_size=4)
+    closed, other = pipeline.open(recording.answers.extend), pipeline.open(kept.extend)
+    files = pictures(tmp_path, 4)
+    pipeline.add(closed, files[:2])
+    pipeline.add(other, files[2:])
+    drain(pipeline)
+    assert recording.answers == []
+    assert {answer.path for answer in kept} == {path for path, _ in files[2:]}
+
+
 def test_pipeline_wake_descriptor_ends_the_wait(pool: DecoderPool, tmp_path: Path) -> None:
     """A new job is accepted at once, even while a slow image is decoded."""
     slow = tmp_path / "slow.png"

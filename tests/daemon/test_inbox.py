@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from sortd.daemon.daemon import MANY_EVENTS, Inbox
+from sortd.daemon.inbox import MANY_EVENTS, Inbox
 from sortd.daemon.worker import WorkerReady
 from sortd.service import Signalled, signals_posted
 from sortd.watch.watcher import DropReason, EventsDropped, FileEvent
@@ -101,7 +101,7 @@ def test_inbox_successive_events_are_collected_without_delaying_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A turn in a storm takes the events of a pause; an answer or a signal ends the pause."""
-    monkeypatch.setattr("sortd.daemon.daemon.GATHER_SECONDS", 10 * PATIENCE_SECONDS)
+    monkeypatch.setattr("sortd.daemon.inbox.GATHER_SECONDS", 10 * PATIENCE_SECONDS)
     inbox = Inbox()
     inbox.put(FileEvent("first"))
     inbox.wait(PATIENCE_SECONDS)

@@ -38,6 +38,7 @@ from sortd.daemon.worker import (
     WorkerReady,
 )
 from sortd.encoder.clip import Encoder
+from sortd.encoder.remote import AS_COMMAND, Waiting
 from sortd.events import DatasetId, Embedded, ImageRefused, Mode, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.images.decode import DecodeLimits
 from sortd.images.pool import DecoderPool
@@ -96,8 +97,9 @@ def working(
     class Fake(Resources):
         """A fake encoder and a store of prototypes in memory."""
 
-        def load(self) -> tuple[Embedder, PrototypeStore, str]:
+        def load(self, waiting: Waiting = AS_COMMAND) -> tuple[Embedder, PrototypeStore, str]:
             """Return both."""
+            del waiting
 
             def forget(name: str) -> None:
                 kept.pop(name, None)

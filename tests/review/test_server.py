@@ -18,7 +18,8 @@ import pytest
 
 from sortd.errors import AlreadyRunningError, ModelError, StartupError
 from sortd.review import require_review_packages
-from sortd.review.server import PORT, listening, passed_sockets
+from sortd.review.server import PORT, listening
+from sortd.service import passed_sockets
 from tests.command_line import sortd, write_config
 from tests.daemon_process import PATIENCE_SECONDS
 from tests.review.served import Reply, parsed, received_from
