@@ -144,6 +144,8 @@ def build_siglip2(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.enable_truncation(TEXT_LENGTH)
+    tokenizer.enable_padding(direction="right", pad_id=0, pad_token=pieces[0], length=TEXT_LENGTH)
     settings = {
         "add_bos_token": False,
         "add_eos_token": True,

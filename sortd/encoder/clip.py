@@ -6,7 +6,10 @@ subtraction for a batch.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -24,7 +27,7 @@ from sortd.encoder.models import (
 )
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
-from sortd.files import read_regular
+from sortd.files import read_regular, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -296,12 +299,11 @@ def _load(model: ModelFolder, device: "torch.device") -> Any:  # noqa: ANN401
     safely = {"local_files_only": True, "trust_remote_code": False}
     weights = {"use_safetensors": True, "dtype": torch.float32}
     try:
-        if model.kind in PADS_TEXTS and (transformer_folder(model) / "tokenizer.json").exists():
-            _prefer_tokenizer_file()
         if model.use is Use.IMAGES and not (model.folder / "modules.json").exists():
             loaded = _load_image_network(model, safely | weights).to(device)
         else:
-            loaded = SentenceTransformer(str(model.folder), device=str(device), **safely, model_kwargs=weights)
+            with _readable_folder(model) as folder:
+                loaded = SentenceTransformer(str(folder), device=str(device), **safely, model_kwargs=weights)
         _check_weights(loaded, model)
     except (*LOADING_ERRORS, SafetensorError) as error:
         raise ModelError(
@@ -348,11 +350,28 @@ def _load_image_network(model: ModelFolder, options: dict[str, Any]) -> "torch.n
     return ImageNetwork()
 
 
-def _prefer_tokenizer_file() -> None:
-    """Let transformers read the tokenizer.json of a SigLIP: its own class needs sentencepiece and has no export."""
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+@contextmanager
+def _readable_folder(model: ModelFolder) -> Iterator[Path]:
+    """Yield a folder whose tokenizer transformers reads from tokenizer.json.
 
-    TOKENIZER_MAPPING_NAMES["siglip"] = "TokenizersBackend"
+    The class that a SigLIP names for its tokenizer needs sentencepiece and has no export, and that of SigLIP 2 changes
+    what the file says. The settings beside the links name the class that takes the file as it is.
+    """
+    tokenizer = transformer_folder(model) / "tokenizer.json"
+    if model.kind not in PADS_TEXTS or tokenizer not in model.files:
+        yield model.folder
+        return
+    settings = tokenizer.with_name("tokenizer_config.json")
+    given = json.loads(read_regular(settings, follow=True)) if settings in model.files else {}
+    with TemporaryDirectory(prefix="sortd-model-") as place:
+        for file in {*model.files, settings}:
+            link = Path(place) / file.relative_to(model.folder)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if file == settings:
+                write_json(link, given | {"tokenizer_class": "PreTrainedTokenizerFast"}, durable=False)
+            else:
+                link.symlink_to(file.absolute())
+        yield Path(place)
 
 
 def _check_weights(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401
@@ -430,8 +449,10 @@ def _limit_texts(words: Any) -> int | None:  # noqa: ANN401
 def _pad_texts(module: Any, length: int) -> None:  # noqa: ANN401
     """Make a SigLIP read texts as in its training; Gemma's tokenizer, which SigLIP 2 uses, keeps capitals by itself.
 
-    The network attends to the padding, so a text padded to another length has another row.
-    https://huggingface.co/docs/transformers/model_doc/siglip2
+    The network attends to the padding, so a text padded to another length, or on the left, has another row. SigLIP 2
+    was trained on texts padded on the right: https://github.com/google-research/big_vision, SigLIP2_demo.ipynb and
+    big_vision/pp/proj/paligemma/ops.py (``tok``); its class in transformers pads on the left by default.
+    The length: https://huggingface.co/docs/transformers/model_doc/siglip2
     """
     from tokenizers.normalizers import Lowercase, Sequence
 

@@ -1,6 +1,7 @@
 """Folders as the hub has them give the rows of transformers, by torch and by their export to ONNX."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,33 @@ def unit(rows: Any) -> Any:
 
 def siglip_rows(folder: Path, texts: Sequence[str]) -> Any:
     """What transformers gives for texts in lower case, padded to the length of the model and without a mask."""
-    import torch
-    from transformers import AutoModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     texts = [text.lower() for text in texts]
-    tokens = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+    tokens = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True)
+    return rows_of_tokens(folder, tokens["input_ids"])
+
+
+def trained_tokens(folder: Path, text: str) -> list[int]:
+    """A text as SigLIP 2 was trained on it: lower case, cut with its end kept, and filled with zeros on the right."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    *words, end = tokenizer.encode(text.lower()).ids
+    tokens = [*words[: TEXT_LENGTH - 1], end]
+    return tokens + [0] * (TEXT_LENGTH - len(tokens))
+
+
+def rows_of_tokens(folder: Path, tokens: Sequence[Sequence[int]]) -> Any:
+    """What the network of transformers gives for tokens without a mask."""
+    import torch
+    from transformers import AutoModel
+
     with torch.inference_mode():
-        output = AutoModel.from_pretrained(str(folder)).eval().get_text_features(input_ids=tokens["input_ids"])
+        output = AutoModel.from_pretrained(str(folder)).eval().get_text_features(input_ids=torch.tensor(tokens))
     return unit(getattr(output, "pooler_output", output))
 
 
@@ -207,3 +227,24 @@ class TestTexts:
         expected = siglip_rows(folder, TEXTS)
         for encoder in encoders(folder, place):
             assert lowest_cosine(expected, encoder.encode_texts(TEXTS)) > EXACT
+
+    @pytest.mark.parametrize("side", ["right", "left", None])
+    def test_siglip2_pads_on_the_right_whatever_its_settings_say(self, place: Path, side: str | None) -> None:
+        """As in its training; transformers' class for it pads on the left unless the settings say otherwise."""
+        folder = built("siglip2", place)
+        copied = Path(shutil.copytree(folder, place / f"siglip2-{side}"))
+        file = copied / "tokenizer_config.json"
+        settings = {key: value for key, value in json.loads(file.read_text()).items() if key != "padding_side"}
+        file.write_text(json.dumps(settings if side is None else settings | {"padding_side": side}))
+        expected = rows_of_tokens(folder, [trained_tokens(folder, text) for text in TEXTS])
+        for encoder in encoders(copied, place):
+            assert lowest_cosine(expected, encoder.encode_texts(TEXTS)) > EXACT
+
+    @pytest.mark.parametrize("name", ["siglip", "siglip2"])
+    def test_siglip_changes_no_table_of_transformers(self, place: Path, name: str) -> None:
+        """Other code in the process gets the tokenizers that it asks for."""
+        from transformers.models.auto import tokenization_auto
+
+        before = dict(tokenization_auto.TOKENIZER_MAPPING_NAMES)
+        load_encoder(str(built(name, place)), backend="torch")
+        assert before == tokenization_auto.TOKENIZER_MAPPING_NAMES
