@@ -19,7 +19,7 @@ import structlog
 from sortd import logs
 from sortd.arrays import FloatArray
 from sortd.config import Config
-from sortd.encoder.clip import Encoder, TorchEncoder, probe
+from sortd.encoder.clip import SAME_COSINE, Encoder, TorchEncoder, lowest_cosine, probe
 from sortd.encoder.models import LocatedModel, locate_configured, locate_pair
 from sortd.encoder.onnx_encoder import (
     EXTRA,
@@ -41,7 +41,6 @@ KNOWN_ROWS = "known-rows.json"
 """In the cache: the rows of two probe images by ``encoder_id``."""
 
 _REMEDY = "run `sortd models export`"
-_SAME_COSINE = 0.999  # devices and numbers of threads differ by the order of additions, much less than this
 _MAX_KNOWN_ROWS = 31  # encoders besides the present one, of some kilobytes each
 
 
@@ -158,8 +157,8 @@ def check_known_rows(encoder_id: str, rows: FloatArray, cache_dir: Path | None) 
     with suppress(ValueError, TypeError):  # a damaged entry is written again
         before = np.asarray(known.get(encoder_id), np.float32)
     if before.shape == rows.shape and np.isfinite(before).all():
-        cosine = float((before * rows).sum(axis=1).min())
-        if cosine < _SAME_COSINE:
+        cosine = lowest_cosine(before, rows)
+        if cosine < SAME_COSINE:  # the order of additions, by device and number of threads, makes much less
             raise ModelError(
                 f"model {encoder_id} gives other embeddings than those in the cache (cosine {cosine:.4f}): its "
                 f"libraries or its device changed; return to them, or have everything embedded again: stop sortd and "
@@ -201,8 +200,7 @@ def load_fastest(config: Config, *, report: Callable[[str], None]) -> Encoder:
     model = locate_configured(config)
     chosen = choose_backend(config.backend, model, device=config.device)
     if chosen.name == "torch":
-        report(f"torch; {chosen.why}" if config.backend == "auto" and is_installed() else "torch")
-        return load_with_backend(config, "torch")
+        return _load_torch(config, report, chosen.why if config.backend == "auto" and is_installed() else "")
     try:
         exported = find_exports(model)
         if exported is not None:
@@ -213,7 +211,12 @@ def load_fastest(config: Config, *, report: Callable[[str], None]) -> Encoder:
             raise
         problem = str(error)
     _warn_of_fallback("onnx", "torch", problem)
-    report(f"torch; {problem}")
+    return _load_torch(config, report, problem)
+
+
+def _load_torch(config: Config, report: Callable[[str], None], why: str) -> Encoder:
+    """Load with torch, and report the precision on a GPU."""
+    report(f"torch; {why}" if why else "torch")
     return load_with_backend(config, "torch")
 
 

@@ -42,5 +42,5 @@ PUBLISHED = (
         "huggingface.co/sentence-transformers/clip-ViT-B-32",
     ),
 )  # fmt: skip
-TEXT_MODEL_OF = {"clip-ViT-B-32": "clip-ViT-B-32-multilingual-v1"}
-"""By model: the ``text_model`` of its space, for class names in more than 50 languages."""
+CLIP_OF = {"clip-ViT-B-32-multilingual-v1": "clip-ViT-B-32"}
+"""By text model, for class names in more than 50 languages: the ``model`` whose space it shares."""

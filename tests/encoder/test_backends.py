@@ -23,7 +23,14 @@ from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from tests.fake_encoder import FakeEncoder
 from tests.tiny_clip import DIMENSIONS, SIDE, Layout, Tower, build_tiny_clip
-from tests.tiny_words import PLACES, build_roberta_words, build_tiny_words, without_limit
+from tests.tiny_words import (
+    PLACES,
+    build_near_clip,
+    build_roberta_words,
+    build_tiny_words,
+    distil,
+    without_limit,
+)
 
 SHAPES = [(tower, layout) for tower in Tower for layout in Layout]
 TEXTS = ["a photo of a screw", "tornillo", "a " * 200, "ñandú ü 漢字", "two words"]
@@ -215,9 +222,9 @@ class TestIdentity:
         assert load_encoder(str(clip)).encoder_id == load_encoder(str(clip), decoding="draft").encoder_id
         assert load_encoder(str(clip)).encoder_id != load_encoder(str(clip), decoding="full").encoder_id
 
-    def test_encoder_id_includes_the_text_model(self, clip: Path, folders: dict[tuple[Tower, Layout], Path]) -> None:
+    def test_encoder_id_includes_the_text_model(self, clip: Path, tmp_path: Path) -> None:
         """Texts are embedded by the text model, images by the CLIP."""
-        words = folders[Tower.DUAL, Layout.CURRENT]
+        words = build_near_clip(tmp_path / "words", clip)
         encoder = load_encoder(str(clip), text_model=str(words))
         assert encoder.encoder_id != load_encoder(str(clip)).encoder_id
         assert np.abs(encoder.encode_texts(TEXTS) - reference(words, TEXTS)).max() < TOLERANCE
@@ -266,7 +273,7 @@ class TestWords:
 
     def test_encode_texts_roberta_keeps_its_reserved_positions(self, clip: Path, tmp_path: Path) -> None:
         """RoBERTa reserves the first two positions."""
-        words = build_roberta_words(tmp_path / "words")
+        words = without_limit(distil(build_roberta_words(tmp_path / "words"), clip))
         encoder = load_encoder(str(clip), text_model=str(words))
         exact = "a b " * (PLACES // 2 - 2)  # with the marks of begin and end, as many tokens as can be read
         cut, whole = encoder.encode_texts([exact + "c d e f", exact])
@@ -275,7 +282,7 @@ class TestWords:
 
     def test_encode_texts_of_a_multi_module_model(self, clip: Path, tmp_path: Path) -> None:
         """As in the published multilingual model: tokens, their mean, and a dense layer."""
-        words = build_tiny_words(tmp_path / "words")
+        words = distil(build_tiny_words(tmp_path / "words"), clip)
         encoder = load_encoder(str(clip), text_model=str(words))
         texts = ["una foto de un tornillo", "x", "a " * 200, "ñandú ü"]
         assert np.abs(encoder.encode_texts(texts) - reference(words, texts)).max() < TOLERANCE
@@ -399,8 +406,28 @@ class TestRefusals:
     def test_load_text_model_of_other_dimensions_is_refused(self, clip: Path, tmp_path: Path) -> None:
         """The two do not share a space."""
         narrow = build_tiny_clip(tmp_path / "narrow", dimensions=16)
-        with pytest.raises(ModelError, match=r"has 16 dimensions and .* has 24: they do not share a space"):
+        with pytest.raises(ModelError, match=r"do not share a space, with 16 and 24 dimensions"):
             load_encoder(str(clip), text_model=str(narrow))
+
+    @pytest.mark.parametrize("kind", ["another CLIP", "a dual encoder", "a text model"])
+    def test_load_text_model_of_another_space_is_refused(self, clip: Path, tmp_path: Path, kind: str) -> None:
+        """Equal dimensions do not make a common space: its rows for English words are elsewhere."""
+        match kind:
+            case "another CLIP":
+                foreign = build_tiny_clip(tmp_path / "foreign", seed=1)
+            case "a dual encoder":
+                foreign = build_tiny_clip(tmp_path / "foreign", 0, Tower.DUAL)
+            case _:
+                foreign = build_tiny_words(tmp_path / "foreign")
+        with pytest.raises(ModelError, match=r"do not share a space: for \d of 24 English words .* trained together"):
+            load_encoder(str(clip), text_model=str(foreign))
+
+    def test_load_text_model_of_another_clip_is_refused_for_that_clip(self, clip: Path, tmp_path: Path) -> None:
+        """What was distilled from one CLIP does not fit another one."""
+        words = distil(build_tiny_words(tmp_path / "words"), clip)
+        load_encoder(str(clip), text_model=str(words))
+        with pytest.raises(ModelError, match="do not share a space"):
+            load_encoder(str(build_tiny_clip(tmp_path / "other", seed=1)), text_model=str(words))
 
     def test_load_unknown_backend_or_device_is_refused(self, clip: Path) -> None:
         """The message names it."""

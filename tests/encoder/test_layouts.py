@@ -33,7 +33,7 @@ from tests.hub_folders import (
     write_json_files,
 )
 from tests.tiny_clip import TEXT_LENGTH, Layout, Tower, build_tiny_clip
-from tests.tiny_words import build_tiny_words
+from tests.tiny_words import build_tiny_words, distil
 
 TEXTS = ["Screw", "a photo of a rusty screw in a box of nails", "x"]
 EXACT = 1 - 1e-5
@@ -215,8 +215,9 @@ class TestTexts:
 
     def test_text_model_alone_and_in_company_has_one_row(self, place: Path) -> None:
         """A separate text model, too."""
-        words = build_tiny_words(place / "words")
-        encoder = load_encoder(str(built("sentence-transformers", place)), text_model=str(words), backend="torch")
+        clip = built("sentence-transformers", place)
+        words = distil(build_tiny_words(place / "distilled"), clip)
+        encoder = load_encoder(str(clip), text_model=str(words), backend="torch")
         alone = np.concatenate([encoder.encode_texts([text]) for text in TEXTS])
         assert lowest_cosine(alone, encoder.encode_texts(TEXTS)) > EXACT
 
