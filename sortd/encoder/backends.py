@@ -216,8 +216,12 @@ def load_fastest(config: Config, *, report: Callable[[str], None]) -> Encoder:
 
 def _load_torch(config: Config, report: Callable[[str], None], why: str) -> Encoder:
     """Load with torch, and report the precision on a GPU."""
-    report(f"torch; {why}" if why else "torch")
-    return load_with_backend(config, "torch")
+    encoder = load_with_backend(config, "torch")
+    named = "torch"
+    if isinstance(encoder, TorchEncoder) and encoder.runs_on != "CPU":
+        named += f" {'fp16' if encoder.half_precision else 'fp32'} on {encoder.runs_on}"
+    report(f"{named}; {why}" if why else named)
+    return encoder
 
 
 def _load_exported(config: Config, exported: Exports, report: Callable[[str], None]) -> Encoder:

@@ -4,6 +4,7 @@ Images arrive at the size of the model, so all that remains of its image process
 subtraction for a batch.
 """
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -219,10 +220,13 @@ class TorchEncoder:
         self.preprocessing = preprocessing_of(processor)
         self.scale, self.shift = (torch.from_numpy(value).to(self._device) for value in normalisation(processor))
         self.dimensions = self._row_length(folder)
+        self.half_precision = False
         identity = repr_digest((model.content_digests(), self.preprocessing, decoding))
         self.encoder_id = f"{folder.kind}-{self.dimensions}-torch-{identity[:16]}"
         if words is not None:
             self._check_space(folder, words)
+        if self._device.type != "cpu":  # float16 is slow there
+            self.use_half_precision()
 
     def _check_space(self, folder: ModelFolder, words: ModelFolder) -> None:
         """Raise ModelError unless the rows of a text model for English words are near those of the CLIP itself."""
@@ -241,6 +245,29 @@ class TorchEncoder:
                 f"{pair} do not share a space: for {found} of {len(SPACE_WORDS)} English words the nearest row of the "
                 f"other model is that of the same word, and at least {LEAST_FOUND} must be; choose two {remedy}"
             )
+
+    def use_half_precision(self) -> bool:
+        """Compute in float16 from now on if the rows of the probe agree with those in float32; return whether they do.
+
+        The rows differ slightly, so the ``encoder_id`` is another one.
+        """
+        exact, clip, words = self._probe_rows(), self.clip, self.words
+        self.clip = copy.deepcopy(clip).half()
+        self.words = self.clip if words is clip else copy.deepcopy(words).half()
+        try:
+            self.half_precision = lowest_cosine(exact, self._probe_rows()) >= SAME_COSINE
+        except (ModelError, *LOADING_ERRORS):  # rows that are not finite, or an operation that has no half precision
+            self.half_precision = False
+        if self.half_precision:
+            self.encoder_id = self.encoder_id.replace("-torch-", "-torch-fp16-")
+        else:
+            self.clip, self.words = clip, words
+        return self.half_precision
+
+    def _probe_rows(self) -> FloatArray:
+        """Return the rows of the images and, if it reads texts, of the words that test a precision."""
+        rows = [self.encode_images(probe_images(self.preprocessing))]
+        return np.concatenate([*rows, self.encode_texts(SPACE_WORDS)] if self.has_text else rows)
 
     def _row_length(self, folder: ModelFolder) -> int:
         """Return the number of dimensions of a row; an encoder of images is asked for the row of a black image."""
@@ -272,7 +299,7 @@ class TorchEncoder:
             interleaved = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
             # With channels contiguous in memory, one factor for each is three times as fast as interleaved.
             planes = interleaved.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-            values = planes.mul_(self.scale).sub_(self.shift)
+            values = planes.mul_(self.scale).sub_(self.shift).to(next(self.clip.parameters()).dtype)
             output = self.clip({"pixel_values": values, "modality": "image"})["sentence_embedding"]
             return normalise_rows(output.to(torch.float32).cpu().numpy(), self.encoder_id)
 

@@ -18,10 +18,11 @@ from PIL import Image
 
 from sortd.encoder import models
 from sortd.encoder.backends import KNOWN_ROWS, load_encoder
-from sortd.encoder.clip import Encoder, preprocessing_of, probe
+from sortd.encoder.clip import SAME_COSINE, Encoder, TorchEncoder, lowest_cosine, preprocessing_of, probe
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from tests.fake_encoder import FakeEncoder
+from tests.hub_folders import build_dinov2
 from tests.tiny_clip import DIMENSIONS, SIDE, Layout, Tower, build_tiny_clip
 from tests.tiny_words import (
     PLACES,
@@ -259,6 +260,79 @@ class TestKnownRows:
         assert np.allclose(
             json.loads((tmp_path / KNOWN_ROWS).read_text())[encoder.encoder_id], probe(encoder), atol=1e-5
         )
+
+
+class TestHalfPrecision:
+    """A GPU computes in float16 if the rows of the probe agree; the comparison is made here on the CPU."""
+
+    def encoder(self, folder: Path, words: Path | None = None) -> TorchEncoder:
+        """A model in float32, as a GPU has it first."""
+        encoder = load_encoder(
+            str(folder), text_model=None if words is None else str(words), backend="torch", device="cpu"
+        )
+        assert isinstance(encoder, TorchEncoder)
+        assert not encoder.half_precision
+        return encoder
+
+    @pytest.mark.parametrize("tower", Tower)
+    def test_half_precision_with_equal_rows_is_used(
+        self, folders: dict[tuple[Tower, Layout], Path], tower: Tower
+    ) -> None:
+        """Its rows are near those of float32, and it has its own ID, which names the precision."""
+        encoder = self.encoder(folders[tower, Layout.CURRENT])
+        pixels, before = batch(encoder, pictures()), encoder.encoder_id
+        images, texts = encoder.encode_images(pixels), encoder.encode_texts(TEXTS)
+        assert encoder.use_half_precision()
+        assert encoder.encoder_id == before.replace("-torch-", "-torch-fp16-") != before
+        assert {str(value.dtype) for value in encoder.clip.parameters()} == {"torch.float16"}
+        for exact, half in ((images, encoder.encode_images(pixels)), (texts, encoder.encode_texts(TEXTS))):
+            assert half.dtype == np.float32
+            assert SAME_COSINE <= lowest_cosine(exact, half) < 1 - 1e-7
+
+    def test_half_precision_includes_the_text_model(self, clip: Path, tmp_path: Path) -> None:
+        """A text model that does not agree keeps both in float32."""
+        words = build_near_clip(tmp_path / "words", clip)
+        encoder = self.encoder(clip, words)
+        assert encoder.use_half_precision()
+        assert {str(value.dtype) for value in encoder.words.parameters()} == {"torch.float16"}
+        overflowing = self.encoder(clip, grow(words, "text_projection.weight", 1e6))
+        assert not overflowing.use_half_precision()
+        assert {str(value.dtype) for value in overflowing.clip.parameters()} == {"torch.float32"}
+
+    @pytest.mark.parametrize("weight", ["visual_projection.weight", "text_projection.weight"])
+    def test_half_precision_with_overflow_is_not_used(self, copied: Path, weight: str) -> None:
+        """Rows of more than 65504 have no value in float16; the model goes on as it was."""
+        encoder = self.encoder(grow(copied, weight, 1e6))
+        pixels, before = batch(encoder, pictures(2)), encoder.encoder_id
+        images, texts = encoder.encode_images(pixels), encoder.encode_texts(TEXTS)
+        assert not encoder.use_half_precision()
+        assert encoder.encoder_id == before
+        assert np.array_equal(encoder.encode_images(pixels), images)
+        assert np.array_equal(encoder.encode_texts(TEXTS), texts)
+
+    def test_half_precision_with_other_rows_is_not_used(self, copied: Path) -> None:
+        """Values that are finite but rounded to something else."""
+        encoder = self.encoder(grow(copied, "visual_projection.weight", 1e-6))
+        assert not encoder.use_half_precision()
+        assert "-torch-fp16-" not in encoder.encoder_id
+
+    def test_half_precision_of_an_encoder_of_images(self, tmp_path: Path) -> None:
+        """Without texts, its images decide."""
+        encoder = self.encoder(build_dinov2(tmp_path / "dinov2"))
+        images = batch(encoder, pictures())
+        exact = encoder.encode_images(images)
+        assert encoder.use_half_precision()
+        assert lowest_cosine(exact, encoder.encode_images(images)) >= SAME_COSINE
+
+
+def grow(folder: Path, weight: str, factor: float) -> Path:
+    """Multiply a weight of a model."""
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights[weight] *= np.float32(factor)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 class TestWords:
