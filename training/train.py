@@ -229,7 +229,9 @@ class Run:
 
     def measure(self, *, at_most: int) -> None:
         """Measure the average on held-out images and log it."""
-        figures = measure(self.average, self.library, self.captioner, device=self.device, at_most=at_most).flat()
+        figures = measure(
+            self.average, self.library, self.captioner, device=self.device, half=self.half, at_most=at_most
+        ).flat()
         log.info("held out: %s", figures)
         self.journal.write(share=round(self.share(), 5), step=self.progress.step, **figures)
 
