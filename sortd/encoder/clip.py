@@ -114,7 +114,7 @@ _RESCALE_FACTOR = 1 / 255  # the default of image processors
 _CONVNEXT_STRETCHES_FROM = 384
 _UNSUPPORTED_STEPS = {
     *("do_pad", "do_flip_channel_order", "do_image_splitting", "do_thumbnail", "do_align_long_axis"),
-    *("do_reduce_labels", "include_top"),
+    *("do_reduce_labels", "include_top", "rescale_offset"),
 }
 
 
@@ -127,9 +127,9 @@ def preprocessing_of(processor: Mapping[str, Any]) -> Preprocessing:
     kind = f"the {processor.get('image_processor_type', 'image processor')} of this model"
     if not processor.get("do_resize", True):
         raise ModelError(f"{kind} takes images of any size, which cannot form a batch")
-    for step in _UNSUPPORTED_STEPS & {key for key, value in processor.items() if value}:
+    for step in sorted(_UNSUPPORTED_STEPS & {key for key, value in processor.items() if value}):
         raise ModelError(f"{kind} requires {step}, which sortd does not implement; choose another model")
-    if processor.get("do_convert_rgb") is False or processor.get("rescale_offset"):
+    if processor.get("do_convert_rgb") is False:
         raise ModelError(f"{kind} does not take plain RGB; choose another model")
     size, crop = _sides(processor, "size"), _sides(processor, "crop_size")
     crop = crop if processor.get("do_center_crop") else {}

@@ -18,11 +18,15 @@ from sortd.encoder.pickles import convert_folder
 from sortd.errors import ModelError
 from tests.encoder.test_backends import batch, pictures
 from tests.hub_folders import (
+    build_align,
+    build_altclip,
+    build_blip,
     build_chinese_clip,
     build_dinov2,
     build_dinov3,
     build_half_clip,
     build_laion_clip,
+    build_metaclip2,
     build_openai_clip,
     build_sentence_clip,
     build_sharded_clip,
@@ -58,6 +62,8 @@ READERS: dict[str, Callable[[Path], Path]] = {
     "sharded": build_sharded_clip,
     "half": build_half_clip,
     "chinese": build_chinese_clip,
+    "metaclip2": build_metaclip2,
+    "altclip": build_altclip,
     "dual": build_dual,
     "siglip": build_siglip,
     "siglip2": build_siglip2,
@@ -110,6 +116,19 @@ def siglip_rows(folder: Path, texts: Sequence[str]) -> Any:
     texts = [text.lower() for text in texts]
     tokens = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True)
     return rows_of_tokens(folder, tokens["input_ids"])
+
+
+def text_rows(folder: Path, texts: Sequence[str]) -> Any:
+    """What transformers gives for texts through its own tokenizer, in float32."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    at = next(folder.glob("0_*"), folder)
+    cut = {"padding": True, "truncation": True, "max_length": TEXT_LENGTH}
+    tokens = AutoTokenizer.from_pretrained(str(at))(list(texts), return_tensors="pt", **cut)
+    with torch.inference_mode():
+        output = AutoModel.from_pretrained(str(at), dtype=torch.float32).eval().get_text_features(**tokens)
+    return unit(getattr(output, "pooler_output", output))
 
 
 def trained_tokens(folder: Path, text: str) -> list[int]:
@@ -202,6 +221,25 @@ class TestImages:
             load_encoder(str(folder), text_model=str(words))
 
 
+class TestRefusals:
+    """Relatives of CLIP that sortd cannot use are refused with the reason."""
+
+    @pytest.mark.parametrize(
+        ("build", "reason"),
+        [
+            (build_align, "the EfficientNetImageProcessor of this model requires rescale_offset"),
+            (build_blip, r"lacks weights of its network: .* it holds .*, which the network does not know"),
+        ],
+    )
+    def test_layout_that_cannot_be_used_is_refused(
+        self, tmp_path: Path, build: Callable[[Path], Path], reason: str
+    ) -> None:
+        """ALIGN has other preprocessing, and published BLIPs are other networks than the one with two towers."""
+        folder = build(tmp_path / "model")
+        with pytest.raises(ModelError, match=reason):
+            load_encoder(str(folder), backend="torch")
+
+
 class TestTexts:
     """The row of a class's name does not depend on the names of other classes."""
 
@@ -220,6 +258,15 @@ class TestTexts:
         encoder = load_encoder(str(clip), text_model=str(words), backend="torch")
         alone = np.concatenate([encoder.encode_texts([text]) for text in TEXTS])
         assert lowest_cosine(alone, encoder.encode_texts(TEXTS)) > EXACT
+
+    @pytest.mark.parametrize("name", [name for name in READERS if not name.startswith("siglip")])
+    def test_layout_gives_the_text_rows_of_transformers(self, place: Path, name: str) -> None:
+        """Cut at the length of the network, with the mask of the tokenizer."""
+        folder = built(name, place)
+        expected = text_rows(folder, TEXTS)
+        assert lowest_cosine(expected[:1], expected[1:2]) < 1 - 1e-6
+        for encoder in encoders(folder, place):
+            assert lowest_cosine(expected, encoder.encode_texts(TEXTS)) > EXACT
 
     @pytest.mark.parametrize("name", ["siglip", "siglip2"])
     def test_siglip_text_equals_that_of_transformers(self, place: Path, name: str) -> None:
