@@ -371,6 +371,17 @@ def write_as_safetensors(folder: Path, *, parts: int = 1, half: bool = False) ->
     return folder
 
 
+def build_tinyclip(folder: Path) -> Path:
+    """Write wkcn/TinyCLIP-ViT-8M-16-Text-3M-YFCC15M: the tokenizer is tokenizer.json alone, without settings."""
+    from transformers import CLIPTokenizer
+
+    write_as_safetensors(build_openai_clip(folder))
+    CLIPTokenizer.from_pretrained(str(folder)).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder / name).unlink()
+    return folder
+
+
 def build_laion_clip(folder: Path) -> Path:
     """Write laion/CLIP-ViT-B-32-laion2B-s34B-b79K: the weights for transformers beside those for open_clip."""
     write_as_safetensors(build_openai_clip(folder, config={"torch_dtype": "float32"}))

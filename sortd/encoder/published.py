@@ -26,7 +26,7 @@ PUBLISHED = (
         "github.com/facebookresearch/dinov2",
     ),
     PublishedModel(
-        "wkcn/TinyCLIP-ViT-8M-16-Text-3M-YFCC15M", 94, 2.4, "English", "MIT", "",
+        "wkcn/TinyCLIP-ViT-8M-16-Text-3M-YFCC15M", 94, 2.4, "English", "MIT", "ImageNet zero-shot 41.1",
         "huggingface.co/wkcn/TinyCLIP-ViT-8M-16-Text-3M-YFCC15M",
     ),
     PublishedModel(
@@ -34,8 +34,8 @@ PUBLISHED = (
         "huggingface.co/sentence-transformers/clip-ViT-B-32",
     ),
     PublishedModel(
-        "google/siglip2-base-patch16-224", 1501, 0.3, "many", "Apache-2.0", "",
-        "huggingface.co/google/siglip2-base-patch16-224",
+        "google/siglip2-base-patch16-224", 1501, 0.3, "many", "Apache-2.0", "ImageNet zero-shot 78.2",
+        "github.com/google-research/big_vision/blob/main/big_vision/configs/proj/image_text/README_siglip2.md",
     ),
     PublishedModel(
         "clip-ViT-L-14", 1710, 0.06, "English", "MIT (OpenAI)", "ImageNet zero-shot 75.4",

@@ -33,6 +33,7 @@ from tests.hub_folders import (
     build_siglip,
     build_siglip2,
     build_swin,
+    build_tinyclip,
     build_vit,
     write_json_files,
 )
@@ -57,6 +58,7 @@ def build_dual(folder: Path) -> Path:
 
 READERS: dict[str, Callable[[Path], Path]] = {
     "openai": build_converted_clip,
+    "tinyclip": build_tinyclip,
     "laion": build_laion_clip,
     "sentence-transformers": build_sentence_clip,
     "sharded": build_sharded_clip,
