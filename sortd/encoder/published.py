@@ -20,7 +20,7 @@ class PublishedModel:
 
 
 PUBLISHED = (
-    PublishedModel("packaged", 19, 9.0, "English", "Apache-2.0", "", "sortd/model/MODEL_CARD.md"),
+    PublishedModel("packaged", 19, 7.0, "English", "Apache-2.0", "", "sortd/model/MODEL_CARD.md"),
     PublishedModel(
         "facebook/dinov2-small", 88, 0.8, "none", "Apache-2.0", "ImageNet k-NN 79.0",
         "github.com/facebookresearch/dinov2",

@@ -44,20 +44,21 @@ def readable_folder(model: ModelFolder) -> Iterator[Path]:
     """Yield a folder whose tokenizer transformers reads from tokenizer.json.
 
     The class that a SigLIP names for its tokenizer needs sentencepiece and has no export, and that of SigLIP 2 changes
-    what the file says. The settings beside the links name the class that takes the file as it is.
+    what the file says. The settings beside the links name the class that takes the file as it is; they do so in
+    config.json, since transformers 5.2 fails where tokenizer_config.json names one and sentencepiece is missing.
     """
-    tokenizer = transformer_folder(model) / "tokenizer.json"
-    if model.kind not in PADS_TEXTS or tokenizer not in model.files:
+    at = transformer_folder(model)
+    if model.kind not in PADS_TEXTS or at / "tokenizer.json" not in model.files:
         yield model.folder
         return
-    settings = tokenizer.with_name("tokenizer_config.json")
-    given = json.loads(read_regular(settings, follow=True)) if settings in model.files else {}
+    named = {"config.json": "PreTrainedTokenizerFast", "tokenizer_config.json": None}
     with TemporaryDirectory(prefix="sortd-model-") as place:
-        for file in {*model.files, settings}:
+        for file in model.files:
             link = Path(place) / file.relative_to(model.folder)
             link.parent.mkdir(parents=True, exist_ok=True)
-            if file == settings:
-                write_json(link, given | {"tokenizer_class": "PreTrainedTokenizerFast"}, durable=False)
+            if file.parent == at and file.name in named:
+                settings = json.loads(read_regular(file, follow=True)) | {"tokenizer_class": named[file.name]}
+                write_json(link, settings, durable=False)
             else:
                 link.symlink_to(file.absolute())
         yield Path(place)
