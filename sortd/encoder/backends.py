@@ -217,11 +217,14 @@ def load_fastest(config: Config, *, report: Callable[[str], None]) -> Encoder:
 def _load_torch(config: Config, report: Callable[[str], None], why: str) -> Encoder:
     """Load with torch, and report the precision on a GPU."""
     encoder = load_with_backend(config, "torch")
-    named = "torch"
-    if isinstance(encoder, TorchEncoder) and encoder.runs_on != "CPU":
-        named += f" {'fp16' if encoder.half_precision else 'fp32'} on {encoder.runs_on}"
-    report(f"{named}; {why}" if why else named)
+    assert isinstance(encoder, TorchEncoder)
+    report(f"{torch_name(encoder)}; {why}" if why else torch_name(encoder))
     return encoder
+
+
+def torch_name(encoder: TorchEncoder) -> str:
+    """Return the backend, and on a GPU its precision and the device."""
+    return "torch" if encoder.runs_on == "CPU" else f"torch {encoder.precision} on {encoder.runs_on}"
 
 
 def _load_exported(config: Config, exported: Exports, report: Callable[[str], None]) -> Encoder:

@@ -220,7 +220,7 @@ class TorchEncoder:
         self.preprocessing = preprocessing_of(processor)
         self.scale, self.shift = (torch.from_numpy(value).to(self._device) for value in normalisation(processor))
         self.dimensions = self._row_length(folder)
-        self.half_precision = False
+        self.precision = "fp32"
         identity = repr_digest((model.content_digests(), self.preprocessing, decoding))
         self.encoder_id = f"{folder.kind}-{self.dimensions}-torch-{identity[:16]}"
         if words is not None:
@@ -255,14 +255,14 @@ class TorchEncoder:
         self.clip = copy.deepcopy(clip).half()
         self.words = self.clip if words is clip else copy.deepcopy(words).half()
         try:
-            self.half_precision = lowest_cosine(exact, self._probe_rows()) >= SAME_COSINE
+            agrees = lowest_cosine(exact, self._probe_rows()) >= SAME_COSINE
         except (ModelError, *LOADING_ERRORS):  # rows that are not finite, or an operation that has no half precision
-            self.half_precision = False
-        if self.half_precision:
-            self.encoder_id = self.encoder_id.replace("-torch-", "-torch-fp16-")
+            agrees = False
+        if agrees:
+            self.precision, self.encoder_id = "fp16", self.encoder_id.replace("-torch-", "-torch-fp16-")
         else:
             self.clip, self.words = clip, words
-        return self.half_precision
+        return agrees
 
     def _probe_rows(self) -> FloatArray:
         """Return the rows of the images and, if it reads texts, of the words that test a precision."""

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sortd.encoder import models
-from sortd.encoder.backends import KNOWN_ROWS, load_encoder
+from sortd.encoder.backends import KNOWN_ROWS, load_encoder, torch_name
 from sortd.encoder.clip import SAME_COSINE, Encoder, TorchEncoder, lowest_cosine, preprocessing_of, probe
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
@@ -271,7 +271,7 @@ class TestHalfPrecision:
             str(folder), text_model=None if words is None else str(words), backend="torch", device="cpu"
         )
         assert isinstance(encoder, TorchEncoder)
-        assert not encoder.half_precision
+        assert encoder.precision == "fp32"
         return encoder
 
     @pytest.mark.parametrize("tower", Tower)
@@ -288,6 +288,15 @@ class TestHalfPrecision:
         for exact, half in ((images, encoder.encode_images(pixels)), (texts, encoder.encode_texts(TEXTS))):
             assert half.dtype == np.float32
             assert SAME_COSINE <= lowest_cosine(exact, half) < 1 - 1e-7
+
+    def test_torch_name_tells_the_precision_of_a_gpu(self, clip: Path) -> None:
+        """On a CPU it is always float32, and not told."""
+        encoder = self.encoder(clip)
+        assert torch_name(encoder) == "torch"
+        encoder.runs_on = "CUDA"
+        assert torch_name(encoder) == "torch fp32 on CUDA"
+        encoder.use_half_precision()
+        assert torch_name(encoder) == "torch fp16 on CUDA"
 
     def test_half_precision_includes_the_text_model(self, clip: Path, tmp_path: Path) -> None:
         """A text model that does not agree keeps both in float32."""
