@@ -144,6 +144,8 @@ def build_siglip2(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer.enable_truncation(TEXT_LENGTH)
+    tokenizer.enable_padding(direction="right", pad_id=0, pad_token=pieces[0], length=TEXT_LENGTH)
     settings = {
         "add_bos_token": False,
         "add_eos_token": True,
@@ -369,6 +371,17 @@ def write_as_safetensors(folder: Path, *, parts: int = 1, half: bool = False) ->
     return folder
 
 
+def build_tinyclip(folder: Path) -> Path:
+    """Write wkcn/TinyCLIP-ViT-8M-16-Text-3M-YFCC15M: the tokenizer is tokenizer.json alone, without settings."""
+    from transformers import CLIPTokenizer
+
+    write_as_safetensors(build_openai_clip(folder))
+    CLIPTokenizer.from_pretrained(str(folder)).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder / name).unlink()
+    return folder
+
+
 def build_laion_clip(folder: Path) -> Path:
     """Write laion/CLIP-ViT-B-32-laion2B-s34B-b79K: the weights for transformers beside those for open_clip."""
     write_as_safetensors(build_openai_clip(folder, config={"torch_dtype": "float32"}))
@@ -412,4 +425,131 @@ def build_chinese_clip(folder: Path) -> Path:
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=TEXT_LENGTH)
     tokenizer.save_pretrained(str(folder))
     write_weights(random_model(ChineseCLIPConfig(**config), 7), folder)
+    return folder
+
+
+def write_sentencepiece_tokenizer(folder: Path, **settings: Any) -> int:
+    """Write the tokenizer of XLM-RoBERTa, and return the number of its pieces."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *LETTERS, *(f"▁{letter}" for letter in LETTERS), "<mask>"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(rank)) for rank, piece in enumerate(pieces)], unk_id=3))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    ends = [("<s>", 0), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    given = {
+        "bos_token": "<s>",
+        "cls_token": "<s>",
+        "eos_token": "</s>",
+        "mask_token": "<mask>",
+        "pad_token": "<pad>",
+        "sep_token": "</s>",
+        "tokenizer_class": "XLMRobertaTokenizer",
+        "unk_token": "<unk>",
+    }
+    write_json_files(folder, tokenizer_config=given | settings)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return len(pieces)
+
+
+def build_metaclip2(folder: Path) -> Path:
+    """Write facebook/metaclip-2-worldwide-huge-quickgelu: a CLIP that reads XLM-V's tokens in many languages."""
+    from transformers import MetaClip2Config
+
+    size = write_sentencepiece_tokenizer(folder, model_max_length=TEXT_LENGTH, processor_class="CLIPProcessor")
+    config = {
+        "architectures": ["MetaClip2Model"],
+        "model_type": "metaclip_2",
+        "projection_dim": DIMENSIONS,
+        "text_config": {
+            **TOWER, "model_type": "metaclip_2_text_model", "vocab_size": size, "projection_dim": DIMENSIONS,
+            "max_position_embeddings": TEXT_LENGTH, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+        },
+        "vision_config": {**VISION, "model_type": "metaclip_2_vision_model", "projection_dim": DIMENSIONS},
+    }  # fmt: skip
+    write_json_files(folder, config=config, preprocessor_config=CLIP_PROCESSOR)
+    write_weights(random_model(MetaClip2Config(**config), 8), folder)
+    return folder
+
+
+def build_altclip(folder: Path) -> Path:
+    """Write BAAI/AltCLIP: its texts are read by an XLM-RoBERTa, whose first two positions hold no token."""
+    from transformers import AltCLIPConfig
+
+    size = write_sentencepiece_tokenizer(folder, model_max_length=512, processor_class="AltCLIPProcessor")
+    config = {
+        "architectures": ["AltCLIPModel"],
+        "model_type": "altclip",
+        "projection_dim": DIMENSIONS,
+        "text_config": {
+            **TOWER, "model_type": "altclip_text_model", "vocab_size": size, "project_dim": DIMENSIONS,
+            "max_position_embeddings": TEXT_LENGTH + 2, "type_vocab_size": 1, "initializer_range": 0.5,
+        },
+        "vision_config": {**VISION, "model_type": "altclip_vision_model", "projection_dim": DIMENSIONS},
+    }  # fmt: skip
+    write_json_files(folder, config=config, preprocessor_config=CLIP_PROCESSOR)
+    write_weights(random_model(AltCLIPConfig(**config), 9), folder)
+    return folder
+
+
+def build_align(folder: Path) -> Path:
+    """Write kakaobrain/align-base: an EfficientNet, whose processor stretches, crops and subtracts 1."""
+    from transformers import AlignConfig, BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    vision = {
+        "model_type": "align_vision_model", "image_size": SIDE, "depth_coefficient": 0.1, "width_coefficient": 0.25,
+        "hidden_dim": DIMENSIONS,
+    }  # fmt: skip
+    config = {
+        "architectures": ["AlignModel"],
+        "model_type": "align",
+        "projection_dim": DIMENSIONS,
+        "text_config": {**TOWER, "model_type": "align_text_model", "vocab_size": len(words)},
+        "vision_config": vision,
+    }
+    processor = {
+        "crop_size": {"height": SIDE, "width": SIDE},
+        "do_center_crop": True,
+        "do_normalize": False,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "EfficientNetImageProcessor",
+        "image_std": [0.5, 0.5, 0.5],
+        "include_top": False,
+        "processor_class": "AlignProcessor",
+        "resample": 2,
+        "rescale_factor": 0.00784313725490196,
+        "rescale_offset": True,
+        "size": {"height": 38, "width": 38},
+    }
+    write_json_files(folder, config=config, preprocessor_config=processor)
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=TEXT_LENGTH)
+    tokenizer.save_pretrained(str(folder))
+    write_weights(random_model(AlignConfig(**config), 10), folder)
+    return folder
+
+
+def build_blip(folder: Path) -> Path:
+    """Write Salesforce/blip-itm-base-coco: the weights of a network that compares an image and a text together."""
+    from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    config = {
+        "architectures": ["BlipForImageTextRetrieval"],
+        "image_text_hidden_size": DIMENSIONS,
+        "model_type": "blip",
+        "projection_dim": DIMENSIONS,
+        "text_config": {
+            **TOWER, "model_type": "blip_text_model", "vocab_size": len(words), "encoder_hidden_size": DIMENSIONS,
+        },
+        "vision_config": {**VISION, "model_type": "blip_vision_model"},
+    }  # fmt: skip
+    processor = SIGLIP_PROCESSOR | {"image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor"}
+    write_json_files(folder, config=config, preprocessor_config=processor)
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=TEXT_LENGTH)
+    tokenizer.save_pretrained(str(folder))
+    write_weights(BlipForImageTextRetrieval(BlipConfig(**config)), folder)
     return folder

@@ -56,6 +56,14 @@ class TestData:
             for pixels in shuffler.at(step).pixels.numpy():
                 assert pixels.tobytes() not in kept_out
 
+    def test_shuffler_includes_held_out_images_on_request(self, tmp_path: Path) -> None:
+        """Then an epoch shows every image."""
+        library = read_library(write_made_up(tmp_path / "data"), tmp_path / "cache")
+        every = {image.tobytes() for photo_set in library.photo_sets for image in photo_set.pixels}
+        shuffler = Shuffler(library, batch=1, seed=0, includes_held_out=True)
+        shown = {shuffler.at(step).pixels.numpy()[0].tobytes() for step in range(shuffler.steps_per_epoch)}
+        assert shown == every
+
     def test_shuffler_resumed_step_has_the_same_batch(self, tmp_path: Path) -> None:
         """The order depends only on seed and step."""
         library = read_library(write_made_up(tmp_path / "data"), tmp_path / "cache")
@@ -188,7 +196,7 @@ def test_smoke_run_writes_a_folder_that_loads_offline(tmp_path: Path) -> None:
 
 
 def test_export_gives_the_rows_of_the_trained_model(tmp_path: Path) -> None:
-    """Folding the neck into the pooler and rounding to float16 change almost nothing."""
+    """Folding the neck into the pooler and rounding change almost nothing, also where a run starts from the folder."""
     from sentence_transformers import SentenceTransformer
 
     from training.export import export
@@ -206,8 +214,13 @@ def test_export_gives_the_rows_of_the_trained_model(tmp_path: Path) -> None:
         student.embed_images(images)
     student.eval()
     export(student, tokenizer, tmp_path, image_pixels=sizes.image_pixels)
+    again = Student(describe(sizes, vocabulary=len(tokenizer)), concepts=2)
+    again.load_state_dict(again.state_dict() | checkpoint.load_average(tmp_path))
+    again.eval()
     loaded = SentenceTransformer(str(tmp_path), device="cpu", local_files_only=True)
     with torch.inference_mode():
         shipped = loaded({"pixel_values": images, "modality": "image"})["sentence_embedding"]
         trained, _ = student.embed_images(images)
+        started, _ = again.embed_images(images)
     assert torch.nn.functional.cosine_similarity(shipped, trained).min().item() > 0.999
+    assert torch.nn.functional.cosine_similarity(shipped, started).min().item() > 0.999

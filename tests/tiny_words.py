@@ -1,8 +1,10 @@
 """Text models of random weights in the shapes that published ones have, for words in the space of a tiny CLIP."""
 
 import json
+import shutil
 from pathlib import Path
 
+from sortd.encoder.texts import SPACE_WORDS
 from tests.tiny_clip import DIMENSIONS, TEXT_LENGTH, vocabulary_of_bytes
 
 PLACES = 24
@@ -53,6 +55,39 @@ def build_roberta_words(folder: Path) -> Path:
         RobertaModel(config).save_pretrained(folder)
     CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
     without_limit(folder)
+    return folder
+
+
+def distil(folder: Path, teacher: Path) -> Path:
+    """Add to a text model the layer that gives the words of the check the rows of a CLIP, as a distillation does."""
+    import numpy as np
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense
+
+    student, clip = (SentenceTransformer(str(one), device="cpu") for one in (folder, teacher))
+    own, wanted = (model.encode(list(SPACE_WORDS), show_progress_bar=False) for model in (student, clip))
+    solved, *_ = np.linalg.lstsq(own.astype(np.float64), wanted.astype(np.float64), rcond=1e-6)
+    layer = Dense(own.shape[1], wanted.shape[1], bias=False, activation_function=torch.nn.Identity())
+    layer.linear.weight.data = torch.tensor(solved.T, dtype=torch.float32).contiguous()
+    student.append(layer)
+    written = folder.with_name(folder.name + ".distilled")
+    student.save(str(written), create_model_card=False)
+    shutil.rmtree(folder)
+    written.rename(folder)
+    return folder
+
+
+def build_near_clip(folder: Path, clip: Path) -> Path:
+    """Write another CLIP of the space of a first: its copy, with a text tower that was trained a little further."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(clip, folder)
+    weights = load_file(folder / "model.safetensors")
+    change = np.random.default_rng(0).normal(0, 1e-3, weights["text_projection.weight"].shape)
+    weights["text_projection.weight"] += change.astype(np.float32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 NAME = "checkpoint"
+EXPORTED = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,5 +70,7 @@ def load(run: Path) -> Saved | None:
 
 
 def load_average(run: Path) -> dict[str, torch.Tensor]:
-    """Return the averaged weights of another run."""
+    """Return the averaged weights of another run, or of an exported folder those of the dual encoder, in float32."""
+    if (run / EXPORTED).exists():
+        return {f"encoder.{name}": tensor.float() for name, tensor in load_file(run / EXPORTED).items()}
     return load_file(run / NAME / "average.safetensors")

@@ -102,14 +102,15 @@ class Batch:
 class Shuffler:
     """Endless batches of training images, in an order that depends only on seed and epoch, so that a run can resume."""
 
-    def __init__(self, library: Library, *, batch: int, seed: int) -> None:
-        """List the images that are not held out and have a concept."""
+    def __init__(self, library: Library, *, batch: int, seed: int, includes_held_out: bool = False) -> None:
+        """List the images that have a concept and, unless they are included, are not held out."""
         self._library, self._batch, self._seed = library, batch, seed
         data_sets = library.data_sets()
         rows = []
         for index, photo_set in enumerate(library.photo_sets):
             concepts = np.asarray(library.vocabulary.of_label[photo_set.data_set])[photo_set.labels]
-            shown = np.flatnonzero(~photo_set.held_out() & (concepts >= 0))
+            usable = includes_held_out | ~photo_set.held_out()
+            shown = np.flatnonzero(usable & (concepts >= 0))
             source = np.full(len(shown), data_sets.index(photo_set.data_set))
             row = np.stack([np.full(len(shown), index), shown, concepts[shown], source], axis=1)
             rows += [row] * REPEATS.get(photo_set.data_set, 1)

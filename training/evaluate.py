@@ -31,12 +31,14 @@ class Figures:
 
 
 @torch.inference_mode()
-def embed(student: Student, pixels: torch.Tensor, *, device: torch.device, batch: int = 256) -> torch.Tensor:
-    """Embed uint8 (n, h, w, 3) as float32 (n, d) of unit length."""
+def embed(
+    student: Student, pixels: torch.Tensor, *, device: torch.device, half: bool, batch: int = 256
+) -> torch.Tensor:
+    """Embed uint8 (n, h, w, 3) as float32 (n, d) of unit length, in bfloat16 where it is safe if ``half``."""
     rows = []
     for first in range(0, len(pixels), batch):
         images = normalise(pixels[first : first + batch].to(device))
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             rows.append(functional.normalize(student.embed_images(images)[0].float(), dim=-1).cpu())
     return torch.cat(rows)
 
@@ -55,7 +57,9 @@ def embed_concepts(student: Student, captioner: Captioner, *, device: torch.devi
     return functional.normalize(total, dim=-1).cpu()
 
 
-def measure(student: Student, library: Library, captioner: Captioner, *, device: torch.device, at_most: int) -> Figures:
+def measure(
+    student: Student, library: Library, captioner: Captioner, *, device: torch.device, half: bool, at_most: int
+) -> Figures:
     """Measure on at most `at_most` held-out images of each data set."""
     was_training = student.training
     student.eval()
@@ -65,7 +69,7 @@ def measure(student: Student, library: Library, captioner: Captioner, *, device:
         pixels, concepts = held_out_images(library, data_set, at_most=at_most)
         if not len(pixels):
             continue
-        images = embed(student, pixels, device=device)
+        images = embed(student, pixels, device=device, half=half)
         known = torch.tensor(sorted({c for c in library.vocabulary.of_label[data_set] if c >= 0}))
         guess = known[(images @ texts[known].T).argmax(dim=1)]
         zero_shot[data_set] = round(100 * (guess == concepts).double().mean().item(), 2)

@@ -53,6 +53,8 @@ class Settings:
     checkpoint_minutes: float = 5.0
     evaluate_minutes: float = 10.0
     seed: int = 0
+    includes_held_out: bool = False
+    """Whether held-out images are trained on, too; the figures of held-out images then say nothing about new ones."""
 
 
 def preset(name: str) -> Settings:

@@ -69,7 +69,9 @@ class Run:
         self.student = Student(configuration, concepts=len(library.vocabulary.concepts)).to(device)
         self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types only the other forms.
         self.average = copy.deepcopy(self.student).requires_grad_(requires_grad=False).eval()
-        self.shuffler = Shuffler(library, batch=settings.batch, seed=settings.seed)
+        self.shuffler = Shuffler(
+            library, batch=settings.batch, seed=settings.seed, includes_held_out=settings.includes_held_out
+        )
         self.augmenter = Augmenter(device)
         self.optimizers = make_optimizers(self.student, settings)
         self.crew = Crew(place, list(self.student.parameters()))
@@ -83,11 +85,15 @@ class Run:
         self.resume(start)
 
     def resume(self, start: Path | None) -> None:
-        """Resume from the checkpoint, if there is one; otherwise load the average of the run `start`, if given."""
+        """Resume from the checkpoint, if there is one; otherwise load the average of the run `start`, if given.
+
+        An exported folder has no classifiers and no statistics of the neck, which are folded into the pooler: the
+        classifiers then begin at random, and the neck as the identity.
+        """
         saved = checkpoint.load(self.folder)
         if saved is None:
             if start is not None:
-                average = checkpoint.load_average(start)
+                average = self.student.state_dict() | checkpoint.load_average(start)
                 self.student.load_state_dict(average)
                 self.average.load_state_dict(average)
             return
@@ -223,7 +229,9 @@ class Run:
 
     def measure(self, *, at_most: int) -> None:
         """Measure the average on held-out images and log it."""
-        figures = measure(self.average, self.library, self.captioner, device=self.device, at_most=at_most).flat()
+        figures = measure(
+            self.average, self.library, self.captioner, device=self.device, half=self.half, at_most=at_most
+        ).flat()
         log.info("held out: %s", figures)
         self.journal.write(share=round(self.share(), 5), step=self.progress.step, **figures)
 
@@ -285,8 +293,13 @@ def arguments(values: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--start-from", type=Path, metavar="RUN", help="start with the weights of that run (a warm restart)"
+        "--start-from",
+        type=Path,
+        metavar="RUN",
+        help="start with the weights of that run, or of that exported folder (a warm restart)",
     )
+    parser.add_argument("--peak-rate", type=float, help="peak learning rate; default: the preset's")
+    parser.add_argument("--all-images", action="store_true", help="train on held-out images, too")
     parser.add_argument(
         "--no-compile", action="store_true", help="do not use torch.compile, which needs a C++ compiler"
     )
@@ -300,7 +313,11 @@ def arguments(values: list[str] | None = None) -> argparse.Namespace:
 
 def chosen_settings(options: argparse.Namespace) -> Settings:
     """Return the settings of the command line."""
-    settings = replace(preset("smoke" if options.smoke else options.preset), seed=options.seed)
+    settings = replace(
+        preset("smoke" if options.smoke else options.preset), seed=options.seed, includes_held_out=options.all_images
+    )
+    if options.peak_rate is not None:
+        settings = replace(settings, peak_rate=options.peak_rate)
     if options.epochs is not None:
         settings = replace(settings, epochs=options.epochs, budget_minutes=None)
     if options.minutes is not None:
@@ -333,10 +350,14 @@ def work(rank: int, options: argparse.Namespace, data: Path, run_folder: Path, m
         log.info("wrote %s", options.output)
 
 
-def prepare(settings: Settings, data: Path, run_folder: Path) -> None:
-    """Decode the images and train the tokenizer, unless an earlier run did."""
+def prepare(settings: Settings, data: Path, run_folder: Path, start: Path | None) -> None:
+    """Decode the images, and train the tokenizer or take that of `start`, unless an earlier run did."""
     library = read_library(data, run_folder / "decoded")
     if not (run_folder / TOKENIZER).exists():
+        if start is not None:
+            earlier = start / TOKENIZER if (start / TOKENIZER).exists() else start
+            read_tokenizer(earlier).save_pretrained(run_folder / TOKENIZER)
+            return
         sizes = settings.architecture
         tokenizer = learn_tokenizer(library.vocabulary, pieces=sizes.vocabulary, longest=sizes.text_tokens)
         tokenizer.save_pretrained(run_folder / TOKENIZER)
@@ -352,7 +373,7 @@ def main(values: list[str] | None = None) -> int:
         run_folder = options.run or Path(scratch) / "run"
         run_folder.mkdir(parents=True, exist_ok=True)
         data = write_made_up(Path(scratch) / "data") if options.smoke else options.data
-        prepare(chosen_settings(options), data, run_folder)
+        prepare(chosen_settings(options), data, run_folder, options.start_from)
         meeting = Path(scratch)
         spawn = torch.multiprocessing.get_context("spawn")
         others = [

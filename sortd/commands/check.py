@@ -1,7 +1,7 @@
 """Check the configuration, the folders above the datasets, and this machine: disks, watching, processes and the model.
 
-The checks create temporary files in sortd's own folders. No check imports torch. ``check_dataset`` has the checks of
-each dataset.
+The checks create temporary files in sortd's own folders. No check imports torch, except the comparison of a separate
+text model with its CLIP. ``check_dataset`` has the checks of each dataset.
 """
 
 import difflib
@@ -34,7 +34,9 @@ from sortd.commands.models import EXPORT_MISSING, backend_facts, verdict_sentenc
 from sortd.config import Config, read_config
 from sortd.encoder import models
 from sortd.encoder.backends import connect
-from sortd.encoder.models import STRONGER
+from sortd.encoder.clip import TorchEncoder
+from sortd.encoder.models import STRONGER, LocatedModel
+from sortd.encoder.onnx_encoder import find_exports, is_installed
 from sortd.errors import ConfigError, JournalError, LayoutError, ModelError, StartupError
 from sortd.files import identity_of
 from sortd.images.decode import load_decoders
@@ -256,7 +258,7 @@ def model_findings(config: Config, _layouts: Sequence[Layout]) -> Iterator[Findi
             yield note(subject, what, f"sortd models fetch {STRONGER}")
         if config.text_model is not None:
             subject = f"text_model: {config.text_model}"
-            models.locate_pair(config.model, config.text_model, config.cache_dir)
+            yield from _space_findings(subject, models.locate_pair(config.model, config.text_model, config.cache_dir))
         subject = "mode"
         models.check_modes(config, model)
     except (ConfigError, ModelError) as refusal:
@@ -272,6 +274,13 @@ def _service_findings(config: Config, path: Path) -> Iterator[Finding]:
             yield note(subject, f"is an encoder service with {encoder.greeting.description}: {encoder.encoder_id}")
     except (ConfigError, ModelError) as refusal:
         yield error(subject, str(refusal))
+
+
+def _space_findings(subject: str, pair: LocatedModel) -> Iterator[Finding]:
+    """Yield that a text model fits its CLIP, or raise ModelError; an export was compared when it was made."""
+    if not is_installed() or find_exports(pair) is None:
+        TorchEncoder(pair, device="cpu")
+    yield note(subject, f"shares the space of {pair.clip.name}")
 
 
 def _backend_findings(config: Config) -> Iterator[Finding]:

@@ -250,9 +250,10 @@ def evaluation_sentences(facts: Mapping[str, Any]) -> list[str]:
     said += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in facts["advice"]["sentences"]]
     if facts["next_model"] is not None:
         name = facts["next_model"]
+        certainty = "probably" if facts["is_labelled_enough"] else "besides the references possibly"
         said.append(
-            f"The packaged model is small and probably the limit: `sortd models fetch {name}` gets a stronger one, and "
-            f"`sortd models --available` lists others."
+            f"The packaged model is small and {certainty} the limit: "
+            f"`sortd models fetch {name}` gets a stronger one, and `sortd models --available` lists others."
         )
     needy = [one for one in facts["class_reports"] if one["needs_images"]]
     if needy:

@@ -35,7 +35,7 @@ from sortd.encoder.onnx_encoder import (
     write_verdict,
 )
 from sortd.encoder.pickles import convert_folder
-from sortd.encoder.published import PUBLISHED, TEXT_MODEL_OF
+from sortd.encoder.published import CLIP_OF, PUBLISHED
 from sortd.encoder.quantize import photographic_noise
 from sortd.errors import ConfigError, LayoutError, ModelError, SortdError
 from sortd.layout import Area, Layout, find_datasets
@@ -100,7 +100,7 @@ def published_list(config: Config) -> dict[str, Any]:
     here = {model.name for model in models.available(cache_dir=config.cache_dir)}
     return {
         "models": [asdict(model) | {"is_here": model.name in here} for model in PUBLISHED],
-        "text_models": dict(TEXT_MODEL_OF),
+        "text_models": {clip: words for words, clip in CLIP_OF.items()},
     }
 
 

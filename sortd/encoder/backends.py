@@ -19,7 +19,7 @@ import structlog
 from sortd import logs
 from sortd.arrays import FloatArray
 from sortd.config import SOCKET, Config
-from sortd.encoder.clip import Encoder, TorchEncoder, probe
+from sortd.encoder.clip import SAME_COSINE, Encoder, TorchEncoder, lowest_cosine, probe
 from sortd.encoder.models import LocatedModel, locate_configured, locate_pair, refuse_text_mode
 from sortd.encoder.onnx_encoder import (
     EXTRA,
@@ -42,7 +42,6 @@ KNOWN_ROWS = "known-rows.json"
 """In the cache: the rows of two probe images by ``encoder_id``."""
 
 _REMEDY = "run `sortd models export`"
-_SAME_COSINE = 0.999  # devices and numbers of threads differ by the order of additions, much less than this
 _MAX_KNOWN_ROWS = 31  # encoders besides the present one, of some kilobytes each
 
 
@@ -159,8 +158,8 @@ def check_known_rows(encoder_id: str, rows: FloatArray, cache_dir: Path | None) 
     with suppress(ValueError, TypeError):  # a damaged entry is written again
         before = np.asarray(known.get(encoder_id), np.float32)
     if before.shape == rows.shape and np.isfinite(before).all():
-        cosine = float((before * rows).sum(axis=1).min())
-        if cosine < _SAME_COSINE:
+        cosine = lowest_cosine(before, rows)
+        if cosine < SAME_COSINE:  # the order of additions, by device and number of threads, makes much less
             raise ModelError(
                 f"model {encoder_id} gives other embeddings than those in the cache (cosine {cosine:.4f}): its "
                 f"libraries or its device changed; return to them, or have everything embedded again: stop sortd and "
@@ -206,8 +205,7 @@ def load_fastest(config: Config, *, report: Callable[[str], None], waiting: Wait
     model = locate_configured(config)
     chosen = choose_backend(config.backend, model, device=config.device)
     if chosen.name == "torch":
-        report(f"torch; {chosen.why}" if config.backend == "auto" and is_installed() else "torch")
-        return load_with_backend(config, "torch")
+        return _load_torch(config, report, chosen.why if config.backend == "auto" and is_installed() else "")
     try:
         exported = find_exports(model)
         if exported is not None:
@@ -218,8 +216,20 @@ def load_fastest(config: Config, *, report: Callable[[str], None], waiting: Wait
             raise
         problem = str(error)
     _warn_of_fallback("onnx", "torch", problem)
-    report(f"torch; {problem}")
-    return load_with_backend(config, "torch")
+    return _load_torch(config, report, problem)
+
+
+def _load_torch(config: Config, report: Callable[[str], None], why: str) -> Encoder:
+    """Load with torch, and report the precision on a GPU."""
+    encoder = load_with_backend(config, "torch")
+    assert isinstance(encoder, TorchEncoder)
+    report(f"{torch_name(encoder)}; {why}" if why else torch_name(encoder))
+    return encoder
+
+
+def torch_name(encoder: TorchEncoder) -> str:
+    """Return the backend, and on a GPU its precision and the device."""
+    return "torch" if encoder.runs_on == "CPU" else f"torch {encoder.precision} on {encoder.runs_on}"
 
 
 def connect(config: Config, path: Path, waiting: Waiting = AS_COMMAND) -> RemoteEncoder:

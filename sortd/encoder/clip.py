@@ -4,6 +4,7 @@ Images arrive at the size of the model, so all that remains of its image process
 subtraction for a batch.
 """
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,6 @@ import numpy as np
 
 from sortd.arrays import FloatArray, Pixels
 from sortd.encoder.models import (
-    PADS_TEXTS,
     LocatedModel,
     ModelFolder,
     Use,
@@ -22,6 +22,7 @@ from sortd.encoder.models import (
     transformer_folder,
     weight_files,
 )
+from sortd.encoder.texts import LEAST_FOUND, SPACE_WORDS, limit_texts, readable_folder, valid_utf8, words_found
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from sortd.files import read_regular
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _MIN_LENGTH = 1e-6  # a shorter row has no direction
 _MAX_DIFFERENCE = 1e-3  # between two runs on one image: GPUs may add in another order
+SAME_COSINE = 0.999
+"""The least cosine of two rows that stand for one image in one ``encoder_id``, or in two precisions."""
 _MIN_DISTANCE = 1e-6  # 1 - cosine of two unlike images; less means that the model ignores its input
 _REMEDY = "its weights are damaged or the device is in a bad state; fetch the model again or set `device: cpu`"
 
@@ -77,9 +80,16 @@ def normalise_rows(rows: FloatArray, encoder_id: str) -> FloatArray:
     return scaled
 
 
-def valid_utf8(text: str) -> str:
-    """Return a text with invalid UTF-8 replaced, which tokenizers reject; folder names may contain it."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+def lowest_cosine(left: FloatArray, right: FloatArray) -> float:
+    """Return the least cosine of paired unit rows, (B, d) each; NaN if one is."""
+    return float((left * right).sum(axis=1).min())
+
+
+def probe_images(preprocessing: Preprocessing) -> Pixels:
+    """Return a ramp and noise, two images that any encoder must distinguish."""
+    height, width = preprocessing.crop_height, preprocessing.crop_width
+    ramp = np.broadcast_to(np.linspace(0, 255, width, dtype=np.uint8)[None, :, None], (height, width, 3))
+    return np.stack([ramp, np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)])
 
 
 def probe(encoder: Encoder, *, texts: Sequence[str] = ("a photo",)) -> FloatArray:
@@ -88,11 +98,8 @@ def probe(encoder: Encoder, *, texts: Sequence[str] = ("a photo",)) -> FloatArra
     Raises:
         ModelError: rows are not finite, equal for unlike images, or different for the same image.
     """
-    height, width = encoder.preprocessing.crop_height, encoder.preprocessing.crop_width
-    ramp = np.linspace(0, 255, width, dtype=np.uint8)
-    smooth = np.broadcast_to(ramp[None, :, None], (height, width, 3))
-    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    first, second, again = encoder.encode_images(np.stack([smooth, noise, smooth]))
+    images = probe_images(encoder.preprocessing)
+    first, second, again = encoder.encode_images(images[[0, 1, 0]])
     if float(np.abs(first - again).max()) > _MAX_DIFFERENCE:
         raise ModelError(f"model {encoder.encoder_id} gives two embeddings for one image: {_REMEDY}")
     if float(np.dot(first, second)) > 1 - _MIN_DISTANCE:
@@ -107,7 +114,7 @@ _RESCALE_FACTOR = 1 / 255  # the default of image processors
 _CONVNEXT_STRETCHES_FROM = 384
 _UNSUPPORTED_STEPS = {
     *("do_pad", "do_flip_channel_order", "do_image_splitting", "do_thumbnail", "do_align_long_axis"),
-    *("do_reduce_labels", "include_top"),
+    *("do_reduce_labels", "include_top", "rescale_offset"),
 }
 
 
@@ -120,9 +127,9 @@ def preprocessing_of(processor: Mapping[str, Any]) -> Preprocessing:
     kind = f"the {processor.get('image_processor_type', 'image processor')} of this model"
     if not processor.get("do_resize", True):
         raise ModelError(f"{kind} takes images of any size, which cannot form a batch")
-    for step in _UNSUPPORTED_STEPS & {key for key, value in processor.items() if value}:
+    for step in sorted(_UNSUPPORTED_STEPS & {key for key, value in processor.items() if value}):
         raise ModelError(f"{kind} requires {step}, which sortd does not implement; choose another model")
-    if processor.get("do_convert_rgb") is False or processor.get("rescale_offset"):
+    if processor.get("do_convert_rgb") is False:
         raise ModelError(f"{kind} does not take plain RGB; choose another model")
     size, crop = _sides(processor, "size"), _sides(processor, "crop_size")
     crop = crop if processor.get("do_center_crop") else {}
@@ -175,7 +182,6 @@ decoders, a batch of 16 took 0.6 of the time without spinning, a single image 0.
 _FIRST_TOKEN = frozenset({"vit", "deit", "vit_msn", "dinov2", "dinov2_with_registers", "dinov3_vit"})
 _POOLED = "sentence_embedding"
 _SHOWN_NAMES = 4  # of missing weights
-_NO_LIMIT = 10**9  # tokens; transformers uses 1e30 if a tokenizer has no limit
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 """Errors of torch and transformers for a damaged or inconsistent folder."""
 
@@ -209,19 +215,59 @@ class TorchEncoder:
         self.has_text = folder.use is Use.CLIP
         _check_modalities(self.clip, folder)
         self.words = self.clip if words is None else _load(words, self._device)
-        self.text_limit = _limit_texts(self.words) if self.has_text else None
+        self.text_limit = limit_texts(self.words) if self.has_text else None
         processor = _image_settings(self.clip, folder)
         self.preprocessing = preprocessing_of(processor)
         self.scale, self.shift = (torch.from_numpy(value).to(self._device) for value in normalisation(processor))
         self.dimensions = self._row_length(folder)
-        if words is not None and int(self.words.get_embedding_dimension() or 0) != self.dimensions:
-            raise ModelError(
-                f"text model {words.name!r} has {self.words.get_embedding_dimension()} dimensions and model "
-                f"{folder.name!r} has {self.dimensions}: they do not share a space; choose the pair that was "
-                f"trained together, or leave `text_model` out"
-            )
+        self.precision = "fp32"
         identity = repr_digest((model.content_digests(), self.preprocessing, decoding))
         self.encoder_id = f"{folder.kind}-{self.dimensions}-torch-{identity[:16]}"
+        if words is not None:
+            self._check_space(folder, words)
+        if self._device.type != "cpu":  # float16 is slow there
+            self.use_half_precision()
+
+    def _check_space(self, folder: ModelFolder, words: ModelFolder) -> None:
+        """Raise ModelError unless the rows of a text model for English words are near those of the CLIP itself."""
+        pair = f"text model {words.name!r} and model {folder.name!r}"
+        remedy = "that were trained together, or leave `text_model` out"
+        dimensions = int(self.words.get_embedding_dimension() or 0)
+        if dimensions != self.dimensions:
+            raise ModelError(
+                f"{pair} do not share a space, with {dimensions} and {self.dimensions} dimensions; choose two {remedy}"
+            )
+        limit_texts(self.clip)
+        own, other = (self._encode_texts(SPACE_WORDS, model) for model in (self.clip, self.words))
+        found = words_found(own, other)
+        if found < LEAST_FOUND:
+            raise ModelError(
+                f"{pair} do not share a space: for {found} of {len(SPACE_WORDS)} English words the nearest row of the "
+                f"other model is that of the same word, and at least {LEAST_FOUND} must be; choose two {remedy}"
+            )
+
+    def use_half_precision(self) -> bool:
+        """Compute in float16 from now on if the rows of the probe agree with those in float32; return whether they do.
+
+        The rows differ slightly, so the ``encoder_id`` is another one.
+        """
+        exact, clip, words = self._probe_rows(), self.clip, self.words
+        self.clip = copy.deepcopy(clip).half()
+        self.words = self.clip if words is clip else copy.deepcopy(words).half()
+        try:
+            agrees = lowest_cosine(exact, self._probe_rows()) >= SAME_COSINE
+        except (ModelError, *LOADING_ERRORS):  # rows that are not finite, or an operation that has no half precision
+            agrees = False
+        if agrees:
+            self.precision, self.encoder_id = "fp16", self.encoder_id.replace("-torch-", "-torch-fp16-")
+        else:
+            self.clip, self.words = clip, words
+        return agrees
+
+    def _probe_rows(self) -> FloatArray:
+        """Return the rows of the images and, if it reads texts, of the words that test a precision."""
+        rows = [self.encode_images(probe_images(self.preprocessing))]
+        return np.concatenate([*rows, self.encode_texts(SPACE_WORDS)] if self.has_text else rows)
 
     def _row_length(self, folder: ModelFolder) -> int:
         """Return the number of dimensions of a row; an encoder of images is asked for the row of a black image."""
@@ -253,7 +299,7 @@ class TorchEncoder:
             interleaved = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
             # With channels contiguous in memory, one factor for each is three times as fast as interleaved.
             planes = interleaved.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-            values = planes.mul_(self.scale).sub_(self.shift)
+            values = planes.mul_(self.scale).sub_(self.shift).to(next(self.clip.parameters()).dtype)
             output = self.clip({"pixel_values": values, "modality": "image"})["sentence_embedding"]
             return normalise_rows(output.to(torch.float32).cpu().numpy(), self.encoder_id)
 
@@ -263,7 +309,10 @@ class TorchEncoder:
             raise ModelError(f"model {self.encoder_id} takes images only; set `model:` to a CLIP")
         if not texts:
             return np.empty((0, self.dimensions), np.float32)
-        output = self.words.encode([valid_utf8(text) for text in texts], convert_to_numpy=True, show_progress_bar=False)
+        return self._encode_texts(texts, self.words)
+
+    def _encode_texts(self, texts: Sequence[str], model: Any) -> FloatArray:  # noqa: ANN401
+        output = model.encode([valid_utf8(text) for text in texts], convert_to_numpy=True, show_progress_bar=False)
         return normalise_rows(np.asarray(output, np.float32), self.encoder_id)
 
 
@@ -296,12 +345,11 @@ def _load(model: ModelFolder, device: "torch.device") -> Any:  # noqa: ANN401
     safely = {"local_files_only": True, "trust_remote_code": False}
     weights = {"use_safetensors": True, "dtype": torch.float32}
     try:
-        if model.kind in PADS_TEXTS and (transformer_folder(model) / "tokenizer.json").exists():
-            _prefer_tokenizer_file()
         if model.use is Use.IMAGES and not (model.folder / "modules.json").exists():
             loaded = _load_image_network(model, safely | weights).to(device)
         else:
-            loaded = SentenceTransformer(str(model.folder), device=str(device), **safely, model_kwargs=weights)
+            with readable_folder(model) as folder:
+                loaded = SentenceTransformer(str(folder), device=str(device), **safely, model_kwargs=weights)
         _check_weights(loaded, model)
     except (*LOADING_ERRORS, SafetensorError) as error:
         raise ModelError(
@@ -346,13 +394,6 @@ def _load_image_network(model: ModelFolder, options: dict[str, Any]) -> "torch.n
             return {"sentence_embedding": output.pooler_output.flatten(1)}
 
     return ImageNetwork()
-
-
-def _prefer_tokenizer_file() -> None:
-    """Let transformers read the tokenizer.json of a SigLIP: its own class needs sentencepiece and has no export."""
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
-
-    TOKENIZER_MAPPING_NAMES["siglip"] = "TokenizersBackend"
 
 
 def _check_weights(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401
@@ -407,47 +448,3 @@ def _check_modalities(loaded: Any, model: ModelFolder) -> None:  # noqa: ANN401
         raise ModelError(f"model {model.name!r} is not {kind}: it takes no {' and no '.join(lacking)}")
     if model.use is Use.CLIP and getattr(loaded[0], "module_output_name", _POOLED) != _POOLED:
         raise ModelError(f"model {model.name!r} is not {kind}: it gives several embeddings for one image")
-
-
-def _limit_texts(words: Any) -> int | None:  # noqa: ANN401
-    """Make a tokenizer truncate texts at the limit of its network, and return that limit in tokens (None: no limit).
-
-    A network with position embeddings fails on longer texts. RoBERTa and its relatives number positions from
-    ``padding_idx + 1`` on, so the first positions hold no token.
-    """
-    config = words.transformers_model.config
-    positions = getattr(getattr(config, "text_config", None) or config, "max_position_embeddings", None)
-    known = words.max_seq_length
-    if positions is None:
-        return None if known is None or known > _NO_LIMIT else int(known)
-    limit = min(int(positions) - _unused_positions(words), int(known or positions))
-    words.max_seq_length = limit
-    if config.model_type in PADS_TEXTS:
-        _pad_texts(words[0], limit)
-    return limit
-
-
-def _pad_texts(module: Any, length: int) -> None:  # noqa: ANN401
-    """Make a SigLIP read texts as in its training; Gemma's tokenizer, which SigLIP 2 uses, keeps capitals by itself.
-
-    The network attends to the padding, so a text padded to another length has another row.
-    https://huggingface.co/docs/transformers/model_doc/siglip2
-    """
-    from tokenizers.normalizers import Lowercase, Sequence
-
-    module.processing_kwargs = {
-        "text": {"padding": "max_length", "max_length": length, "padding_side": "right", "return_attention_mask": False}
-    }
-    tokenizer = module.tokenizer.backend_tokenizer
-    tokenizer.normalizer = Sequence([Lowercase(), *([] if tokenizer.normalizer is None else [tokenizer.normalizer])])
-
-
-def _unused_positions(words: Any) -> int:  # noqa: ANN401
-    """Return the number of positions before that of the first token."""
-    from torch.nn import Embedding
-
-    for module in words.transformers_model.modules():
-        padding = getattr(module, "padding_idx", None)
-        if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), Embedding):
-            return padding + 1
-    return 0

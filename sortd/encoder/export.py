@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from sortd.arrays import FloatArray
-from sortd.encoder.clip import TorchEncoder, normalise_rows
+from sortd.encoder.clip import TorchEncoder, lowest_cosine, normalise_rows
 from sortd.encoder.models import LocatedModel, checksums, first_line
 from sortd.encoder.onnx_encoder import (
     EXTRA,
@@ -305,7 +305,7 @@ def _compare_texts(encoder: TorchEncoder, into: Path, text: TextInputs) -> None:
 
 
 def _compare(expected: FloatArray, rows: FloatArray, what: str) -> None:
-    lowest = float((expected * rows).sum(axis=1).min())
+    lowest = lowest_cosine(expected, rows)
     if not lowest >= _MIN_COSINE:  # also for NaN
         raise ModelError(f"its export gives other rows than torch for {what} (cosine {lowest:.6f})")
 

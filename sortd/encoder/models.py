@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sortd.config import Config
+from sortd.encoder.published import CLIP_OF, PUBLISHED
 from sortd.errors import ConfigError, ModelError
 from sortd.files import read_regular, sha256_of, write_json
 
@@ -109,6 +110,12 @@ def locate_pair(model: str, text_model: str | None, cache_dir: Path | None) -> L
         raise ModelError(
             f"text model {text_model!r} does not fit model {model!r}, a {clip.kind} that was trained on images alone: "
             f"no text has a place in its space; leave `text_model` out, or set `model:` to the CLIP of that text model"
+        )
+    partner = CLIP_OF.get(str(text_model).removeprefix("sentence-transformers/"))
+    if partner is not None and clip.name != partner and clip.name in {one.name for one in PUBLISHED}:
+        raise ModelError(
+            f"text model {text_model!r} was trained for {partner}, and model {model!r} is {clip.name}, which has "
+            f"another space; set `model: {partner}`, or leave `text_model` out"
         )
     return LocatedModel(clip, words, cache_dir)
 

@@ -28,9 +28,10 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from sortd.arrays import FloatArray, Pixels
-from sortd.encoder.clip import check_pixels, normalise_rows, valid_utf8
+from sortd.encoder.clip import check_pixels, normalise_rows
 from sortd.encoder.models import LocatedModel, checksums, first_line, repr_digest
 from sortd.encoder.quantize import weight_range
+from sortd.encoder.texts import valid_utf8
 from sortd.errors import ModelError
 from sortd.events import Preprocessing
 from sortd.files import read_regular, write_json
@@ -132,7 +133,9 @@ def export_identity(model: LocatedModel) -> str:
     available_providers()
     import onnxruntime
 
-    return repr_digest((model.content_digests(), FORMAT, OPSET, str(onnxruntime.__version__)))
+    # Earlier versions exported a text model without a comparison of its space with that of the CLIP.
+    compared = () if model.words is None else ("compared",)
+    return repr_digest((model.content_digests(), FORMAT, OPSET, str(onnxruntime.__version__), *compared))
 
 
 def export_folder(model: LocatedModel) -> Path:

@@ -20,13 +20,13 @@ class PublishedModel:
 
 
 PUBLISHED = (
-    PublishedModel("packaged", 19, 9.0, "English", "Apache-2.0", "", "sortd/model/MODEL_CARD.md"),
+    PublishedModel("packaged", 19, 7.0, "English", "Apache-2.0", "", "sortd/model/MODEL_CARD.md"),
     PublishedModel(
         "facebook/dinov2-small", 88, 0.8, "none", "Apache-2.0", "ImageNet k-NN 79.0",
         "github.com/facebookresearch/dinov2",
     ),
     PublishedModel(
-        "wkcn/TinyCLIP-ViT-8M-16-Text-3M-YFCC15M", 94, 2.4, "English", "MIT", "",
+        "wkcn/TinyCLIP-ViT-8M-16-Text-3M-YFCC15M", 94, 2.4, "English", "MIT", "ImageNet zero-shot 41.1",
         "huggingface.co/wkcn/TinyCLIP-ViT-8M-16-Text-3M-YFCC15M",
     ),
     PublishedModel(
@@ -34,13 +34,13 @@ PUBLISHED = (
         "huggingface.co/sentence-transformers/clip-ViT-B-32",
     ),
     PublishedModel(
-        "google/siglip2-base-patch16-224", 1501, 0.3, "many", "Apache-2.0", "",
-        "huggingface.co/google/siglip2-base-patch16-224",
+        "google/siglip2-base-patch16-224", 1501, 0.3, "many", "Apache-2.0", "ImageNet zero-shot 78.2",
+        "github.com/google-research/big_vision/blob/main/big_vision/configs/proj/image_text/README_siglip2.md",
     ),
     PublishedModel(
         "clip-ViT-L-14", 1710, 0.06, "English", "MIT (OpenAI)", "ImageNet zero-shot 75.4",
         "huggingface.co/sentence-transformers/clip-ViT-B-32",
     ),
 )  # fmt: skip
-TEXT_MODEL_OF = {"clip-ViT-B-32": "clip-ViT-B-32-multilingual-v1"}
-"""By model: the ``text_model`` of its space, for class names in more than 50 languages."""
+CLIP_OF = {"clip-ViT-B-32-multilingual-v1": "clip-ViT-B-32"}
+"""By text model, for class names in more than 50 languages: the ``model`` whose space it shares."""

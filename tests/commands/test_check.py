@@ -31,6 +31,7 @@ from tests.daemon_process import make_dataset, picture, tree
 from tests.fake_encoder import FakeEncoder
 from tests.made_features import support_set
 from tests.prototype_maker import make_prototypes
+from tests.tiny_words import build_tiny_words, distil
 
 Findings = list[Finding]
 Check = Callable[..., Findings]
@@ -75,6 +76,21 @@ def about(findings: Findings, topic: Topic, *words: str, severity: Severity | No
 def bad(findings: Findings) -> Findings:
     """Return what is worse than a note, but for the model, which a checkout may not have yet."""
     return [one for one in findings if one.severity is not Severity.NOTE and one.topic is not Topic.MODEL]
+
+
+class TestTextModel:
+    """A separate text model is compared with its CLIP."""
+
+    @pytest.mark.usefixtures("site")
+    def test_check_text_model_of_another_space_is_an_error(self, look: Check, tmp_path: Path, tiny_clip: Path) -> None:
+        """Equal dimensions are not enough; a text model that was distilled from the CLIP fits it."""
+        words = build_tiny_words(tmp_path / "words")
+        config = f"model: {tiny_clip}\ntext_model: {words}\n"
+        (finding,) = about(look(config), Topic.MODEL, "text_model", severity=Severity.ERROR)
+        assert "do not share a space" in finding.what
+        distil(words, tiny_clip)
+        assert about(look(config), Topic.MODEL, "shares the space", severity=Severity.NOTE)
+        assert not about(look(config), Topic.MODEL, severity=Severity.ERROR)
 
 
 class TestDecoders:

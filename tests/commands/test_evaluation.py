@@ -164,7 +164,10 @@ class TestEvaluationPage:
     def test_evaluation_names_the_next_model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the packaged one decides and is often wrong."""
         monkeypatch.setenv("HOME", str(tmp_path))
-        assert any("`sortd models fetch clip-ViT-B-32`" in said for said in evaluation_sentences(facts_of(tmp_path)))
+        facts = facts_of(tmp_path)
+        for enough, word in ((True, "probably"), (False, "possibly"), (None, "possibly")):
+            said = " ".join(evaluation_sentences(facts | {"is_labelled_enough": enough, "half_judged": 9}))
+            assert f"{word} the limit: `sortd models fetch clip-ViT-B-32`" in said
         make_dataset(tmp_path / "Data")
         config = read_config(write_config(tmp_path), {})
         (right,) = evaluate_datasets(config, load_encoder=lambda _: FakeEncoder())

@@ -17,13 +17,21 @@ import pytest
 from PIL import Image
 
 from sortd.encoder import models
-from sortd.encoder.backends import KNOWN_ROWS, load_encoder
-from sortd.encoder.clip import Encoder, preprocessing_of, probe
+from sortd.encoder.backends import KNOWN_ROWS, load_encoder, torch_name
+from sortd.encoder.clip import SAME_COSINE, Encoder, TorchEncoder, lowest_cosine, preprocessing_of, probe
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from tests.fake_encoder import FakeEncoder
+from tests.hub_folders import build_dinov2
 from tests.tiny_clip import DIMENSIONS, SIDE, Layout, Tower, build_tiny_clip
-from tests.tiny_words import PLACES, build_roberta_words, build_tiny_words, without_limit
+from tests.tiny_words import (
+    PLACES,
+    build_near_clip,
+    build_roberta_words,
+    build_tiny_words,
+    distil,
+    without_limit,
+)
 
 SHAPES = [(tower, layout) for tower in Tower for layout in Layout]
 TEXTS = ["a photo of a screw", "tornillo", "a " * 200, "ñandú ü 漢字", "two words"]
@@ -215,9 +223,9 @@ class TestIdentity:
         assert load_encoder(str(clip)).encoder_id == load_encoder(str(clip), decoding="draft").encoder_id
         assert load_encoder(str(clip)).encoder_id != load_encoder(str(clip), decoding="full").encoder_id
 
-    def test_encoder_id_includes_the_text_model(self, clip: Path, folders: dict[tuple[Tower, Layout], Path]) -> None:
+    def test_encoder_id_includes_the_text_model(self, clip: Path, tmp_path: Path) -> None:
         """Texts are embedded by the text model, images by the CLIP."""
-        words = folders[Tower.DUAL, Layout.CURRENT]
+        words = build_near_clip(tmp_path / "words", clip)
         encoder = load_encoder(str(clip), text_model=str(words))
         assert encoder.encoder_id != load_encoder(str(clip)).encoder_id
         assert np.abs(encoder.encode_texts(TEXTS) - reference(words, TEXTS)).max() < TOLERANCE
@@ -254,6 +262,88 @@ class TestKnownRows:
         )
 
 
+class TestHalfPrecision:
+    """A GPU computes in float16 if the rows of the probe agree; the comparison is made here on the CPU."""
+
+    def encoder(self, folder: Path, words: Path | None = None) -> TorchEncoder:
+        """A model in float32, as a GPU has it first."""
+        encoder = load_encoder(
+            str(folder), text_model=None if words is None else str(words), backend="torch", device="cpu"
+        )
+        assert isinstance(encoder, TorchEncoder)
+        assert encoder.precision == "fp32"
+        return encoder
+
+    @pytest.mark.parametrize("tower", Tower)
+    def test_half_precision_with_equal_rows_is_used(
+        self, folders: dict[tuple[Tower, Layout], Path], tower: Tower
+    ) -> None:
+        """Its rows are near those of float32, and it has its own ID, which names the precision."""
+        encoder = self.encoder(folders[tower, Layout.CURRENT])
+        pixels, before = batch(encoder, pictures()), encoder.encoder_id
+        images, texts = encoder.encode_images(pixels), encoder.encode_texts(TEXTS)
+        assert encoder.use_half_precision()
+        assert encoder.encoder_id == before.replace("-torch-", "-torch-fp16-") != before
+        assert {str(value.dtype) for value in encoder.clip.parameters()} == {"torch.float16"}
+        for exact, half in ((images, encoder.encode_images(pixels)), (texts, encoder.encode_texts(TEXTS))):
+            assert half.dtype == np.float32
+            assert SAME_COSINE <= lowest_cosine(exact, half) < 1 - 1e-7
+
+    def test_torch_name_tells_the_precision_of_a_gpu(self, clip: Path) -> None:
+        """On a CPU it is always float32, and not told."""
+        encoder = self.encoder(clip)
+        assert torch_name(encoder) == "torch"
+        encoder.runs_on = "CUDA"
+        assert torch_name(encoder) == "torch fp32 on CUDA"
+        encoder.use_half_precision()
+        assert torch_name(encoder) == "torch fp16 on CUDA"
+
+    def test_half_precision_includes_the_text_model(self, clip: Path, tmp_path: Path) -> None:
+        """A text model that does not agree keeps both in float32."""
+        words = build_near_clip(tmp_path / "words", clip)
+        encoder = self.encoder(clip, words)
+        assert encoder.use_half_precision()
+        assert {str(value.dtype) for value in encoder.words.parameters()} == {"torch.float16"}
+        overflowing = self.encoder(clip, grow(words, "text_projection.weight", 1e6))
+        assert not overflowing.use_half_precision()
+        assert {str(value.dtype) for value in overflowing.clip.parameters()} == {"torch.float32"}
+
+    @pytest.mark.parametrize("weight", ["visual_projection.weight", "text_projection.weight"])
+    def test_half_precision_with_overflow_is_not_used(self, copied: Path, weight: str) -> None:
+        """Rows of more than 65504 have no value in float16; the model goes on as it was."""
+        encoder = self.encoder(grow(copied, weight, 1e6))
+        pixels, before = batch(encoder, pictures(2)), encoder.encoder_id
+        images, texts = encoder.encode_images(pixels), encoder.encode_texts(TEXTS)
+        assert not encoder.use_half_precision()
+        assert encoder.encoder_id == before
+        assert np.array_equal(encoder.encode_images(pixels), images)
+        assert np.array_equal(encoder.encode_texts(TEXTS), texts)
+
+    def test_half_precision_with_other_rows_is_not_used(self, copied: Path) -> None:
+        """Values that are finite but rounded to something else."""
+        encoder = self.encoder(grow(copied, "visual_projection.weight", 1e-6))
+        assert not encoder.use_half_precision()
+        assert "-torch-fp16-" not in encoder.encoder_id
+
+    def test_half_precision_of_an_encoder_of_images(self, tmp_path: Path) -> None:
+        """Without texts, its images decide."""
+        encoder = self.encoder(build_dinov2(tmp_path / "dinov2"))
+        images = batch(encoder, pictures())
+        exact = encoder.encode_images(images)
+        assert encoder.use_half_precision()
+        assert lowest_cosine(exact, encoder.encode_images(images)) >= SAME_COSINE
+
+
+def grow(folder: Path, weight: str, factor: float) -> Path:
+    """Multiply a weight of a model."""
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights[weight] *= np.float32(factor)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 class TestWords:
     """Texts of any length are embedded, whatever text tower a model has."""
 
@@ -266,7 +356,7 @@ class TestWords:
 
     def test_encode_texts_roberta_keeps_its_reserved_positions(self, clip: Path, tmp_path: Path) -> None:
         """RoBERTa reserves the first two positions."""
-        words = build_roberta_words(tmp_path / "words")
+        words = without_limit(distil(build_roberta_words(tmp_path / "words"), clip))
         encoder = load_encoder(str(clip), text_model=str(words))
         exact = "a b " * (PLACES // 2 - 2)  # with the marks of begin and end, as many tokens as can be read
         cut, whole = encoder.encode_texts([exact + "c d e f", exact])
@@ -275,7 +365,7 @@ class TestWords:
 
     def test_encode_texts_of_a_multi_module_model(self, clip: Path, tmp_path: Path) -> None:
         """As in the published multilingual model: tokens, their mean, and a dense layer."""
-        words = build_tiny_words(tmp_path / "words")
+        words = distil(build_tiny_words(tmp_path / "words"), clip)
         encoder = load_encoder(str(clip), text_model=str(words))
         texts = ["una foto de un tornillo", "x", "a " * 200, "ñandú ü"]
         assert np.abs(encoder.encode_texts(texts) - reference(words, texts)).max() < TOLERANCE
@@ -399,8 +489,28 @@ class TestRefusals:
     def test_load_text_model_of_other_dimensions_is_refused(self, clip: Path, tmp_path: Path) -> None:
         """The two do not share a space."""
         narrow = build_tiny_clip(tmp_path / "narrow", dimensions=16)
-        with pytest.raises(ModelError, match=r"has 16 dimensions and .* has 24: they do not share a space"):
+        with pytest.raises(ModelError, match=r"do not share a space, with 16 and 24 dimensions"):
             load_encoder(str(clip), text_model=str(narrow))
+
+    @pytest.mark.parametrize("kind", ["another CLIP", "a dual encoder", "a text model"])
+    def test_load_text_model_of_another_space_is_refused(self, clip: Path, tmp_path: Path, kind: str) -> None:
+        """Equal dimensions do not make a common space: its rows for English words are elsewhere."""
+        match kind:
+            case "another CLIP":
+                foreign = build_tiny_clip(tmp_path / "foreign", seed=1)
+            case "a dual encoder":
+                foreign = build_tiny_clip(tmp_path / "foreign", 0, Tower.DUAL)
+            case _:
+                foreign = build_tiny_words(tmp_path / "foreign")
+        with pytest.raises(ModelError, match=r"do not share a space: for \d of 24 English words .* trained together"):
+            load_encoder(str(clip), text_model=str(foreign))
+
+    def test_load_text_model_of_another_clip_is_refused_for_that_clip(self, clip: Path, tmp_path: Path) -> None:
+        """What was distilled from one CLIP does not fit another one."""
+        words = distil(build_tiny_words(tmp_path / "words"), clip)
+        load_encoder(str(clip), text_model=str(words))
+        with pytest.raises(ModelError, match="do not share a space"):
+            load_encoder(str(build_tiny_clip(tmp_path / "other", seed=1)), text_model=str(words))
 
     def test_load_unknown_backend_or_device_is_refused(self, clip: Path) -> None:
         """The message names it."""

@@ -1,6 +1,7 @@
 """Folders as the hub has them give the rows of transformers, by torch and by their export to ONNX."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,27 @@ from sortd.encoder.pickles import convert_folder
 from sortd.errors import ModelError
 from tests.encoder.test_backends import batch, pictures
 from tests.hub_folders import (
+    build_align,
+    build_altclip,
+    build_blip,
     build_chinese_clip,
     build_dinov2,
     build_dinov3,
     build_half_clip,
     build_laion_clip,
+    build_metaclip2,
     build_openai_clip,
     build_sentence_clip,
     build_sharded_clip,
     build_siglip,
     build_siglip2,
     build_swin,
+    build_tinyclip,
     build_vit,
     write_json_files,
 )
 from tests.tiny_clip import TEXT_LENGTH, Layout, Tower, build_tiny_clip
-from tests.tiny_words import build_tiny_words
+from tests.tiny_words import build_tiny_words, distil
 
 TEXTS = ["Screw", "a photo of a rusty screw in a box of nails", "x"]
 EXACT = 1 - 1e-5
@@ -52,11 +58,14 @@ def build_dual(folder: Path) -> Path:
 
 READERS: dict[str, Callable[[Path], Path]] = {
     "openai": build_converted_clip,
+    "tinyclip": build_tinyclip,
     "laion": build_laion_clip,
     "sentence-transformers": build_sentence_clip,
     "sharded": build_sharded_clip,
     "half": build_half_clip,
     "chinese": build_chinese_clip,
+    "metaclip2": build_metaclip2,
+    "altclip": build_altclip,
     "dual": build_dual,
     "siglip": build_siglip,
     "siglip2": build_siglip2,
@@ -103,14 +112,46 @@ def unit(rows: Any) -> Any:
 
 def siglip_rows(folder: Path, texts: Sequence[str]) -> Any:
     """What transformers gives for texts in lower case, padded to the length of the model and without a mask."""
-    import torch
-    from transformers import AutoModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     texts = [text.lower() for text in texts]
-    tokens = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+    tokens = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True)
+    return rows_of_tokens(folder, tokens["input_ids"])
+
+
+def text_rows(folder: Path, texts: Sequence[str]) -> Any:
+    """What transformers gives for texts through its own tokenizer, in float32."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    at = next(folder.glob("0_*"), folder)
+    cut = {"padding": True, "truncation": True, "max_length": TEXT_LENGTH}
+    tokens = AutoTokenizer.from_pretrained(str(at))(list(texts), return_tensors="pt", **cut)
     with torch.inference_mode():
-        output = AutoModel.from_pretrained(str(folder)).eval().get_text_features(input_ids=tokens["input_ids"])
+        output = AutoModel.from_pretrained(str(at), dtype=torch.float32).eval().get_text_features(**tokens)
+    return unit(getattr(output, "pooler_output", output))
+
+
+def trained_tokens(folder: Path, text: str) -> list[int]:
+    """A text as SigLIP 2 was trained on it: lower case, cut with its end kept, and filled with zeros on the right."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    *words, end = tokenizer.encode(text.lower()).ids
+    tokens = [*words[: TEXT_LENGTH - 1], end]
+    return tokens + [0] * (TEXT_LENGTH - len(tokens))
+
+
+def rows_of_tokens(folder: Path, tokens: Sequence[Sequence[int]]) -> Any:
+    """What the network of transformers gives for tokens without a mask."""
+    import torch
+    from transformers import AutoModel
+
+    with torch.inference_mode():
+        output = AutoModel.from_pretrained(str(folder)).eval().get_text_features(input_ids=torch.tensor(tokens))
     return unit(getattr(output, "pooler_output", output))
 
 
@@ -182,6 +223,25 @@ class TestImages:
             load_encoder(str(folder), text_model=str(words))
 
 
+class TestRefusals:
+    """Relatives of CLIP that sortd cannot use are refused with the reason."""
+
+    @pytest.mark.parametrize(
+        ("build", "reason"),
+        [
+            (build_align, "the EfficientNetImageProcessor of this model requires rescale_offset"),
+            (build_blip, r"lacks weights of its network: .* it holds .*, which the network does not know"),
+        ],
+    )
+    def test_layout_that_cannot_be_used_is_refused(
+        self, tmp_path: Path, build: Callable[[Path], Path], reason: str
+    ) -> None:
+        """ALIGN has other preprocessing, and published BLIPs are other networks than the one with two towers."""
+        folder = build(tmp_path / "model")
+        with pytest.raises(ModelError, match=reason):
+            load_encoder(str(folder), backend="torch")
+
+
 class TestTexts:
     """The row of a class's name does not depend on the names of other classes."""
 
@@ -195,10 +255,20 @@ class TestTexts:
 
     def test_text_model_alone_and_in_company_has_one_row(self, place: Path) -> None:
         """A separate text model, too."""
-        words = build_tiny_words(place / "words")
-        encoder = load_encoder(str(built("sentence-transformers", place)), text_model=str(words), backend="torch")
+        clip = built("sentence-transformers", place)
+        words = distil(build_tiny_words(place / "distilled"), clip)
+        encoder = load_encoder(str(clip), text_model=str(words), backend="torch")
         alone = np.concatenate([encoder.encode_texts([text]) for text in TEXTS])
         assert lowest_cosine(alone, encoder.encode_texts(TEXTS)) > EXACT
+
+    @pytest.mark.parametrize("name", [name for name in READERS if not name.startswith("siglip")])
+    def test_layout_gives_the_text_rows_of_transformers(self, place: Path, name: str) -> None:
+        """Cut at the length of the network, with the mask of the tokenizer."""
+        folder = built(name, place)
+        expected = text_rows(folder, TEXTS)
+        assert lowest_cosine(expected[:1], expected[1:2]) < 1 - 1e-6
+        for encoder in encoders(folder, place):
+            assert lowest_cosine(expected, encoder.encode_texts(TEXTS)) > EXACT
 
     @pytest.mark.parametrize("name", ["siglip", "siglip2"])
     def test_siglip_text_equals_that_of_transformers(self, place: Path, name: str) -> None:
@@ -207,3 +277,24 @@ class TestTexts:
         expected = siglip_rows(folder, TEXTS)
         for encoder in encoders(folder, place):
             assert lowest_cosine(expected, encoder.encode_texts(TEXTS)) > EXACT
+
+    @pytest.mark.parametrize("side", ["right", "left", None])
+    def test_siglip2_pads_on_the_right_whatever_its_settings_say(self, place: Path, side: str | None) -> None:
+        """As in its training; transformers' class for it pads on the left unless the settings say otherwise."""
+        folder = built("siglip2", place)
+        copied = Path(shutil.copytree(folder, place / f"siglip2-{side}"))
+        file = copied / "tokenizer_config.json"
+        settings = {key: value for key, value in json.loads(file.read_text()).items() if key != "padding_side"}
+        file.write_text(json.dumps(settings if side is None else settings | {"padding_side": side}))
+        expected = rows_of_tokens(folder, [trained_tokens(folder, text) for text in TEXTS])
+        for encoder in encoders(copied, place):
+            assert lowest_cosine(expected, encoder.encode_texts(TEXTS)) > EXACT
+
+    @pytest.mark.parametrize("name", ["siglip", "siglip2"])
+    def test_siglip_changes_no_table_of_transformers(self, place: Path, name: str) -> None:
+        """Other code in the process gets the tokenizers that it asks for."""
+        from transformers.models.auto import tokenization_auto
+
+        before = dict(tokenization_auto.TOKENIZER_MAPPING_NAMES)
+        load_encoder(str(built(name, place)), backend="torch")
+        assert before == tokenization_auto.TOKENIZER_MAPPING_NAMES

@@ -360,6 +360,15 @@ class TestTextModels:
         with pytest.raises(ModelError, match="sortd models fetch words"):
             models.locate_text("words", environment=environment)
 
+    def test_locate_pair_of_published_models_that_do_not_fit_is_refused(self, tmp_path: Path) -> None:
+        """By their names, before anything is loaded; an unknown model of the same space is not refused."""
+        put_in_cache(tmp_path / "models", "sentence-transformers/clip-ViT-B-32-multilingual-v1", BERT)
+        put_in_cache(tmp_path / "models", "openai/clip-vit-base-patch32")
+        for name in ("clip-ViT-B-32-multilingual-v1", "sentence-transformers/clip-ViT-B-32-multilingual-v1"):
+            with pytest.raises(ModelError, match="was trained for clip-ViT-B-32, and model 'packaged' is packaged"):
+                models.locate_pair("packaged", name, tmp_path)
+            assert models.locate_pair("openai/clip-vit-base-patch32", name, tmp_path).words is not None
+
 
 class TestAvailable:
     """What `sortd models` lists."""

@@ -31,8 +31,8 @@ from sortd.encoder.onnx_encoder import (
 )
 from sortd.encoder.quantize import FULL_RANGE, REDUCED_RANGE, quantize, weight_range
 from sortd.errors import ModelError
-from tests.tiny_clip import DIMENSIONS, SIDE, Tower, build_tiny_clip
-from tests.tiny_words import build_roberta_words, build_tiny_words
+from tests.tiny_clip import DIMENSIONS, SIDE
+from tests.tiny_words import build_near_clip, build_roberta_words, build_tiny_words, distil, without_limit
 
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
@@ -124,11 +124,11 @@ class TestRows:
         """Long texts are cut where torch cuts them."""
         match shape:
             case "another CLIP":
-                other = build_tiny_clip(tmp_path / "words", 3, Tower.DUAL)
+                other = build_near_clip(tmp_path / "words", clip.folder)
             case "several modules":
-                other = build_tiny_words(tmp_path / "words")
+                other = distil(build_tiny_words(tmp_path / "words"), clip.folder)
             case _:
-                other = build_roberta_words(tmp_path / "words")
+                other = without_limit(distil(build_roberta_words(tmp_path / "words"), clip.folder))
         words = models.locate_text(str(other))
         onnx = open_export(onnx_export.make_exports(LocatedModel(clip, words, tmp_path / "cache")))
         torch = load_encoder(str(clip.folder), text_model=str(other), backend="torch")
