@@ -220,8 +220,7 @@ class TorchEncoder:
                 f"{folder.name!r} has {self.dimensions}: they do not share a space; choose the pair that was "
                 f"trained together, or leave `text_model` out"
             )
-        identity = repr_digest((model.content_digests(), self.preprocessing, decoding))
-        self.encoder_id = f"{folder.kind}-{self.dimensions}-torch-{identity[:16]}"
+        self.encoder_id = torch_encoder_id(model, self.dimensions, self.preprocessing, decoding)
 
     def _row_length(self, folder: ModelFolder) -> int:
         """Return the number of dimensions of a row; an encoder of images is asked for the row of a black image."""
@@ -265,6 +264,12 @@ class TorchEncoder:
             return np.empty((0, self.dimensions), np.float32)
         output = self.words.encode([valid_utf8(text) for text in texts], convert_to_numpy=True, show_progress_bar=False)
         return normalise_rows(np.asarray(output, np.float32), self.encoder_id)
+
+
+def torch_encoder_id(model: LocatedModel, dimensions: int, preprocessing: Preprocessing, decoding: str) -> str:
+    """Return the ``encoder_id`` of a model in torch, without loading it."""
+    identity = repr_digest((model.content_digests(), preprocessing, decoding))
+    return f"{model.clip.kind}-{dimensions}-torch-{identity[:16]}"
 
 
 def torch_device(device: str) -> "torch.device":
