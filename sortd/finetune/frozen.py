@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sortd.arrays import Pixels
+from sortd.arrays import FloatArray, Pixels
 from sortd.encoder.finetuned import Network
 from sortd.finetune.data import Features, disk_errors_translated
 
@@ -91,6 +91,17 @@ class FrozenPart:
             return self._network.module(pixel_values=nothing)
         finally:
             self._given = None
+
+    def logits(self, features: Features, size: tuple[int, int]) -> FloatArray:
+        """Return float32 (N, C) logits of features (N, ...)."""
+        import torch
+
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(features), BATCH):
+                output = self.start_at(torch.from_numpy(np.array(features[start : start + BATCH])), size)
+                found.append(getattr(output, "logits", output).float().cpu().numpy())
+        return np.concatenate(found)
 
     def _at_cut(self, _: object, given: tuple[Any, ...], named: dict[str, Any]) -> Any:  # noqa: ANN401 - of torch
         if self._is_asked:

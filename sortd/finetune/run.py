@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from sortd.arrays import FloatArray
 from sortd.config import Config
 from sortd.daemon.references import class_labels
 from sortd.daemon.resources import LoadEncoder, Resources
@@ -21,7 +22,15 @@ from sortd.encoder.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts, 
 from sortd.errors import AlreadyRunningError, DataError
 from sortd.events import Preprocessing
 from sortd.finetune import data, frozen
-from sortd.finetune.model import add_lora, find_base, init_head, load_base, views_of, weights_of
+from sortd.finetune.model import (
+    add_lora,
+    find_base,
+    init_head,
+    load_base,
+    logits_in_batches,
+    views_of,
+    weights_of,
+)
 from sortd.finetune.recipe import Observer, TrainingRequest
 from sortd.finetune.report import baseline_predictions, evaluate_model, publish_result, save_tensors, write_result
 from sortd.finetune.train import TrainSettings, make_model, train, training_arguments
@@ -109,14 +118,16 @@ def run_finetuning(
             start = weights_of(network.module)
             settings = TrainSettings(plan.recipe, work, device.type, resume, plan.extra, observer)
             trained = _train_network(network, plan, settings, part)
-        if not is_first:
-            return None
-        observer.finished("training")
-        beside = work / "result"
-        with data.disk_errors_translated(work):
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-        facts, table = evaluate_model(network, start, plan, beside)
+            if not is_first:
+                return None
+            observer.finished("training")
+            beside = work / "result"
+            with data.disk_errors_translated(work):
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir()
+            facts, table = evaluate_model(
+                network, start, plan, beside, validation_logits=lambda: _logits(network, plan, part)
+            )
         seconds = round(time.monotonic() - began, 1)
         facts = replace(facts, metrics={**facts.metrics, **trained, "seconds": seconds})
         write_result(facts, table, network.module, base.config, base.processor)
@@ -200,6 +211,12 @@ def _images_of(plan: data.Plan, name: str, part: frozen.FrozenPart | None) -> da
         return images
     stored = part.read_features(data.features_file(plan.work, name))
     return replace(images, pixels=stored, views=len(stored) // max(1, len(images)))
+
+
+def _logits(network: Network, plan: data.Plan, part: frozen.FrozenPart | None) -> FloatArray:
+    """Return the logits of the validation images, from the features if there is a frozen part."""
+    images = _images_of(plan, "validation", part).pixels
+    return logits_in_batches(network, images) if part is None else part.logits(images, _size(plan))
 
 
 def _train_network(
