@@ -18,7 +18,6 @@ that torch left there. References are drawn pictures of three classes, or photos
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.encoder import build_reference
-from benchmarks.harness import argument_parser, print_json, resident_mebibytes, write_config
+from benchmarks.harness import argument_parser, print_json, resident_mebibytes, used_seconds, write_config
 from sortd.commands.precision import judge_int8
 from sortd.config import Config, read_config
 from sortd.daemon.references import References
@@ -189,12 +188,6 @@ def embed_all(config: Config) -> None:
     for layout in find_datasets(config.root):
         References(layout.area(Area.CLASES)).support(embedder, reference_settings_of(config.dataset(layout.name)))
     resources.unload()
-
-
-def used_seconds() -> float:
-    """Return the processor time of this process and of its ended children."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def main() -> int:
