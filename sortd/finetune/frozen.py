@@ -131,7 +131,7 @@ def divide(network: Network, size: tuple[int, int]) -> FrozenPart | None:
     cut = network.module.get_submodule(names[-max(1, -int(-len(names) * TRAINED_SHARE // 1))])
     dice = torch.Generator().manual_seed(0)
     values = torch.rand((2, 3, *size), generator=dice).to(network.device) * 2 - 1
-    with torch.inference_mode():
+    with torch.no_grad():  # tensors of the inference mode could not be used in training
         skipped = _outputs_before(network, cut, values[:1])
         if not skipped:
             return None
