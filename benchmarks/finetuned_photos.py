@@ -9,7 +9,7 @@ serve as strangers. Encoder, decoding and command are those of sortd, and nothin
 
 Efforts are compared on the same splits, in turns; ``thorough`` trains all layers for all epochs, as sortd did before it
 had efforts. With ``--references``, so many photos of each class are used. ``cpu_seconds`` are of all processors, with
-the decoders; they include reading the photos and evaluating all modes.
+the decoders; they include evaluating all modes, and for the first effort also embedding the photos.
 """
 
 import argparse
