@@ -5,7 +5,8 @@
 Weights and photos (JPEG, 320 x 240) are random, since speed does not depend on them. The plain loop is a simple
 script: float32, one process, no workers, every photo opened, resized and normalised again in every
 epoch by Pillow and numpy, AdamW at one rate. sortd's decodes each photo once, draws views on the device, and
-multiplies in bfloat16 where the hardware does. Both make as many passes over the photos; reading them is part of both.
+multiplies in bfloat16 where the hardware does. Both make as many passes over the photos and train all layers; reading
+the photos is part of both.
 ``--small`` takes a ViT of two layers, to see that it runs.
 """
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 from pathlib import Path
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -52,6 +53,12 @@ def resident_mebibytes(pid: int | str = "self", *, peak: bool = False) -> float:
     except OSError:
         return 0.0
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:" if peak else "VmRSS:")), 0.0)
+
+
+def used_seconds() -> float:
+    """Return the processor time of this process and of its ended children."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def processor_seconds(pid: int) -> float:

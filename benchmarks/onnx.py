@@ -1,6 +1,7 @@
 """Compare torch and ONNX Runtime in float32 and int8 with the same model.
 
     python -m benchmarks.onnx [--model FOLDER] [--cache FOLDER] [--images 96] [--threads N] [--no-daemon] [--json]
+    python -m benchmarks.onnx --verdict [--photos FOLDER ...] [--references 20] [--model FOLDER] [--json]
 
 Without ``--model`` it is a CLIP ViT-B/32 with random weights, on which speed does not depend. Each backend runs in its
 own processes, in turns. Measured are the load (imports, files, first pass), images
@@ -9,25 +10,35 @@ real program on a small dataset, the seconds from start to READY and the daemon'
 
 Floors: int8 embeds at least 1.7 times torch's images per second, is READY in at most a third of torch's time, and takes
 at most half of torch's memory.
+
+``--verdict`` measures the seconds of the verdict on int8, without the export: with an empty cache, and with the rows
+that torch left there. References are drawn pictures of three classes, or photos, a dataset for each folder.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.encoder import build_reference
-from benchmarks.harness import argument_parser, print_json, resident_mebibytes
+from benchmarks.harness import argument_parser, print_json, resident_mebibytes, used_seconds, write_config
+from sortd.commands.precision import judge_int8
+from sortd.config import Config, read_config
+from sortd.daemon.references import References
+from sortd.daemon.resources import Resources, reference_settings_of
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
 from sortd.encoder.export import make_exports
+from sortd.layout import Area, find_datasets
 from tests.daemon_process import DaemonProcess, make_dataset
 
 BACKENDS = ("torch", "onnx", "onnx-int8")
@@ -143,6 +154,42 @@ def shown(results: dict[str, dict[str, float]]) -> bool:
     return holds
 
 
+def measure_verdict(model: str, cache: Path, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Return the seconds of the verdict, of the clock and of the processors, by what the cache holds."""
+    root = scratch / "Data"
+    for folder in options.photos:
+        for one in sorted(path for path in folder.iterdir() if path.is_dir()):
+            (root / folder.name / "Images").mkdir(parents=True, exist_ok=True)
+            (target := root / folder.name / "Clases" / one.name).mkdir(parents=True)
+            for photo in sorted(one.iterdir())[: options.references]:
+                shutil.copy(photo, target)
+    if not options.photos:
+        make_dataset(root, references=options.references)
+    config = read_config(write_config(scratch, model=model, cache_dir=cache, backend="torch"), {"HOME": str(scratch)})
+    exported = make_exports(models.locate_configured(config))
+    facts: dict[str, Any] = {}
+    for before in ("nothing cached", "float32 cached", "all cached"):
+        if before == "float32 cached":
+            for file in cache.glob("embeddings.sqlite*"):
+                file.unlink()
+            embed_all(config)
+        began, began_cpu = time.perf_counter(), used_seconds()
+        verdict = judge_int8(config, exported, lambda _: None)
+        seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": used_seconds() - began_cpu}
+        chosen = ("serves", "references", "filed", "same", "mean_cosine")
+        facts[before] = {key: round(value, 1) for key, value in seconds.items()} | {key: verdict[key] for key in chosen}
+    return facts
+
+
+def embed_all(config: Config) -> None:
+    """Embed the references as a daemon with torch does."""
+    resources = Resources(config)
+    embedder, _, _ = resources.load()
+    for layout in find_datasets(config.root):
+        References(layout.area(Area.CLASES)).support(embedder, reference_settings_of(config.dataset(layout.name)))
+    resources.unload()
+
+
 def main() -> int:
     """Print the comparison; exit 1 if a floor is missed."""
     parser = argument_parser(__doc__)
@@ -156,6 +203,9 @@ def main() -> int:
         "--rounds", type=int, default=3, help="measurements of each backend, of which the medians are shown"
     )
     parser.add_argument("--no-daemon", dest="daemon", action="store_false")
+    parser.add_argument("--verdict", action="store_true", help="measure the verdict on int8 instead")
+    parser.add_argument("--photos", type=Path, nargs="*", default=[])
+    parser.add_argument("--references", type=int, default=20, help="references of each class, for --verdict")
     parser.add_argument("--inner", choices=BACKENDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -168,6 +218,9 @@ def main() -> int:
         if model is None:
             (scratch / "vit").mkdir()
             model = str(build_reference(scratch / "vit"))
+        if options.verdict:
+            print_json(measure_verdict(model, options.cache or scratch / "cache", options, scratch), n=1)
+            return 0
         results = compare(model, options.cache or scratch / "cache", options, scratch)
     if options.json:
         print_json(results, n=options.rounds)

@@ -6,6 +6,7 @@ torch.
 
 import math
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,7 +30,7 @@ from sortd.commands.console import (
     time_option,
 )
 from sortd.exits import exit_on_error, open_missing_streams
-from sortd.finetune.recipe import Recipe, Source, TrainingRequest
+from sortd.finetune.recipe import Effort, Recipe, Source, TrainingRequest
 
 OPENBLAS_SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
 """Binary logarithm of the cycles that OpenBLAS threads spin after a product (default 26). Spinning took 3 ms of
@@ -437,7 +438,10 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
     ] = "auto",
     output: Annotated[Path | None, typer.Option(help="Result folder. Default: a new one in the state folder.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the newest unfinished training.")] = False,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 20 epochs, but at least 300 steps.")] = None,
+    effort: Annotated[
+        Effort, typer.Option(help="quick and standard train the last blocks of the network, thorough all.")
+    ] = Effort.STANDARD,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 20, or more for at least 300 steps.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per training step.")] = RECIPE.batch_size,
     learning_rate: Annotated[
         float | None, typer.Option(min=1e-9, help="Peak learning rate. Default: the base's.")
@@ -467,7 +471,8 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
 
     require_training_packages()
     loaded = load_config(config)
-    recipe = Recipe(
+    recipe = replace(
+        effort.recipe,
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,

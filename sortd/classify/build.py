@@ -35,6 +35,13 @@ FOREIGN_SAMPLE = 2000
 
 def build(support: SupportSet, settings: DecisionSettings, *, generation: int, pause: Pause = no_pause) -> PrototypeSet:
     """Return the prototypes of a support set; all modes are fitted, and the mode of the settings is calibrated."""
+    return build_with_blends(support, settings, generation=generation, pause=pause)[0]
+
+
+def build_with_blends(
+    support: SupportSet, settings: DecisionSettings, *, generation: int, pause: Pause = no_pause
+) -> tuple[PrototypeSet, Library, tuple[Blend, Blend] | None]:
+    """Return the prototypes as ``build`` does, with their library and blends; None without references."""
     order = np.argsort(support.classes, kind="stable")
     references, classes = support.embeddings[order], support.classes[order]
     counts = count_classes(classes, len(support.labels))
@@ -63,7 +70,7 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int, p
         recall=np.full(len(support.labels), np.nan),
     )
     if not len(references):
-        return prototypes
+        return prototypes, library, None
     best, mixed = fit_blends(library, pause=pause)
     pause()
     best_rule = _rule(best)
@@ -74,7 +81,8 @@ def build(support: SupportSet, settings: DecisionSettings, *, generation: int, p
         mixed=best_rule if mixed is best else _rule(mixed),
     )
     pause()
-    return _calibrate(prototypes, library, mixed if settings.mode is Mode.MIXED else best, support.evidence, pause)
+    blend = mixed if settings.mode is Mode.MIXED else best
+    return _calibrate(prototypes, library, blend, support.evidence, pause), library, (best, mixed)
 
 
 def _whitening(blend: Blend, references: FloatArray, strangers: FloatArray, pause: Pause) -> Whitening:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from sortd.arrays import Array, IntArray
-from sortd.classify.blend import Blend, fit_blends
-from sortd.classify.build import build, plain_temperature
+from sortd.classify.blend import Blend
+from sortd.classify.build import build_with_blends, plain_temperature
 from sortd.classify.calibration import top_classes
 from sortd.classify.decide import score_batch
 from sortd.classify.kernel import Plain, plain_held_out
@@ -32,6 +32,9 @@ cosine of 0.99 changed no filed reference and at most 1.4 % of all decisions; 0.
 FEWEST_FILED = 30
 """Least number of filed references for a verdict. If none of n differs, fewer than 3 / n of all do with 95 % confidence
 (Hanley & Lippman-Hand, JAMA, 1983)."""
+FILED_TO_SETTLE = 300
+"""Number of filed references, none of them with another label, after which the others need not be compared: by the
+same rule, fewer than 1 - LEAST_SAME of all have another label."""
 MOST_LOST = 0.10
 """Loss of leave-one-out accuracy, on the common classes, that a rebuild may cause."""
 STANDARD_ERRORS = 2.0
@@ -186,12 +189,10 @@ def _judged(support: SupportSet, settings: DecisionSettings) -> tuple[LeaveOneOu
 
     That is the precision wanted where the references support none, since a verdict is needed there too.
     """
-    prototypes = build(support, settings, generation=0)
-    library = merge_references(prototypes, support)
+    prototypes, library, blends = build_with_blends(support, settings, generation=0)
     mode = Mode.MEAN if settings.mode is Mode.TEXT and support.text is None else settings.mode
-    if mode in BLENDED:
-        best, mixed = fit_blends(library, largest=LARGEST_ROWS)
-        found = leave_out_blend(mode, prototypes, library, best if mode is Mode.BEST else mixed)
+    if mode in BLENDED and blends is not None:
+        found = leave_out_blend(mode, prototypes, library, blends[0] if mode is Mode.BEST else blends[1])
     else:
         found = leave_out_plain(mode, prototypes, library)
     least = prototypes.calibration.confidence
@@ -236,6 +237,20 @@ def refuse_quick(compared: Mapping[str, Agreement]) -> str | None:
             different = f"{one.filed - one.same} of the {one.filed} filed references of {name}"
             return f"{different} get another label: {one.share:.1%} equal, needed {LEAST_SAME:.0%}"
     return None
+
+
+def is_settled(compared: Mapping[str, Agreement], *, largest: int) -> bool:
+    """Return whether a sample of the references decides as all of them, at most ``largest``, would.
+
+    The quick encoder is used if none of FILED_TO_SETTLE filed references gets another label, and refused if more do
+    than may in the largest comparison, or if the rows differ. Otherwise more references are needed.
+    """
+    everything = pooled(compared)
+    different = max((one.filed - one.same for one in compared.values()), default=0)
+    if different == 0 and refuse_quick(compared) is None:
+        return everything.filed >= FILED_TO_SETTLE
+    means = [one.mean_cosine for one in compared.values() if one.mean_cosine is not None]
+    return different > (1 - LEAST_SAME) * largest or not all(mean >= LEAST_COSINE for mean in means)
 
 
 def refuse_reload(old: PrototypeSet, new: PrototypeSet) -> str | None:

@@ -72,11 +72,12 @@ def require_training_packages(find: Callable[[str], object | None] = find_spec) 
 
 @contextmanager
 def observing() -> Iterator[Observer]:
-    """Show a progress bar on a terminal, and handle signals.
+    """Show a progress bar on a terminal, else print a line for each part and each evaluation; handle signals.
 
     SIGINT, SIGTERM and SIGHUP stop the training after the current step, with a checkpoint; at other times, at once.
     """
     heard: list[Signalled] = []
+    is_first, on_terminal = os.environ.get("RANK", "0") == "0", sys.stderr.isatty()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -84,7 +85,7 @@ def observing() -> Iterator[Observer]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[score]}"),
         console=Console(stderr=True, highlight=False),
-        disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0",
+        disable=not (on_terminal and is_first),
     )
     task = bar.add_task("reading images", total=None, score="")
     training = False
@@ -93,6 +94,8 @@ def observing() -> Iterator[Observer]:
         nonlocal training
         training = False
         bar.update(task, description=f"{part}: done")
+        if is_first and not on_terminal:
+            say(f"sortd: {part}: done")
 
     def progress(now: TrainingProgress) -> None:
         nonlocal training
@@ -100,6 +103,8 @@ def observing() -> Iterator[Observer]:
         bar.update(task, description="training", completed=now.step, total=now.steps)
         if now.accuracy is not None:
             bar.update(task, score=f"validation {now.accuracy:.1%}")
+            if is_first and not on_terminal:
+                say(f"sortd: training: step {now.step} of {now.steps}, validation {now.accuracy:.1%}")
 
     def hear(signalled: Signalled) -> None:
         if signalled.number == signal.SIGUSR1:

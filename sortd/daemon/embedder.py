@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 
@@ -170,12 +170,19 @@ class Embedder(Pipeline):
         *,
         batch_size: int = 32,
         are_sound: Callable[[FloatArray], bool] = are_of_unit_length,
+        equal_ids: Sequence[str] = (),
+        beside: Sequence["Embedder"] = (),
     ) -> None:
-        """Keep the parts, which the caller closes; rows that are not ``are_sound`` are not cached."""
+        """Keep the parts, which the caller closes; rows that are not ``are_sound`` are not cached.
+
+        Cached rows of the encoders with ``equal_ids`` are used as if they were its own. The embedders ``beside`` embed
+        the same images, so that each is decoded once for all.
+        """
         super().__init__(decoders, self._encode_or_recall, batch_size=batch_size)
         self.encoder = encoder
         self._cache = cache
         self._are_sound = are_sound
+        self._ids, self._beside = (*equal_ids, encoder.encoder_id), beside
         self._on_progress: OnProgress = lambda: None
         self.forwards = 0  # encoded batches of images
 
@@ -211,15 +218,25 @@ class Embedder(Pipeline):
     def add(self, queue: EncoderQueue, images: Sequence[tuple[str, Stamp]]) -> None:
         """Answer cached images, and append the others to a queue."""
         contents = self._cache.contents(images)
-        rows = self._cache.embeddings(set(contents.values()), self.encoder.encoder_id)
-        known = [image for image in images if contents.get(image, "") in rows]
+        rows = self._cached(set(contents.values()))
+        complete = set(rows).intersection(*(one._cached(rows) for one in self._beside))  # noqa: SLF001 - of this class
+        known = [image for image in images if contents.get(image, "") in complete]
         if known:
             queue.deliver([EmbeddedImage(*image, rows[contents[image]], contents[image]) for image in known])
-        super().add(queue, [image for image in images if contents.get(image, "") not in rows])
+        super().add(queue, [image for image in images if contents.get(image, "") not in complete])
+
+    def _cached(self, contents: Collection[str]) -> dict[str, FloatArray]:
+        """Return the cached rows of contents, of this encoder or an equal one."""
+        rows: dict[str, FloatArray] = {}
+        for encoder_id in self._ids:
+            rows |= self._cache.embeddings(contents, encoder_id)
+        return rows
 
     def _encode_or_recall(self, batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
         """Encode one batch; each content is encoded once, unless it is cached."""
-        rows = self._cache.embeddings({image.content for image in batch}, self.encoder.encoder_id)
+        for one in self._beside:
+            one._encode_or_recall(batch)  # noqa: SLF001 - of this class
+        rows = self._cached({image.content for image in batch})
         fresh = {image.content: image.pixels for image in batch if image.content not in rows}
         seconds = 0.0
         if fresh:
@@ -244,7 +261,7 @@ class Embedder(Pipeline):
     def embed_texts(self, texts: Sequence[str]) -> FloatArray:
         """Return float32 (T, d) unit rows, one for each text; each text is encoded once and then cached."""
         keys = [hashlib.sha256(b"text\0" + text.encode("utf-8", "surrogateescape")).hexdigest() for text in texts]
-        rows = self._cache.embeddings(set(keys), self.encoder.encoder_id)
+        rows = self._cached(set(keys))
         missing = list({key: text for key, text in zip(keys, texts, strict=True) if key not in rows}.items())
         for start in range(0, len(missing), TEXTS_AT_ONCE):
             some, unknown = zip(*missing[start : start + TEXTS_AT_ONCE], strict=True)

@@ -174,6 +174,17 @@ class Resources:
         embedder = Embedder(encoder, decoders, self._cache, batch_size=config.batch_size)
         return embedder, self._store(self._cache), describe_encoder(config, encoder, self._runs_on)
 
+    def load_beside(self, encoder: Encoder, *, equal_ids: Sequence[str]) -> tuple[Embedder, Embedder]:
+        """Load as ``load``; return an embedder of the model, and one of another encoder that gets the same images.
+
+        Images of the first are decoded once for both, which use one cache. Arguments as for ``Embedder``.
+        """
+        embedder, _, _ = self.load()
+        assert self._cache is not None, "it was opened"
+        batch_size, decoders = self.config.batch_size, self._pool(encoder.preprocessing, self.config.decoding.jpeg)
+        other = Embedder(encoder, decoders, self._cache, batch_size=batch_size, equal_ids=equal_ids)
+        return Embedder(embedder.encoder, decoders, self._cache, batch_size=batch_size, beside=(other,)), other
+
     def _store(self, cache: Cache) -> PrototypeStore:
         """Return the store of prototypes; with a scratch folder it is read-only."""
         config = self.config

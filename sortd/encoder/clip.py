@@ -221,8 +221,7 @@ class TorchEncoder:
         self.scale, self.shift = (torch.from_numpy(value).to(self._device) for value in normalisation(processor))
         self.dimensions = self._row_length(folder)
         self.precision = "fp32"
-        identity = repr_digest((model.content_digests(), self.preprocessing, decoding))
-        self.encoder_id = f"{folder.kind}-{self.dimensions}-torch-{identity[:16]}"
+        self.encoder_id = torch_encoder_id(model, self.dimensions, self.preprocessing, decoding)
         if words is not None:
             self._check_space(folder, words)
         if self._device.type != "cpu":  # float16 is slow there
@@ -314,6 +313,12 @@ class TorchEncoder:
     def _encode_texts(self, texts: Sequence[str], model: Any) -> FloatArray:  # noqa: ANN401
         output = model.encode([valid_utf8(text) for text in texts], convert_to_numpy=True, show_progress_bar=False)
         return normalise_rows(np.asarray(output, np.float32), self.encoder_id)
+
+
+def torch_encoder_id(model: LocatedModel, dimensions: int, preprocessing: Preprocessing, decoding: str) -> str:
+    """Return the ``encoder_id`` of a model in torch, without loading it."""
+    identity = repr_digest((model.content_digests(), preprocessing, decoding))
+    return f"{model.clip.kind}-{dimensions}-torch-{identity[:16]}"
 
 
 def torch_device(device: str) -> "torch.device":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -40,6 +41,8 @@ PARTS = ("train", "validation", "test")
 PLAN_FILE, ARRAYS_FILE, START_FILE = "plan.json", "plan.npz", "start.safetensors"
 
 ImageFile = tuple[str, Stamp]
+Features = npt.NDArray[np.float16]
+"""(N, ...): inputs of the first trained block of a network."""
 Split = Mapping[str, IntArray]
 """Disjoint sets of image indices, int64 and ascending, of each of ``PARTS``."""
 
@@ -278,17 +281,24 @@ class Predictions:
 class TrainDataset:
     """Images with classes and weights, for torch's data loader."""
 
-    pixels: Pixels  # uint8 (N, h, w, 3), maybe mapped from a file
+    pixels: npt.NDArray[Any]  # uint8 (N, h, w, 3), or features of all images in each view; maybe mapped from a file
     classes: IntArray
     weights: FloatArray
+    views: int = 1
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.classes)
 
     def __getitems__(self, indices: Sequence[int]) -> "TrainDataset":
-        """Return a part of the images."""
-        return TrainDataset(self.pixels[indices], self.classes[indices], self.weights[indices])
+        """Return a part of the images, each in a random view."""
+        if self.views == 1:
+            return TrainDataset(self.pixels[indices], self.classes[indices], self.weights[indices])
+        import torch
+
+        drawn = torch.randint(self.views, (len(indices),)).numpy()  # the Trainer resumes torch's random state
+        rows = drawn * len(self) + np.asarray(indices)
+        return TrainDataset(self.pixels[rows], self.classes[indices], self.weights[indices])
 
 
 @dataclass(frozen=True, eq=False)
@@ -377,6 +387,11 @@ def read_plan(work: Path) -> Plan:
         raise DataError(
             f"the training in {work} is incomplete ({error}); remove it and run `sortd finetune` without --resume"
         ) from error
+
+
+def features_file(work: Path, part: str) -> Path:
+    """Return the file of the features of a part: float16, one image after the other."""
+    return work / f"{part}.features"
 
 
 def pixels_file(work: Path, part: str) -> Path:

@@ -4,10 +4,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sortd.arrays import Array, FloatArray, IntArray, Pixels
 from sortd.classify.calibration import balanced_weights, fit_temperature
@@ -19,6 +21,7 @@ from sortd.encoder.models import SAFETENSORS, first_line, weight_files
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
 from sortd.finetune.data import TrainDataset
+from sortd.finetune.frozen import FrozenPart
 from sortd.finetune.recipe import CLASSIFIER_RATE, TOWER_RATE, Recipe
 from sortd.finetune.train import plain_views, random_views
 
@@ -231,24 +234,48 @@ def _json(path: Path, name: str) -> dict[str, Any]:
     return loaded
 
 
-def init_head(network: Network, train: TrainDataset, validation: TrainDataset, recipe: Recipe) -> None:
+View = Callable[["torch.Tensor"], "torch.Tensor"]
+"""From planes (B, 3, h, w) to float32 of the network's size."""
+
+
+def views_of(recipe: Recipe, size: tuple[int, int], *, random: int) -> list[View]:
+    """Return views of images: plain, mirrored if the recipe allows it, and so many random ones."""
+    views: list[View] = [lambda pixels: plain_views(pixels, size)]
+    if recipe.flips:
+        views.append(lambda pixels: plain_views(pixels, size).flip(-1))
+    return [*views, *random * [lambda pixels: random_views(pixels, size, recipe)]]
+
+
+def init_head(
+    network: Network,
+    train: TrainDataset,
+    validation: TrainDataset,
+    recipe: Recipe,
+    *,
+    size: tuple[int, int],
+    frozen: FrozenPart | None = None,
+) -> None:
     """Set the head of a network to ``gaussian_head`` of frozen features; ``validation`` calibrates its scale.
 
     As in "linear probing, then fine-tuning" (Kumar et al. 2022), since the gradients of a random head would damage the
-    pretrained features.
+    pretrained features. With a frozen part, the images are given by its features.
     """
     import torch
 
-    size = (validation.pixels.shape[1], validation.pixels.shape[2])
-    views: list[Callable[[torch.Tensor], torch.Tensor]] = [lambda pixels: plain_views(pixels, size)]
-    if recipe.flips:
-        views.append(lambda pixels: plain_views(pixels, size).flip(-1))
-    views.append(lambda pixels: random_views(pixels, size, recipe))
+    views = views_of(recipe, size, random=1)
     torch.manual_seed(recipe.seed)
-    rows = np.concatenate([_features(network, train.pixels, view) for view in views]).astype(np.float64)
-    classes, weights = np.tile(train.classes, len(views)), np.tile(train.weights, len(views)).astype(np.float64)
-    weight, bias = gaussian_head(rows, classes, weights / len(views), count=network.classes)
-    held = _features(network, validation.pixels, views[0]).astype(np.float64) @ weight.T + bias
+    if frozen is None:
+        parts = [_features(network, train.pixels, _seen(network, view)) for view in views]
+        plain = _features(network, validation.pixels, _seen(network, views[0]))
+    else:
+        images, start = len(train), partial(frozen.start_at, size=size)
+        stored = (train.pixels[at * images : (at + 1) * images] for at in range(min(len(views), train.views)))
+        parts = [_features(network, one, start) for one in stored]
+        plain = _features(network, validation.pixels, start)
+    rows, count = np.concatenate(parts).astype(np.float64), len(parts)
+    classes, weights = np.tile(train.classes, count), np.tile(train.weights, count).astype(np.float64)
+    weight, bias = gaussian_head(rows, classes, weights / count, count=network.classes)
+    held = plain.astype(np.float64) @ weight.T + bias
     factor = 1.0 / temperature_of(held.astype(np.float32), validation.classes)
     head = head_of(network.module)
     with torch.no_grad():
@@ -302,24 +329,28 @@ def logits_in_batches(network: Network, pixels: Pixels) -> FloatArray:
     return np.concatenate(found) if found else np.zeros((0, network.classes), np.float32)
 
 
-def _features(network: Network, pixels: Pixels, view: "Callable[[torch.Tensor], torch.Tensor]") -> FloatArray:
-    """Return float32 (N, d): the input of the head for a view of each image."""
+def _seen(network: Network, view: View) -> "Callable[[torch.Tensor], object]":
+    """Return the forward pass of a view of pixels (B, h, w, 3)."""
+    return lambda pixels: network.module(pixel_values=network.values(view(pixels.permute(0, 3, 1, 2))))
+
+
+def _features(network: Network, images: npt.NDArray[Any], forward: "Callable[[torch.Tensor], object]") -> FloatArray:
+    """Return float32 (N, d): the input of the head for each image."""
     import torch
 
     seen: list[torch.Tensor] = []
     hook = head_of(network.module).register_forward_pre_hook(lambda _, given: seen.append(given[0].float().cpu()))
     try:
         with torch.inference_mode():
-            for part in _batches(pixels):
-                planes = torch.from_numpy(np.array(part)).permute(0, 3, 1, 2).to(network.device)
-                network.module(pixel_values=network.values(view(planes)))
+            for part in _batches(images):
+                forward(torch.from_numpy(np.array(part)).to(network.device))
     finally:
         hook.remove()
     return np.asarray(torch.cat(seen).numpy(), dtype=np.float32)
 
 
-def _batches(pixels: Pixels) -> Iterator[Pixels]:
-    return (pixels[start : start + BATCH] for start in range(0, len(pixels), BATCH))
+def _batches(images: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
+    return (images[start : start + BATCH] for start in range(0, len(images), BATCH))
 
 
 def add_lora(module: "torch.nn.Module", rank: int) -> "torch.nn.Module":

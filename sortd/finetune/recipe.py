@@ -13,16 +13,18 @@ CLASSIFIER_RATE = 1e-4
 TOWER_RATE = 5e-4
 """Default learning rate of a small convolutional tower. 1e-3 improved a weak tower by 4 and 8 points in ten epochs, but
 first worsened a better one."""
-USUAL_EPOCHS = 20
-FEWEST_STEPS = 300
-"""Least number of steps; small datasets are trained for more epochs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """The hyperparameters of a fine-tuning; see docs/finetuning.md for their sources."""
 
-    epochs: int | None = None  # None: 20, or as many as make 300 steps
+    epochs: int | None = None  # None: ``usual_epochs``, or as many as make ``fewest_steps``
+    usual_epochs: int = 20
+    fewest_steps: int = 300  # small datasets are trained for more epochs
+    views: int = 8
+    """Views of each image, whose features by the lower blocks are computed once; only the last blocks are trained on
+    them. 0: all blocks are trained, on new views in each epoch."""
     batch_size: int = 32
     learning_rate: float | None = None  # peak rate of the head and the layers next to it; None: the base's own
     layer_decay: float = 0.75
@@ -36,7 +38,7 @@ class Recipe:
     jitter: float = 0.2  # largest change of brightness, contrast and saturation
     flips: bool = True
     evaluations: int = 10  # evaluations on the validation images, each with a checkpoint
-    patience: int = 6  # evaluations without a better score after which training ends
+    patience: int = 3  # evaluations without a better score after which training ends
     test: float = 0.15  # share of the images for the evaluation of model and prototypes
     validation: float = 0.15  # share of the images for the choice of checkpoint, averaging and temperature
     lora_rank: int | None = None
@@ -45,7 +47,26 @@ class Recipe:
 
     def epochs_for(self, images: int, *, images_per_step: int) -> int:
         """Return the number of epochs."""
-        return self.epochs or max(USUAL_EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(images / images_per_step)))
+        steps = math.ceil(images / images_per_step)
+        return self.epochs or max(self.usual_epochs, math.ceil(self.fewest_steps / steps))
+
+
+class Effort(StrEnum):
+    """The processor time that a fine-tuning may take."""
+
+    QUICK = "quick"
+    STANDARD = "standard"
+    THOROUGH = "thorough"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe: thorough trains all blocks, the others the last ones."""
+        match self:
+            case Effort.QUICK:
+                return Recipe(usual_epochs=8, fewest_steps=100, views=4)
+            case Effort.THOROUGH:
+                return Recipe(views=0, patience=6)
+        return Recipe()
 
 
 class Source(StrEnum):

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sortd import __version__, errors
-from sortd.arrays import Array, BoolArray, IntArray
+from sortd.arrays import Array, BoolArray, FloatArray, IntArray
 from sortd.classify.build import build
 from sortd.classify.decide import score_batch
 from sortd.classify.prompts import prompts
@@ -99,17 +99,23 @@ def _sentences(layout: Layout, labels: Sequence[str], templates: Sequence[str]) 
 
 
 def evaluate_model(
-    network: Network, start: "Mapping[str, torch.Tensor]", plan: Plan, folder: Path
+    network: Network,
+    start: "Mapping[str, torch.Tensor]",
+    plan: Plan,
+    folder: Path,
+    *,
+    validation_logits: Callable[[], FloatArray],
 ) -> tuple[FinetunedFacts, IntArray]:
     """Average the network with its start weights, calibrate it and compare it with the baseline.
 
+    ``validation_logits`` returns the logits of the validation images, with which the averages are compared.
     Return the facts of the model, for ``folder``, and the confusion matrix of the test images, int64 (C, C).
     """
     validation, test = (plan.images_of(part) for part in ("validation", "test"))
     share, shares = average_with_start(
         network.module,
         start,
-        logits=lambda: logits_in_batches(network, validation.pixels),
+        logits=validation_logits,
         score=lambda logits: score_of(logits, validation.classes)["score"],
     )
     held = logits_in_batches(network, validation.pixels)

@@ -13,15 +13,24 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from sortd.arrays import FloatArray
 from sortd.config import Config
 from sortd.daemon.references import class_labels
 from sortd.daemon.resources import LoadEncoder, Resources
-from sortd.encoder.clip import torch_device
+from sortd.encoder.clip import PASSIVE_WAIT, torch_device
 from sortd.encoder.finetuned import RESULTS_FOLDER, UNFINISHED, FinetunedFacts, Network, load_weights
 from sortd.errors import AlreadyRunningError, DataError
 from sortd.events import Preprocessing
-from sortd.finetune import data
-from sortd.finetune.model import add_lora, find_base, init_head, load_base, weights_of
+from sortd.finetune import data, frozen
+from sortd.finetune.model import (
+    add_lora,
+    find_base,
+    init_head,
+    load_base,
+    logits_in_batches,
+    views_of,
+    weights_of,
+)
 from sortd.finetune.recipe import Observer, TrainingRequest
 from sortd.finetune.report import baseline_predictions, evaluate_model, publish_result, save_tensors, write_result
 from sortd.finetune.train import TrainSettings, make_model, train, training_arguments
@@ -78,6 +87,7 @@ def run_finetuning(
         TrainingStoppedError: the observer asked to stop.
         StorageError: a file cannot be written.
     """
+    os.environ.setdefault(*PASSIVE_WAIT)  # before torch is loaded
     from accelerate import PartialState
 
     began, observer = time.monotonic(), observer or Observer()
@@ -100,22 +110,24 @@ def run_finetuning(
             torch.set_num_threads(config.threads)
         base = load_base(plan.base, plan.labels, cache_dir=config.cache_dir, side=plan.side)
         network = Network(base.module, base.processor, device)
-        if is_first and not (work / data.START_FILE).is_file():
-            _write_start(network, plan)
-            observer.finished("fitting the head")
-        processes.wait_for_everyone()
-        load_weights(network.module, work / data.START_FILE)
-        start = weights_of(network.module)
-        settings = TrainSettings(plan.recipe, work, device.type, resume, plan.extra, observer)
-        trained = _train_network(network, plan, settings)
-        if not is_first:
-            return None
-        observer.finished("training")
-        beside = work / "result"
-        with data.disk_errors_translated(work):
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-        facts, table = evaluate_model(network, start, plan, beside)
+        with frozen.closing(_divide(network, plan)) as part:
+            if is_first:
+                _write_start(network, plan, part, observer.finished)
+            processes.wait_for_everyone()
+            load_weights(network.module, work / data.START_FILE)
+            start = weights_of(network.module)
+            settings = TrainSettings(plan.recipe, work, device.type, resume, plan.extra, observer)
+            trained = _train_network(network, plan, settings, part)
+            if not is_first:
+                return None
+            observer.finished("training")
+            beside = work / "result"
+            with data.disk_errors_translated(work):
+                shutil.rmtree(beside, ignore_errors=True)
+                beside.mkdir()
+            facts, table = evaluate_model(
+                network, start, plan, beside, validation_logits=lambda: _logits(network, plan, part)
+            )
         seconds = round(time.monotonic() - began, 1)
         facts = replace(facts, metrics={**facts.metrics, **trained, "seconds": seconds})
         write_result(facts, table, network.module, base.config, base.processor)
@@ -152,23 +164,70 @@ def _working_in(work: Path, *, resume: bool) -> Iterator[None]:
         lock.release()
 
 
-def _write_start(network: Network, plan: data.Plan) -> None:
-    """Fit the head and write the start weights, which a resumed run needs too."""
-    init_head(network, plan.images_of("train"), plan.images_of("validation"), plan.recipe)
+def _divide(network: Network, plan: data.Plan) -> frozen.FrozenPart | None:
+    """Freeze the lower blocks of the network, unless all are trained."""
+    if not plan.recipe.views or plan.recipe.lora_rank is not None:
+        return None
+    return frozen.divide(network, _size(plan))
+
+
+def _size(plan: data.Plan) -> tuple[int, int]:
+    return plan.preprocessing.crop_height, plan.preprocessing.crop_width
+
+
+def _write_start(
+    network: Network, plan: data.Plan, part: frozen.FrozenPart | None, tell: Callable[[str], None]
+) -> None:
+    """Write the features of the frozen part, and the start weights with the fitted head, unless they are there."""
+    import torch
+
+    recipe, size = plan.recipe, _size(plan)
+    if part is not None and not data.features_file(plan.work, "validation").is_file():
+        images = plan.images_of("train")
+        count = part.views_within(recipe.views, len(images))
+        views = views_of(recipe, size, random=count)[:count]
+        torch.manual_seed(recipe.seed)
+        for name, pixels, seen in (
+            ("train", images.pixels, views),
+            ("validation", plan.pixels_of("validation"), views[:1]),
+        ):
+            frozen.write_features(part, network, pixels, seen, data.features_file(plan.work, name))
+        tell("computing the features of the frozen blocks")
+    if (plan.work / data.START_FILE).is_file():
+        return
+    train_images, validation = (_images_of(plan, name, part) for name in ("train", "validation"))
+    init_head(network, train_images, validation, recipe, size=size, frozen=part)
+    tell("fitting the head")
     beside = plan.work / f"{data.START_FILE}.part"
     save_tensors(network.module.state_dict(), beside)
     with data.disk_errors_translated(plan.work):
         beside.replace(plan.work / data.START_FILE)
 
 
-def _train_network(network: Network, plan: data.Plan, settings: TrainSettings) -> dict[str, Any]:
+def _images_of(plan: data.Plan, name: str, part: frozen.FrozenPart | None) -> data.TrainDataset:
+    """Return the images of a part of the data: pixels, or features of the frozen part of the network."""
+    images = plan.images_of(name)
+    if part is None:
+        return images
+    stored = part.read_features(data.features_file(plan.work, name))
+    return replace(images, pixels=stored, views=len(stored) // max(1, len(images)))
+
+
+def _logits(network: Network, plan: data.Plan, part: frozen.FrozenPart | None) -> FloatArray:
+    """Return the logits of the validation images, from the features if there is a frozen part."""
+    images = _images_of(plan, "validation", part).pixels
+    return logits_in_batches(network, images) if part is None else part.logits(images, _size(plan))
+
+
+def _train_network(
+    network: Network, plan: data.Plan, settings: TrainSettings, part: frozen.FrozenPart | None
+) -> dict[str, Any]:
     """Train the network in place and return the result of ``train``."""
-    dataset, rank = plan.images_of("train"), plan.recipe.lora_rank
+    dataset, rank = _images_of(plan, "train", part), plan.recipe.lora_rank
     if rank is not None:
         network.module = add_lora(network.module, rank)
-    size = (plan.preprocessing.crop_height, plan.preprocessing.crop_width)
-    model = make_model(network, size, dataset, plan.recipe)
-    trained = train(model, dataset, plan.images_of("validation"), settings)
+    model = make_model(network, _size(plan), dataset, plan.recipe, part)
+    trained = train(model, dataset, _images_of(plan, "validation", part), settings)
     if rank is not None:
         network.module = network.module.merge_and_unload()  # type: ignore[operator]  # a method that peft added
     network.module.eval()

@@ -4,7 +4,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -19,6 +18,7 @@ from sortd.classify.calibration import log_softmax
 from sortd.encoder.finetuned import Network, head_of
 from sortd.errors import ConfigError, DestinationError
 from sortd.finetune.data import TrainDataset
+from sortd.finetune.frozen import BLOCK, FrozenPart
 from sortd.finetune.recipe import CLASSIFIER_RATE, Observer, Recipe, TrainingProgress, TrainingStoppedError
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ ACCURACY_WEIGHT = 0.5
 few validation images."""
 LARGEST_STRETCH = 4 / 3
 """Largest aspect ratio of a crop, as in torchvision's RandomResizedCrop."""
-_BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -225,11 +224,13 @@ def _listener(observer: Observer) -> Any:  # noqa: ANN401 - transformers has no 
     return Listener()
 
 
-def make_model(network: Network, size: tuple[int, int], dataset: TrainDataset, recipe: Recipe) -> "torch.nn.Module":
+def make_model(
+    network: Network, size: tuple[int, int], dataset: TrainDataset, recipe: Recipe, frozen: FrozenPart | None = None
+) -> "torch.nn.Module":
     """Return the module to train: augmentation, normalisation, network and weighted loss.
 
     Batch norms keep their statistics, since those of small batches are worse. Classes are weighted by their images in
-    ``dataset``; ``size`` is height and width of the network's input.
+    ``dataset``; ``size`` is height and width of the network's input. With a frozen part, the inputs are its features.
     """
     import torch
     from torch import nn
@@ -239,7 +240,7 @@ def make_model(network: Network, size: tuple[int, int], dataset: TrainDataset, r
     class_weights = torch.from_numpy(rarity * held.sum() / (rarity * held).sum()).float()  # 1 on average
 
     class ModelWithLoss(nn.Module):
-        """Raw pixels, uint8 (B, h, w, 3), to a loss."""
+        """Raw pixels, uint8 (B, h, w, 3), or features (B, ...), to a loss."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -254,11 +255,14 @@ def make_model(network: Network, size: tuple[int, int], dataset: TrainDataset, r
             return self
 
         def forward(self, pixels: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-            with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-                planes = pixels.permute(0, 3, 1, 2)
-                seen = random_views(planes, size, recipe) if self.training else plain_views(planes, size)
-                values = network.values(seen)
-            output = self.module(pixel_values=values)
+            if frozen is not None:
+                output = frozen.start_at(pixels, size)
+            else:
+                with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+                    planes = pixels.permute(0, 3, 1, 2)
+                    seen = random_views(planes, size, recipe) if self.training else plain_views(planes, size)
+                    values = network.values(seen)
+                output = self.module(pixel_values=values)
             logits = getattr(output, "logits", output).float()
             smoothing = recipe.label_smoothing if self.training else 0.0
             losses = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
@@ -278,7 +282,7 @@ def parameter_groups(module: "torch.nn.Module", recipe: Recipe, *, learning_rate
     depths: dict[str, int] = {}
     blocks: set[str] = set()
     for name, _ in named:
-        if found := _BLOCK.match(name):
+        if found := BLOCK.match(name):
             blocks.add(found.group(1))
         depths[name] = len(blocks)
     groups: dict[tuple[float, float], dict[str, Any]] = {}

@@ -5,7 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sortd.classify.held_out import FEWEST_FILED, agreement, pooled, refuse_quick
+from sortd.classify.held_out import (
+    FEWEST_FILED,
+    FILED_TO_SETTLE,
+    Agreement,
+    agreement,
+    is_settled,
+    pooled,
+    refuse_quick,
+)
 from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
 from sortd.events import Mode
 from tests.made_features import Array, Blobs, support_set, unit
@@ -97,3 +105,36 @@ def test_agreement_of_other_references_raises() -> None:
     """A file may change between the two runs."""
     with pytest.raises(ValueError, match="have different references"):
         agreement(EXACT, replace(EXACT, sources=(*EXACT.sources[:-1], "another.png")), DecisionSettings())
+
+
+def compared(filed: int, different: int = 0, *, cosine: float = 0.999) -> dict[str, Agreement]:
+    """The agreement on so many filed references of one dataset, and half as many others."""
+    return {
+        "Screws": replace(
+            pooled({}), references=2 * filed, judged=2 * filed, filed=filed, same=filed - different,
+            cosines=2 * filed * cosine,
+        )
+    }  # fmt: skip
+
+
+def test_is_settled_equal_labels_of_many_references() -> None:
+    """With fewer, or with one difference, more references are compared."""
+    assert is_settled(compared(FILED_TO_SETTLE), largest=1000)
+    assert not is_settled(compared(FILED_TO_SETTLE - 1), largest=1000)
+    assert not is_settled(compared(FILED_TO_SETTLE, 1), largest=1000)
+    assert not is_settled({}, largest=1000)
+
+
+def test_is_settled_refusal_that_no_more_references_change() -> None:
+    """The rows differ, or more labels than may differ among all."""
+    assert is_settled(compared(50, cosine=0.98), largest=1000)
+    assert is_settled(compared(50, cosine=float("nan")), largest=1000)
+    assert is_settled(compared(50, 11), largest=1000)
+    assert not is_settled(compared(50, 5), largest=1000)
+    assert refuse_quick(compared(50, 5)) is not None
+
+
+def test_is_settled_one_dataset_differs_is_not_settled() -> None:
+    """However many the others are."""
+    both = {"Coins": compared(50, 2)["Screws"], **compared(2 * FILED_TO_SETTLE)}
+    assert not is_settled(both, largest=1000)

@@ -1,20 +1,25 @@
 """The precision in use: int8 if it agreed on the references, float32 otherwise; neither imports torch."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import structlog
 from structlog.testing import capture_logs
 
 from sortd import config as configuration
 from sortd import logs
-from sortd.commands.models import MAX_PER_CLASS, MAX_REFERENCES, export, sample
+from sortd.arrays import FloatArray, Pixels
+from sortd.commands.models import export
+from sortd.commands.precision import MAX_PER_CLASS, MAX_REFERENCES, PROBES, sample
 from sortd.config import Config
-from sortd.daemon.references import ClassFolder
+from sortd.daemon.references import ClassFolder, References
+from sortd.daemon.resources import Resources, reference_settings_of
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
 from sortd.encoder.backends import load_fastest
@@ -23,7 +28,8 @@ from sortd.encoder.export import make_exports
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision, read_verdict
 from sortd.encoder.quantize import quantize
 from sortd.errors import ModelError
-from sortd.layout import Layout
+from sortd.images.pool import Batch, DecoderPool
+from sortd.layout import Area, Layout
 from tests.command_line import sortd
 from tests.daemon_process import DaemonProcess, make_dataset, picture, tree
 
@@ -48,6 +54,30 @@ def make_config(exported: Path, tmp_path: Path, write_config: Callable[..., Path
         return configuration.read_config(write_config(**{"backend": "onnx", **keys}), {"HOME": str(tmp_path)})
 
     return make
+
+
+def count_images(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Return the number of images that ONNX Runtime encodes from here on, by precision."""
+    encoded: Counter[str] = Counter()
+    encode = OnnxEncoder.encode_images
+
+    def counting(encoder: OnnxEncoder, pixels: Pixels) -> FloatArray:
+        encoded[encoder.precision.value] += len(pixels)
+        return encode(encoder, pixels)
+
+    monkeypatch.setattr(OnnxEncoder, "encode_images", counting)
+    return encoded
+
+
+def embed_references(config: Config) -> None:
+    """Embed the references of the made dataset as a start of the daemon does."""
+    resources = Resources(config)
+    try:
+        embedder, _, _ = resources.load()
+        layout = Layout(config.root / "Colours")
+        References(layout.area(Area.CLASES)).support(embedder, reference_settings_of(config.dataset(layout.name)))
+    finally:
+        resources.unload()
 
 
 class World:
@@ -84,6 +114,38 @@ def spoil_int8(found: Exports) -> None:
     """Replace the image tower by one whose weights have three values, and update the manifest."""
     tower = found.tower("image", Precision.INT8)
     quantize(found.tower("image", Precision.FP32), tower, largest=1)
+    update_manifest(found, tower)
+
+
+def spoil_red_images(found: Exports) -> None:
+    """Let int8 give a red image the components of its row in reverse order; no synthetic image is so red."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    tower = found.tower("image", Precision.INT8)
+    model = onnx.load(str(tower))
+    width = found.manifest.dimensions
+    constants = {
+        "red": np.array(0), "green": np.array(1), "column": np.array([1]), "much": np.array(120.0, np.float32),
+        "reversed": np.arange(width)[::-1].copy(),
+    }  # fmt: skip
+    for node in model.graph.node:
+        node.output[:] = ["true_rows" if name == "rows" else name for name in node.output]
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    model.graph.node.extend(
+        [
+            helper.make_node("Cast", ["pixels"], ["levels"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMean", ["levels"], ["means"], axes=[1, 2], keepdims=0),
+            helper.make_node("Gather", ["means", "red"], ["mean_red"], axis=1),
+            helper.make_node("Gather", ["means", "green"], ["mean_green"], axis=1),
+            helper.make_node("Sub", ["mean_red", "mean_green"], ["redness"]),
+            helper.make_node("Greater", ["redness", "much"], ["is_red"]),
+            helper.make_node("Unsqueeze", ["is_red", "column"], ["are_red"]),
+            helper.make_node("Gather", ["true_rows", "reversed"], ["other_rows"], axis=1),
+            helper.make_node("Where", ["are_red", "other_rows", "true_rows"], ["rows"]),
+        ]
+    )
+    onnx.save(model, str(tower))
     update_manifest(found, tower)
 
 
@@ -146,6 +208,53 @@ class TestVerdict:
         assert "-onnx-fp32-" in world.load().encoder_id
         assert "synthetic images differ" in world.judge()["refusal"]
         assert "-onnx-fp32-" in world.load().encoder_id
+
+    def test_verdict_int8_hurts_one_class_is_refused(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+        """Also if float32's rows, and int8's before the damage, are in the cache: its files identify its rows."""
+        make_dataset(tmp_path / "Data", references=12)
+        world = World(make_config())
+        assert world.judge()["serves"] == "int8"
+        spoil_red_images(world.exports())
+        verdict = world.judge()
+        assert "the embeddings of Colours differ: mean cosine" in verdict["refusal"]
+        assert verdict["probe_cosine"] > 0.99
+        assert "-onnx-fp32-" in world.load().encoder_id
+
+    def test_verdict_encodes_nothing_that_is_cached(
+        self, tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After torch only int8 sees the references, each decoded once; its first start encodes no image again."""
+        make_dataset(tmp_path / "Data", references=12)
+        encoded = count_images(monkeypatch)
+        config = make_config(backend="torch")
+        embed_references(config)
+        world = World(make_config(backend="onnx"))
+        assert world.judge()["serves"] == "int8"
+        assert encoded == {"fp32": PROBES, "int8": PROBES + 36}
+        embed_references(world.config)
+        assert encoded["int8"] - PROBES - 36 == 3  # the images by which every start tests its model
+        encoded.clear()
+        assert world.judge()["serves"] == "int8"
+        assert encoded == dict.fromkeys(("fp32", "int8"), PROBES)
+
+    def test_verdict_without_cached_rows_decodes_each_image_once(
+        self, tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Both precisions encode the same pixels."""
+        make_dataset(tmp_path / "Data", references=12)
+        asked: list[str] = []
+        feed = DecoderPool.feed
+
+        def counting(pool: DecoderPool, batch: Batch) -> None:
+            waiting = [path for path, _ in batch.waiting]
+            feed(pool, batch)
+            asked.extend(waiting[: len(waiting) - len(batch.waiting)])
+
+        monkeypatch.setattr(DecoderPool, "feed", counting)
+        encoded = count_images(monkeypatch)
+        assert World(make_config()).judge()["serves"] == "int8"
+        assert (len(asked), len(set(asked))) == (36, 36)
+        assert encoded == dict.fromkeys(("fp32", "int8"), PROBES + 36)
 
     def test_verdict_int8_does_not_run_is_refused(self, tmp_path: Path, make_config: Callable[..., Config]) -> None:
         """The refusal contains the error."""
@@ -282,6 +391,16 @@ class TestSample:
         assert sum(len(folder.files) for folder in chosen) <= MAX_REFERENCES
         assert {len(folder.files) for folder in chosen} == {min(each, MAX_PER_CLASS)}
         assert len({folder.label for folder in chosen}) >= min(classes, 33)
+
+    def test_sample_smaller_is_part_of_a_larger(self) -> None:
+        """So that what the first step encoded is used in the second."""
+        folders = self.folders(100, 30)
+        first, second = (
+            {(folder.label, path) for folder in sample(folders, most=most) for path, _ in folder.files}
+            for most in (400, MAX_REFERENCES)
+        )
+        assert first < second
+        assert len(first) == 400
 
 
 def test_daemon_with_int8_never_loads_torch(tmp_path: Path, make_config: Callable[..., Config]) -> None:
