@@ -204,8 +204,9 @@ Decision = Assigned | Abstained
 class ImageSeen:
     """A file is in ``Images/`` with this stamp; ``closed``: it was closed after writing.
 
-    ``writer`` is set only in the answer to an ``Inspect``. ``is_aside``: the file is in ``Rejected/``, and sortd had
-    put an older version of it there. ``since``: when it arrived, if an event said so.
+    ``writer`` is set in the answer to an ``Inspect``, and where the first scan finds a file that has settled.
+    ``is_aside``: the file is in ``Rejected/``, and sortd had put an older version of it there. ``since``: when it
+    arrived, if an event said so. ``still_seconds``: for how long it had not changed, by its times.
     """
 
     path: str
@@ -214,6 +215,7 @@ class ImageSeen:
     closed: bool = False
     is_aside: bool = False
     since: float | None = None
+    still_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

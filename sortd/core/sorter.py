@@ -108,6 +108,11 @@ class Sorter:
         self.guard.configure(settings.guard_images)
         self._touch(now)
 
+    @property
+    def settle_seconds(self) -> float:
+        """The time without a change after which a file is settled."""
+        return self._settings.settle_seconds
+
     def looks_soon_at(self, path: str, now: float) -> bool:
         """Return whether a settling image will be inspected within the settle time anyway."""
         return not self._stopping and self.images.is_due_soon(path, now)

@@ -196,6 +196,7 @@ class Images:
                 return
             image = self._add(path, stamp, State.SETTLING, now)
             image.first_seen = now if seen.since is None else min(seen.since, now)
+            image.still_since = now - seen.still_seconds
         elif image.state is State.HELD and image.stamp.is_same_version(stamp):
             image.stamp = stamp  # permissions or links changed, or the hold is of an earlier run and has no ctime
         elif image.stamp != stamp:
@@ -211,6 +212,8 @@ class Images:
         """Make an image ready if ``writer`` is set and it is settled; else schedule an inspection."""
         if image.is_unfinished and writer not in {None, Writer.UNFINISHED}:
             image.is_unfinished, image.still_since = False, now  # it was just completed
+        if writer not in {None, Writer.ABSENT}:
+            image.still_since = max(image.still_since, image.first_seen)  # without a lease its times prove nothing
         quiet = self._settle_seconds
         if writer is Writer.UNKNOWN and not image.closed:
             quiet = max(quiet, LEASELESS_QUIET_SECONDS)
