@@ -17,6 +17,7 @@ from sortd.store.cache import Cache
 
 PATIENCE_SECONDS = 0.2  # for which a decoded image waits for others, to be encoded with them: less than a forward
 BATCHES_ON_THE_WAY = 2  # one being encoded, one being decoded
+FIRST_BATCH = 1  # images of the first forward after a pause, so that their answers do not wait; then it doubles
 
 Deliver = Callable[[Sequence[EmbeddedImage | ImageRefused]], None]
 Encode = Callable[[Sequence[DecodedImage]], list[EmbeddedImage]]
@@ -44,6 +45,7 @@ class Pipeline:
         self._queues: deque[EncoderQueue] = deque()
         self._decoded: deque[tuple[EncoderQueue, DecodedImage]] = deque()
         self._decoded_since = 0.0
+        self._next_batch = FIRST_BATCH
         self._on_the_way = 0
         self.wake_descriptor: int | None = None  # when it is readable, a wait ends
 
@@ -125,17 +127,18 @@ class Pipeline:
                 queue.deliver(refused)
 
     def _is_due(self, now: float) -> bool:
-        """Return whether there is a full batch, or one that has waited long enough."""
+        """Return whether there is a batch of the wanted size, or one that has waited long enough."""
         if not self._decoded:
             return False
         is_all = len(self._decoded) == self._on_the_way and not any(queue.waiting for queue in self._queues)
-        return is_all or len(self._decoded) >= self._batch_size or now >= self._decoded_since + PATIENCE_SECONDS
+        return is_all or len(self._decoded) >= self._next_batch or now >= self._decoded_since + PATIENCE_SECONDS
 
     def _encode_batch(self) -> None:
         """Encode the decoded images, while the processes decode the next ones."""
-        taken = [self._decoded.popleft() for _ in range(min(self._batch_size, len(self._decoded)))]
+        taken = [self._decoded.popleft() for _ in range(min(self._next_batch, len(self._decoded)))]
         self._decoded_since = monotonic()
         self._on_the_way -= len(taken)
+        self._next_batch = min(2 * self._next_batch, self._batch_size) if self.has_work else FIRST_BATCH
         self._feed()
         answers = self._encode([image for _, image in taken])
         by_queue: dict[int, tuple[EncoderQueue, list[EmbeddedImage | ImageRefused]]] = {}

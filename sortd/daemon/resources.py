@@ -26,6 +26,7 @@ from sortd.encoder.models import STRONGER, first_line, locate_clip
 from sortd.errors import ModelError
 from sortd.events import Mode, Preprocessing
 from sortd.images.decode import DecodeLimits, Jpeg
+from sortd.images.decoder_process import ProcessEnds, start_process
 from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.store.cache import CACHE_FILE, Cache
@@ -150,6 +151,7 @@ class Resources:
         self._embeddings, self._is_scratch = scratch or config.cache_dir, scratch is not None
         self._runs_on: list[str] = []
         self._load_encoder = load_encoder or partial(load_fastest, report=self._runs_on.append)
+        self._started: list[ProcessEnds] = []  # decoding processes that no pool has yet
         self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
         self._cache: Cache | None = None
         self.finetuned: dict[str, Embedder] = {}  # the loaded fine-tuned models by identity, shared by datasets
@@ -161,6 +163,7 @@ class Resources:
             ModelError: The model cannot be loaded.
         """
         config = self.config
+        self._started += [start_process() for _ in range(self._workers)]  # they start while the model is loaded
         encoder = self._load_encoder(config)
         decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
         self._cache = Cache(self._embeddings / CACHE_FILE, max_bytes=config.cache_megabytes * 1_000_000)
@@ -212,15 +215,21 @@ class Resources:
     def _pool(self, preprocessing: Preprocessing, jpeg: Jpeg) -> DecoderPool:
         """Return the decoders for this input; encoders with the same input share them."""
         if (preprocessing, jpeg) not in self._decoders:
-            decoding = self.config.decoding
+            decoding, (started, self._started) = self.config.decoding, (self._started, [])
             self._decoders[preprocessing, jpeg] = DecoderPool(
-                decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0))),
+                self._workers,
                 preprocessing,
                 DecodeLimits.of(decoding),
                 timeout_seconds=decoding.timeout_seconds,
                 jpeg=jpeg,
+                started=started,
             )
         return self._decoders[preprocessing, jpeg]
+
+    @property
+    def _workers(self) -> int:
+        """The number of decoding processes of a pool."""
+        return self.config.decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0)))
 
     @staticmethod
     def _describe(config: Config) -> str:
@@ -233,6 +242,10 @@ class Resources:
 
     def unload(self) -> None:
         """Stop the decoders and close the cache."""
+        for ends in self._started:
+            ends.end()
+            os.close(ends.stderr)
+        self._started = []
         for decoders in self._decoders.values():
             decoders.close()
         if self._cache is not None:

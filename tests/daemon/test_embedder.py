@@ -80,6 +80,21 @@ def test_pipeline_each_image_is_answered_once_in_full_batches(pool: DecoderPool,
     assert max(map(len, recording.batches)) <= 10
 
 
+def test_pipeline_first_image_waits_for_no_batch_and_batches_grow(pool: DecoderPool, tmp_path: Path) -> None:
+    """The first forward has one image, later ones at most twice as many as the one before; again after a pause."""
+    recording = Recording()
+    pipeline = Pipeline(pool, recording.encode, batch_size=32)
+    queue = pipeline.open(recording.answers.extend)
+    files = pictures(tmp_path, 40)
+    for some in (files[:30], files[30:]):
+        pipeline.add(queue, some)
+        recording.batches.clear()
+        drain(pipeline)
+        sizes = [len(batch) for batch in recording.batches]
+        assert (sizes[0], sum(sizes)) == (1, len(some))
+        assert all(size <= 2**number for number, size in enumerate(sizes))
+
+
 def test_pipeline_single_image_is_encoded_without_waiting(pool: DecoderPool, tmp_path: Path) -> None:
     """It is encoded in the step in which it is decoded."""
     recording = Recording()
