@@ -40,9 +40,10 @@ class Stamp:
 
     def __post_init__(self) -> None:
         """Reduce the times to 64 bits."""
-        for name in ("mtime_ns", "ctime_ns"):
-            if not -(2**63) <= getattr(self, name) < 2**63:
-                object.__setattr__(self, name, signed(getattr(self, name)))
+        if not -(2**63) <= self.mtime_ns < 2**63:
+            object.__setattr__(self, "mtime_ns", signed(self.mtime_ns))
+        if not -(2**63) <= self.ctime_ns < 2**63:
+            object.__setattr__(self, "ctime_ns", signed(self.ctime_ns))
 
     @property
     def columns(self) -> tuple[int, int, int, int]:

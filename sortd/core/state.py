@@ -113,7 +113,7 @@ class Refusals:
 
     def has(self, path: str, stamp: Stamp, why: str = "") -> bool:
         """Return whether this version was noted."""
-        return hash((path, stamp, why)) in self._known
+        return bool(self._known) and hash((path, stamp, why)) in self._known  # hashing a stamp takes a microsecond
 
     def note(self, path: str, stamp: Stamp, why: str = "") -> bool:
         """Note a version, and ``why`` if that can change; return whether it is new."""
@@ -156,7 +156,7 @@ class Images:
     @property
     def waiting(self) -> int:
         """The number of images that are not resting."""
-        return len(self) - sum(self.counts[state] for state in RESTING)
+        return len(self) - sum(map(self.counts.__getitem__, RESTING))
 
     def __contains__(self, path: str) -> bool:
         """Return whether an image is known under this path."""
@@ -184,7 +184,7 @@ class Images:
     def see(self, seen: ImageSeen, now: float) -> None:
         """Process a sighting of a file: the only way into SETTLING and on to READY."""
         path, stamp = seen.path, seen.stamp
-        if (path, stamp) in self._moving:
+        if self._moving and (path, stamp) in self._moving:
             self.forget(path)  # a sighting of the moving version itself
             return
         image = self._images.get(path)

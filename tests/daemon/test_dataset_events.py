@@ -236,6 +236,21 @@ def test_dataset_first_scan_inspects_still_files_once_and_later_scans_wait(tmp_p
         assert dataset.sorter.images.counts[State.SETTLING] == 3
 
 
+def test_dataset_first_images_are_embedded_while_the_scan_goes_on(tmp_path: Path) -> None:
+    """The first batch does not wait for the end of the scan."""
+    layout, asked = Layout(make_dataset(tmp_path / "Data")), list[Job]()
+    layout.make()
+    with open_dataset(layout, tmp_path / "state") as opened:
+        dataset = new_dataset(layout, opened, asked, 0.0)
+        for number in range(30):
+            (layout.root / "Images" / f"{number}.png").write_bytes(b"an image")
+        dataset.scans._inbox.whole.most = 10
+        dataset.begin()
+        dataset.continue_looking()
+        assert dataset.scans.is_under_way
+        assert embedded(asked)
+
+
 def wait_until_still(path: Path, seconds: float) -> None:
     """Wait until the times of a file are so old."""
     mark = stamp(os.fspath(path))

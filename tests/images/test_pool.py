@@ -463,8 +463,8 @@ class TestProcesses:
         """A compromised process can neither make the daemon read elsewhere nor wait forever."""
         code = (
             "import socket, struct, sys; s = socket.socket(fileno=int(sys.argv[1]));"
-            f"reply = struct.Struct({REPLY}); s.recv(9999); s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, 0, 0, 0, b''))\n"
-            + lie
+            f"reply = struct.Struct({REPLY}); s.recv(9999);"
+            "s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, 0, 0, 0, b''))\n" + lie
         )
         monkeypatch.setattr(decoder_process, "_command", lambda control: [sys.executable, "-c", code, str(control)])
         with DecoderPool(1, SMALL, DecodeLimits()) as pool:
