@@ -17,6 +17,7 @@ from sortd.store.cache import Cache
 
 PATIENCE_SECONDS = 0.2  # for which a decoded image waits for others, to be encoded with them: less than a forward
 BATCHES_ON_THE_WAY = 2  # one being encoded, one being decoded
+STARVED_SECONDS = 1.0  # for which the encoder waits for pixels, in all, before another decoding process is started
 FIRST_BATCH = 1  # images of the first forward after a pause, so that their answers do not wait; then it doubles
 
 Deliver = Callable[[Sequence[EmbeddedImage | ImageRefused]], None]
@@ -46,6 +47,7 @@ class Pipeline:
         self._decoded: deque[tuple[EncoderQueue, DecodedImage]] = deque()
         self._decoded_since = 0.0
         self._next_batch = FIRST_BATCH
+        self._starved_seconds = 0.0  # since the last pause
         self._on_the_way = 0
         self.wake_descriptor: int | None = None  # when it is readable, a wait ends
 
@@ -85,8 +87,12 @@ class Pipeline:
         self._take_in()
         if not self._is_due(now := monotonic()):
             patience = max(0.0, self._decoded_since + PATIENCE_SECONDS - now) if self._decoded else None
-            waits = [seconds for seconds in (patience, at_most_seconds) if seconds is not None]
+            is_starved = self._on_the_way - len(self._decoded) > 1  # another process could decode one of them
+            starved = STARVED_SECONDS - self._starved_seconds if is_starved else None
+            waits = [seconds for seconds in (patience, starved, at_most_seconds) if seconds is not None]
             self._decoders.collect(min(waits, default=None), wake_descriptor=self.wake_descriptor)
+            if is_starved:
+                self._note_starved(monotonic() - now)
             self._take_in()
             self._feed()
         if self._is_due(monotonic()):
@@ -126,6 +132,13 @@ class Pipeline:
                 self._on_the_way -= len(refused)
                 queue.deliver(refused)
 
+    def _note_starved(self, seconds: float) -> None:
+        """Add up how long the encoder waited, and start another decoding process if that is too long."""
+        self._starved_seconds += seconds
+        if self._starved_seconds >= STARVED_SECONDS:
+            self._starved_seconds = 0.0
+            self._decoders.grow()
+
     def _is_due(self, now: float) -> bool:
         """Return whether there is a batch of the wanted size, or one that has waited long enough."""
         if not self._decoded:
@@ -138,7 +151,9 @@ class Pipeline:
         taken = [self._decoded.popleft() for _ in range(min(self._next_batch, len(self._decoded)))]
         self._decoded_since = monotonic()
         self._on_the_way -= len(taken)
-        self._next_batch = min(2 * self._next_batch, self._batch_size) if self.has_work else FIRST_BATCH
+        self._next_batch = min(2 * self._next_batch, self._batch_size)
+        if not self.has_work:
+            self._next_batch, self._starved_seconds = FIRST_BATCH, 0.0
         self._feed()
         answers = self._encode([image for _, image in taken])
         by_queue: dict[int, tuple[EncoderQueue, list[EmbeddedImage | ImageRefused]]] = {}

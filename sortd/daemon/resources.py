@@ -163,7 +163,7 @@ class Resources:
             ModelError: The model cannot be loaded.
         """
         config = self.config
-        self._started += [start_process() for _ in range(self._workers)]  # they start while the model is loaded
+        self._started.append(start_process())  # it starts while the model is loaded
         encoder = self._load_encoder(config)
         decoders = self._pool(encoder.preprocessing, config.decoding.jpeg)
         self._cache = Cache(self._embeddings / CACHE_FILE, max_bytes=config.cache_megabytes * 1_000_000)
@@ -217,19 +217,14 @@ class Resources:
         if (preprocessing, jpeg) not in self._decoders:
             decoding, (started, self._started) = self.config.decoding, (self._started, [])
             self._decoders[preprocessing, jpeg] = DecoderPool(
-                self._workers,
+                decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0))),
                 preprocessing,
                 DecodeLimits.of(decoding),
                 timeout_seconds=decoding.timeout_seconds,
                 jpeg=jpeg,
-                started=started,
+                started=started or [start_process()],
             )
         return self._decoders[preprocessing, jpeg]
-
-    @property
-    def _workers(self) -> int:
-        """The number of decoding processes of a pool."""
-        return self.config.decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0)))
 
     @staticmethod
     def _describe(config: Config) -> str:

@@ -233,13 +233,13 @@ class DecoderPool:
         """Start the processes without waiting for them.
 
         Args:
-            workers: number of processes, at least one.
+            workers: number of processes, at least one; with ``started``, the most that ``grow`` starts.
             preprocessing: the size that the encoder takes, or the largest with ``Fit.WHOLE``.
             limits: larger images are refused.
             timeout_seconds: time limit for one image.
             jpeg: see ``decode_image``.
             kills: how often one version of a file may end its process before it is refused as poison.
-            started: processes that were started before, by ``start_process``, at most ``workers``.
+            started: processes that were started before, by ``start_process``; they are enough until ``grow``.
         """
         self._settings = DecodeSettings(preprocessing, limits, jpeg, timeout_seconds)
         self._max_kills = kills
@@ -249,6 +249,7 @@ class DecoderPool:
         self._failed_starts = 0
         self._is_closed = False
         self.workers = workers
+        self._wanted = len(started) or workers
         self._decoders = [_Decoder(self._settings, ends) for ends in started]
         try:
             self._start_missing()
@@ -308,8 +309,12 @@ class DecoderPool:
         self._again.clear()
         self._large.clear()
 
+    def grow(self) -> None:
+        """Use one more process from the next ``feed`` on, at most ``workers``."""
+        self._wanted = min(self._wanted + 1, self.workers)
+
     def _start_missing(self) -> None:
-        while len(self._decoders) < self.workers:
+        while len(self._decoders) < self._wanted:
             self._decoders.append(_Decoder(self._settings, start_process()))
 
     def feed(self, batch: Batch) -> None:

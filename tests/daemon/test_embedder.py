@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sortd.daemon import embedder
 from sortd.daemon.embedder import Embedder, Pipeline
 from sortd.events import EmbeddedImage, ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.images.decode import DecodeLimits
+from sortd.images.decoder_process import start_process
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.store.cache import Cache
 from sortd.watch.scan import stamp
@@ -95,6 +97,20 @@ def test_pipeline_first_image_waits_for_no_batch_and_batches_grow(pool: DecoderP
         assert all(size <= 2**number for number, size in enumerate(sizes))
 
 
+@pytest.mark.parametrize(("starved_seconds", "processes"), [(0.0, 2), (float("inf"), 1)])
+def test_pipeline_starts_another_process_only_when_the_encoder_waits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, starved_seconds: float, processes: int
+) -> None:
+    """One process is enough where images are decoded faster than they are encoded."""
+    monkeypatch.setattr(embedder, "STARVED_SECONDS", starved_seconds)
+    recording = Recording()
+    with DecoderPool(2, SMALL, DecodeLimits(), started=[start_process()]) as growing:
+        pipeline = Pipeline(growing, recording.encode, batch_size=4)
+        pipeline.add(pipeline.open(recording.answers.extend), pictures(tmp_path, 20))
+        drain(pipeline)
+        assert (len(recording.answers), len(growing.process_ids)) == (20, processes)
+
+
 def test_pipeline_single_image_is_encoded_without_waiting(pool: DecoderPool, tmp_path: Path) -> None:
     """It is encoded in the step in which it is decoded."""
     recording = Recording()
@@ -135,7 +151,7 @@ def test_pipeline_processes_decode_during_a_forward(pool: DecoderPool, tmp_path:
     given: list[int] = []
 
     def encode(batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
-        given.append(opened.batch.unanswered + len(opened.batch.answers) + len(opened.batch.waiting))
+        given.append(16 - len(opened.waiting) - len(recording.answers) - len(batch))
         return recording.encode(batch)
 
     pipeline = Pipeline(pool, encode, batch_size=4)
