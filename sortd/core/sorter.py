@@ -23,7 +23,7 @@ class SorterSettings:
     """The settings of the backlog; those of decisions are part of the prototypes."""
 
     settle_seconds: float = 1.0
-    batch_size: int = 16  # images per request: half of a forward, so that the newest do not wait long
+    batch_size: int = 8  # images per request: half of a forward, so that the newest do not wait long
     batches_in_flight: int = 3  # one encoded, one decoded meanwhile, one being delivered
     backlog_limit: int = 100_000
     set_rejected_aside: bool = True

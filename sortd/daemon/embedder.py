@@ -16,7 +16,7 @@ from sortd.images.pool import Batch, DecodedImage, DecoderPool
 from sortd.store.cache import Cache
 
 PATIENCE_SECONDS = 0.2  # for which a decoded image waits for others, to be encoded with them: less than a forward
-BATCHES_ON_THE_WAY = 2  # one being encoded, one being decoded
+AHEAD_OF_A_PROCESS = 2  # images that a process has beyond the next batch, so that it does not wait for a forward
 STARVED_SECONDS = 1.0  # for which the encoder waits for pixels, in all, before another decoding process is started
 FIRST_BATCH = 1  # images of the first forward after a pause, so that their answers do not wait; then it doubles
 
@@ -99,11 +99,11 @@ class Pipeline:
             self._encode_batch()
 
     def _feed(self) -> None:
-        """Fill the pipeline up to two batches, or what the processes hold, from the queues in turn."""
+        """Give the processes the next batch, and a few more, from the queues in turn."""
         for queue in self._queues:
             if queue.batch.waiting or queue.batch.unanswered:
                 self._decoders.feed(queue.batch)  # including images of a process that died
-        most = max(BATCHES_ON_THE_WAY * self._batch_size, 2 * self._decoders.workers)
+        most = self._batch_size + AHEAD_OF_A_PROCESS * self._decoders.workers
         idle = 0
         while self._on_the_way < most and idle < len(self._queues):
             queue = self._queues[0]
@@ -185,7 +185,7 @@ class Embedder(Pipeline):
         decoders: DecoderPool,
         cache: Cache,
         *,
-        batch_size: int = 32,
+        batch_size: int = 16,
         are_sound: Callable[[FloatArray], bool] = are_of_unit_length,
     ) -> None:
         """Keep the parts, which the caller closes; rows that are not ``are_sound`` are not cached."""

@@ -134,7 +134,7 @@ def test_pipeline_queues_take_turns(pool: DecoderPool, tmp_path: Path) -> None:
 
 
 def test_pipeline_images_under_way_are_limited(pool: DecoderPool, tmp_path: Path) -> None:
-    """At most two batches are decoded, and so open, at a time."""
+    """At most a batch and two images for each process are decoded, and so open, at a time."""
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=4)
     opened = pipeline.open(recording.answers.extend)
