@@ -142,7 +142,7 @@ class DatasetConfig(_Frozen):
     companions: bool = True
     rejected: Literal["move", "leave"] = "move"
     guard: bool = True
-    batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
     backlog_limit: Annotated[int, Field(ge=100, le=10_000_000)] = 100_000
 
 

@@ -40,9 +40,10 @@ class Stamp:
 
     def __post_init__(self) -> None:
         """Reduce the times to 64 bits."""
-        for name in ("mtime_ns", "ctime_ns"):
-            if not -(2**63) <= getattr(self, name) < 2**63:
-                object.__setattr__(self, name, signed(getattr(self, name)))
+        if not -(2**63) <= self.mtime_ns < 2**63:
+            object.__setattr__(self, "mtime_ns", signed(self.mtime_ns))
+        if not -(2**63) <= self.ctime_ns < 2**63:
+            object.__setattr__(self, "ctime_ns", signed(self.ctime_ns))
 
     @property
     def columns(self) -> tuple[int, int, int, int]:
@@ -224,8 +225,9 @@ Decision = Assigned | Abstained
 class ImageSeen:
     """A file is in ``Images/`` with this stamp; ``closed``: it was closed after writing.
 
-    ``writer`` is set only in the answer to an ``Inspect``. ``is_aside``: the file is in ``Rejected/``, and sortd had
-    put an older version of it there. ``since``: when it arrived, if an event said so.
+    ``writer`` is set in the answer to an ``Inspect``, and where the first scan finds a file that has settled.
+    ``is_aside``: the file is in ``Rejected/``, and sortd had put an older version of it there. ``since``: when it
+    arrived, if an event said so. ``still_seconds``: for how long it had not changed, by its times.
     """
 
     path: str
@@ -234,6 +236,7 @@ class ImageSeen:
     closed: bool = False
     is_aside: bool = False
     since: float | None = None
+    still_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

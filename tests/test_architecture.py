@@ -129,3 +129,18 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+LEAN = {
+    "sortd.commands.run": SLOW | {"huggingface_hub", "uvicorn", "starlette", "numpy.random"},
+    "sortd.images.decoder_process": SLOW | {"pydantic", "structlog", "rich", "typer", "asyncio", "ssl", "sqlite3"},
+}
+"""What a daemon with ONNX Runtime, and each of its decoding processes, must not hold in memory; by their module."""
+
+
+@pytest.mark.parametrize("module", LEAN)
+def test_process_that_stays_imports_no_library_that_it_does_not_need(module: str) -> None:
+    """Each megabyte is taken for as long as the daemon runs, by every decoding process again."""
+    code = f"import sys, {module}\nfrom sortd.images.decode import load_decoders\nload_decoders()\nprint(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert LEAN[module] & set(run.stdout.split()) == set()

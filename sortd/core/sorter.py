@@ -23,7 +23,7 @@ class SorterSettings:
     """The settings of the backlog; those of decisions are part of the prototypes."""
 
     settle_seconds: float = 1.0
-    batch_size: int = 16  # images per request: half of a forward, so that the newest do not wait long
+    batch_size: int = 8  # images per request: half of a forward, so that the newest do not wait long
     batches_in_flight: int = 3  # one encoded, one decoded meanwhile, one being delivered
     backlog_limit: int = 100_000
     set_rejected_aside: bool = True
@@ -107,6 +107,11 @@ class Sorter:
         self.images.configure(settle_seconds=settings.settle_seconds, limit=settings.backlog_limit)
         self.guard.configure(settings.guard_images)
         self._touch(now)
+
+    @property
+    def settle_seconds(self) -> float:
+        """The time without a change after which a file is settled."""
+        return self._settings.settle_seconds
 
     def looks_soon_at(self, path: str, now: float) -> bool:
         """Return whether a settling image will be inspected within the settle time anyway."""

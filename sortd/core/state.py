@@ -113,7 +113,7 @@ class Refusals:
 
     def has(self, path: str, stamp: Stamp, why: str = "") -> bool:
         """Return whether this version was noted."""
-        return hash((path, stamp, why)) in self._known
+        return bool(self._known) and hash((path, stamp, why)) in self._known  # hashing a stamp takes a microsecond
 
     def note(self, path: str, stamp: Stamp, why: str = "") -> bool:
         """Note a version, and ``why`` if that can change; return whether it is new."""
@@ -156,7 +156,7 @@ class Images:
     @property
     def waiting(self) -> int:
         """The number of images that are not resting."""
-        return len(self) - sum(self.counts[state] for state in RESTING)
+        return len(self) - sum(map(self.counts.__getitem__, RESTING))
 
     def __contains__(self, path: str) -> bool:
         """Return whether an image is known under this path."""
@@ -184,7 +184,7 @@ class Images:
     def see(self, seen: ImageSeen, now: float) -> None:
         """Process a sighting of a file: the only way into SETTLING and on to READY."""
         path, stamp = seen.path, seen.stamp
-        if (path, stamp) in self._moving:
+        if self._moving and (path, stamp) in self._moving:
             self.forget(path)  # a sighting of the moving version itself
             return
         image = self._images.get(path)
@@ -196,6 +196,7 @@ class Images:
                 return
             image = self._add(path, stamp, State.SETTLING, now)
             image.first_seen = now if seen.since is None else min(seen.since, now)
+            image.still_since = now - seen.still_seconds
         elif image.state is State.HELD and image.stamp.is_same_version(stamp):
             image.stamp = stamp  # permissions or links changed, or the hold is of an earlier run and has no ctime
         elif image.stamp != stamp:
@@ -211,6 +212,8 @@ class Images:
         """Make an image ready if ``writer`` is set and it is settled; else schedule an inspection."""
         if image.is_unfinished and writer not in {None, Writer.UNFINISHED}:
             image.is_unfinished, image.still_since = False, now  # it was just completed
+        if writer not in {None, Writer.ABSENT}:
+            image.still_since = max(image.still_since, image.first_seen)  # without a lease its times prove nothing
         quiet = self._settle_seconds
         if writer is Writer.UNKNOWN and not image.closed:
             quiet = max(quiet, LEASELESS_QUIET_SECONDS)

@@ -16,7 +16,9 @@ from sortd.images.pool import Batch, DecodedImage, DecoderPool
 from sortd.store.cache import Cache
 
 PATIENCE_SECONDS = 0.2  # for which a decoded image waits for others, to be encoded with them: less than a forward
-BATCHES_ON_THE_WAY = 2  # one being encoded, one being decoded
+AHEAD_OF_A_PROCESS = 2  # images that a process has beyond the next batch, so that it does not wait for a forward
+STARVED_SECONDS = 1.0  # for which the encoder waits for pixels, in all, before another decoding process is started
+FIRST_BATCH = 1  # images of the first forward after a pause, so that their answers do not wait; then it doubles
 
 Deliver = Callable[[Sequence[EmbeddedImage | ImageRefused]], None]
 Encode = Callable[[Sequence[DecodedImage]], list[EmbeddedImage]]
@@ -44,6 +46,8 @@ class Pipeline:
         self._queues: deque[EncoderQueue] = deque()
         self._decoded: deque[tuple[EncoderQueue, DecodedImage]] = deque()
         self._decoded_since = 0.0
+        self._next_batch = FIRST_BATCH
+        self._starved_seconds = 0.0  # since the last pause
         self._on_the_way = 0
         self.wake_descriptor: int | None = None  # when it is readable, a wait ends
 
@@ -83,19 +87,23 @@ class Pipeline:
         self._take_in()
         if not self._is_due(now := monotonic()):
             patience = max(0.0, self._decoded_since + PATIENCE_SECONDS - now) if self._decoded else None
-            waits = [seconds for seconds in (patience, at_most_seconds) if seconds is not None]
+            is_starved = self._on_the_way - len(self._decoded) > 1  # another process could decode one of them
+            starved = STARVED_SECONDS - self._starved_seconds if is_starved else None
+            waits = [seconds for seconds in (patience, starved, at_most_seconds) if seconds is not None]
             self._decoders.collect(min(waits, default=None), wake_descriptor=self.wake_descriptor)
+            if is_starved:
+                self._note_starved(monotonic() - now)
             self._take_in()
             self._feed()
         if self._is_due(monotonic()):
             self._encode_batch()
 
     def _feed(self) -> None:
-        """Fill the pipeline up to two batches, or what the processes hold, from the queues in turn."""
+        """Give the processes the next batch, and a few more, from the queues in turn."""
         for queue in self._queues:
             if queue.batch.waiting or queue.batch.unanswered:
                 self._decoders.feed(queue.batch)  # including images of a process that died
-        most = max(BATCHES_ON_THE_WAY * self._batch_size, 2 * self._decoders.workers)
+        most = self._batch_size + AHEAD_OF_A_PROCESS * self._decoders.workers
         idle = 0
         while self._on_the_way < most and idle < len(self._queues):
             queue = self._queues[0]
@@ -124,18 +132,28 @@ class Pipeline:
                 self._on_the_way -= len(refused)
                 queue.deliver(refused)
 
+    def _note_starved(self, seconds: float) -> None:
+        """Add up how long the encoder waited, and start another decoding process if that is too long."""
+        self._starved_seconds += seconds
+        if self._starved_seconds >= STARVED_SECONDS:
+            self._starved_seconds = 0.0
+            self._decoders.grow()
+
     def _is_due(self, now: float) -> bool:
-        """Return whether there is a full batch, or one that has waited long enough."""
+        """Return whether there is a batch of the wanted size, or one that has waited long enough."""
         if not self._decoded:
             return False
         is_all = len(self._decoded) == self._on_the_way and not any(queue.waiting for queue in self._queues)
-        return is_all or len(self._decoded) >= self._batch_size or now >= self._decoded_since + PATIENCE_SECONDS
+        return is_all or len(self._decoded) >= self._next_batch or now >= self._decoded_since + PATIENCE_SECONDS
 
     def _encode_batch(self) -> None:
         """Encode the decoded images, while the processes decode the next ones."""
-        taken = [self._decoded.popleft() for _ in range(min(self._batch_size, len(self._decoded)))]
+        taken = [self._decoded.popleft() for _ in range(min(self._next_batch, len(self._decoded)))]
         self._decoded_since = monotonic()
         self._on_the_way -= len(taken)
+        self._next_batch = min(2 * self._next_batch, self._batch_size)
+        if not self.has_work:
+            self._next_batch, self._starved_seconds = FIRST_BATCH, 0.0
         self._feed()
         answers = self._encode([image for _, image in taken])
         by_queue: dict[int, tuple[EncoderQueue, list[EmbeddedImage | ImageRefused]]] = {}
@@ -168,7 +186,7 @@ class Embedder(Pipeline):
         decoders: DecoderPool,
         cache: Cache,
         *,
-        batch_size: int = 32,
+        batch_size: int = 16,
         are_sound: Callable[[FloatArray], bool] = are_of_unit_length,
         equal_ids: Sequence[str] = (),
         beside: Sequence["Embedder"] = (),

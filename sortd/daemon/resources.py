@@ -26,6 +26,7 @@ from sortd.encoder.remote import AS_COMMAND, RemoteEncoder, Waiting
 from sortd.errors import ModelError
 from sortd.events import Mode, Preprocessing
 from sortd.images.decode import DecodeLimits, Jpeg
+from sortd.images.decoder_process import ProcessEnds, start_process
 from sortd.images.pool import DecoderPool
 from sortd.layout import Layout
 from sortd.store.cache import CACHE_FILE, Cache
@@ -151,6 +152,7 @@ class Resources:
         self._runs_on: list[str] = []
         self._load_encoder = load_encoder
         self._encoder: Encoder | None = None
+        self._started: list[ProcessEnds] = []  # decoding processes that no pool has yet
         self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
         self._cache: Cache | None = None
         self.finetuned: dict[str, Embedder] = {}  # the loaded fine-tuned models by identity, shared by datasets
@@ -164,6 +166,7 @@ class Resources:
             ModelError: The model cannot be loaded.
         """
         config = self.config
+        self._started.append(start_process())  # it starts while the model is loaded
         if self._load_encoder is None:
             encoder = load_fastest(config, report=self._runs_on.append, waiting=waiting)
         else:
@@ -230,18 +233,23 @@ class Resources:
     def _pool(self, preprocessing: Preprocessing, jpeg: Jpeg) -> DecoderPool:
         """Return the decoders for this input; encoders with the same input share them."""
         if (preprocessing, jpeg) not in self._decoders:
-            decoding = self.config.decoding
+            decoding, (started, self._started) = self.config.decoding, (self._started, [])
             self._decoders[preprocessing, jpeg] = DecoderPool(
                 decoding.workers or min(MOST_DECODERS, len(os.sched_getaffinity(0))),
                 preprocessing,
                 DecodeLimits.of(decoding),
                 timeout_seconds=decoding.timeout_seconds,
                 jpeg=jpeg,
+                started=started or [start_process()],
             )
         return self._decoders[preprocessing, jpeg]
 
     def unload(self) -> None:
         """Stop the decoders and close the cache."""
+        for ends in self._started:
+            ends.end()
+            os.close(ends.stderr)
+        self._started = []
         for decoders in self._decoders.values():
             decoders.close()
         if self._cache is not None:

@@ -4,7 +4,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import islice
-from time import monotonic
+from time import monotonic, time_ns
 
 from sortd import events
 from sortd.core.schedule import Throttle
@@ -16,7 +16,16 @@ from sortd.events import Stamp, Writer
 from sortd.layout import Area, Layout, Why, rule_below, rule_for_folder
 from sortd.moving.fs import writer_of
 from sortd.store.history import History
-from sortd.watch.scan import FolderScans, IncrementalScan, scan_steps, stamp, why_left, why_unfinished
+from sortd.watch.inotify import local_device
+from sortd.watch.scan import (
+    FolderScans,
+    IncrementalScan,
+    scan_steps,
+    stamp,
+    still_seconds,
+    why_left,
+    why_unfinished,
+)
 from sortd.watch.watcher import FileEvent
 
 LEFT_SECONDS = 5.0  # until a file that is left out is logged: it may be renamed
@@ -92,7 +101,9 @@ class DatasetScans:
         self._root, self._sorter, self._receive, self._log = layout.root, sorter, receive, log
         self._history, self._presence = history, presence
         self.left_files = LeftFiles(os.fspath(layout.root), log)
-        self._inbox = FolderScans(os.fspath(layout.area(Area.IMAGES)), log.unreadable, left=self.left_files.note)
+        inbox = os.fspath(layout.area(Area.IMAGES))
+        self._inbox = FolderScans(inbox, log.unreadable, left=self.left_files.note, inspect=self._writer_of_still_file)
+        self._dated_device = local_device(inbox)  # until the first scan has ended; None: only changes count
         self._forgetting = Throttle(1.0)
         self._wanted: OrderedDict[str, None] = OrderedDict()
         self._looks: IncrementalScan[None] = IncrementalScan(self._look_at_wanted)
@@ -191,16 +202,27 @@ class DatasetScans:
         if self.is_under_way:
             found = self._inbox.take()
             self.count += len(found)
-            for path, mark in found:
-                self._receive(events.ImageSeen(path, mark))
+            for path, mark, writer in found:
+                self._receive(events.ImageSeen(path, mark, writer, still_seconds=self._still_seconds(mark)))
             if self._sorter.images.overflowed:
                 self._inbox.end()
             elif not self.is_under_way:
+                self._dated_device = None
                 self._receive(events.ScanFinished())
                 self._log.scanned()
         if self._inbox.whole.is_wanted_again and not self.is_under_way:
             self.begin()
         self._forget_gone()
+
+    def _still_seconds(self, mark: Stamp) -> float:
+        """Return for how long a file of the first scan has not changed; 0 if its times are of another clock."""
+        return still_seconds(mark, time_ns()) if mark.device == self._dated_device else 0.0
+
+    def _writer_of_still_file(self, path: str, mark: Stamp) -> Writer | None:
+        """Return the writer of a file that has settled by its times; None if it has to wait, or is known."""
+        if self._still_seconds(mark) < self._sorter.settle_seconds or path in self._sorter.images:
+            return None
+        return self.left_files.writer_of(path)
 
     def _forget_gone(self) -> None:
         """Let the core ask for images in folders that are gone, at most once a second."""

@@ -43,6 +43,8 @@ TOKENIZER = "tokenizer.json"
 EXTRA = "pip install 'sortd-images[onnx]' (packages onnxruntime and onnx)"
 _IMAGE_BATCH = 8  # activations of more images do not fit into the processor's cache
 _TEXT_BATCH = 32
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_LARGE_BLOCK_BYTES = 1_000_000  # such as the pixels of a batch; ONNX Runtime keeps its own memory
 _CPU = "CPUExecutionProvider"
 
 Tokens = npt.NDArray[np.int64]  # (texts, length)
@@ -369,8 +371,9 @@ def open_tower(file: Path, *, device: str = "cpu", threads: int | None = None) -
 
 
 def _trim_memory() -> None:
-    """Return freed memory to the system: opening a file frees a copy of all its weights."""
-    with suppress(OSError, AttributeError):  # only GNU's C library has malloc_trim(3)
+    """Return freed memory to the system, large blocks from now on at once: opening a file frees a copy of weights."""
+    with suppress(OSError, AttributeError):  # only GNU's C library has malloc_trim(3) and mallopt(3)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -1,8 +1,9 @@
 """The decoding process: a sandbox with few rights, in which alone untrusted image files are decoded.
 
-``start_process`` runs this module as a program. The process receives descriptors of files over a socket,
-writes pixels to memory that it shares with the daemon, and answers each file with a packet of fixed size. It can write
-no file and open few, and its memory and time are limited; a decoder that crashes ends only this process.
+``start_process`` runs this module as a program. Over a socket the process receives its settings and the memory that it
+shares with the daemon, then descriptors of files; it writes pixels to that memory, and answers each file with a packet
+of fixed size. It can write no file and open few, and its memory and time are limited; a decoder that crashes ends only
+this process.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from sortd.files import sha256_of
 from sortd.images.decode import DecodeLimits, Jpeg, decode_image, load_decoders
 from sortd.images.formats import HEAD_BYTES, format_of
 
+SETTINGS_BYTES = 4096  # of the first packet, at most
 REQUEST = struct.Struct("<IQ")
 """Slot of the shared memory, and memory budget in pixels; the file's descriptor is sent with it."""
 REPLY = struct.Struct("<IB32sdQHHH400s")
@@ -78,14 +80,14 @@ class DecodeSettings:
             return 0 < height <= highest and 0 < width <= widest
         return (height, width) == (highest, widest)
 
-    def to_argument(self) -> str:
-        """Return the settings as one argument of a command line."""
-        return json.dumps(asdict(self))
+    def to_packet(self) -> bytes:
+        """Return the settings as the first packet to the process."""
+        return json.dumps(asdict(self)).encode()
 
     @staticmethod
-    def from_argument(argument: str) -> "DecodeSettings":
-        """Parse what ``to_argument`` returned."""
-        given = json.loads(argument)
+    def from_packet(packet: bytes) -> "DecodeSettings":
+        """Parse what ``to_packet`` returned."""
+        given = json.loads(packet)
         preprocessing = Preprocessing.from_fields(given["preprocessing"])
         return DecodeSettings(preprocessing, DecodeLimits(**given["limits"]), given["jpeg"], given["timeout_seconds"])
 
@@ -109,45 +111,57 @@ class ProcessEnds(NamedTuple):
 
     process: "subprocess.Popen[bytes]"
     control: socket.socket
-    memory: mmap.mmap
     stderr: int  # a descriptor; reading it does not block
 
+    def end(self) -> int:
+        """Kill the process and return its exit code; ``stderr`` stays open."""
+        self.control.close()
+        self.process.kill()
+        return self.process.wait()
 
-def start_process(settings: DecodeSettings) -> ProcessEnds:
-    """Start a decoding process; its first packet reports that it is ready."""
+
+def start_process() -> ProcessEnds:
+    """Start a decoding process, which loads its libraries and waits for ``give_settings``."""
     control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    memory = os.memfd_create("sortd-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     stderr, their_stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        os.ftruncate(memory, SLOTS * settings.pixel_bytes)
-        # Without the seals the process could shrink the memory; reading it here would then kill the daemon.
-        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        pixels = mmap.mmap(memory, 0, prot=mmap.PROT_READ)
         process = subprocess.Popen(  # noqa: S603 -- this Python, with arguments of sortd
-            _command(settings, theirs.fileno(), memory),
+            _command(theirs.fileno()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=their_stderr,
-            pass_fds=(theirs.fileno(), memory),
+            pass_fds=(theirs.fileno(),),
             env=_environment(),
             cwd="/",
             start_new_session=True,
         )
-        return ProcessEnds(process, control, pixels, stderr)
+        return ProcessEnds(process, control, stderr)
     except BaseException:
         control.close()
         os.close(stderr)
         raise
     finally:
         theirs.close()
-        os.close(memory)
         os.close(their_stderr)
 
 
-def _command(settings: DecodeSettings, control: int, memory: int) -> list[str]:
+def give_settings(control: socket.socket, settings: DecodeSettings) -> mmap.mmap:
+    """Send a process its settings; its first packet reports that it is ready. Return the pixels of its slots."""
+    memory = os.memfd_create("sortd-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(memory, SLOTS * settings.pixel_bytes)
+        # Without the seals the process could shrink the memory; reading it here would then kill the daemon.
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        with contextlib.suppress(ConnectionError):  # it has ended: the next packet shows that
+            socket.send_fds(control, [settings.to_packet()], [memory])
+        return mmap.mmap(memory, 0, prot=mmap.PROT_READ)
+    finally:
+        os.close(memory)
+
+
+def _command(control: int) -> list[str]:
     # -P: modules in the working directory are not imported.
-    module = ("-P", "-m", "sortd.images.decoder_process")
-    return [sys.executable, *module, settings.to_argument(), str(control), str(memory)]
+    return [sys.executable, "-P", "-m", "sortd.images.decoder_process", str(control)]
 
 
 def _environment() -> dict[str, str]:
@@ -177,28 +191,35 @@ def _decode_content(descriptor: int, budget_pixels: int, settings: DecodeSetting
         return DecodeResult("", None, Refusal.DENIED, f"the disk cannot be read: {error.strerror}; check its health")
 
 
-def run_decoder(argument: str, control_descriptor: int, memory_descriptor: int) -> None:
+def run_decoder(control_descriptor: int) -> None:
     """Decode the files that come over the socket until it is closed."""
     # The daemon handles these signals, and ends this process by closing the socket.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    settings = DecodeSettings.from_argument(argument)
-    with socket.socket(fileno=control_descriptor) as control, mmap.mmap(memory_descriptor, 0) as memory:
-        os.close(memory_descriptor)
+    with socket.socket(fileno=control_descriptor) as control:
         load_decoders()
-        in_use = _drop_privileges(settings.limits)
-        control.send(REPLY.pack(READY_SLOT, DECODED, b"", 0.0, 0, 0, 0, 0, b""))
-        while True:
-            request, descriptors, _flags, _address = socket.recv_fds(control, REQUEST.size, 1)
-            if not request:
-                return
-            slot, budget_pixels = REQUEST.unpack(request)
-            try:
-                _limit_memory(descriptors[0], settings, in_use)
-                reply = _serve(slot, descriptors[0], budget_pixels, memory, settings)
-            finally:
-                os.close(descriptors[0])
-            control.send(reply)
+        packet, descriptors, _flags, _address = socket.recv_fds(control, SETTINGS_BYTES, 1)
+        if not packet:
+            return
+        with mmap.mmap(descriptors[0], 0) as memory:
+            os.close(descriptors[0])
+            _answer_requests(control, memory, DecodeSettings.from_packet(packet))
+
+
+def _answer_requests(control: socket.socket, memory: mmap.mmap, settings: DecodeSettings) -> None:
+    in_use = _drop_privileges(settings.limits)
+    control.send(REPLY.pack(READY_SLOT, DECODED, b"", 0.0, 0, 0, 0, 0, b""))
+    while True:
+        request, descriptors, _flags, _address = socket.recv_fds(control, REQUEST.size, 1)
+        if not request:
+            return
+        slot, budget_pixels = REQUEST.unpack(request)
+        try:
+            _limit_memory(descriptors[0], settings, in_use)
+            reply = _serve(slot, descriptors[0], budget_pixels, memory, settings)
+        finally:
+            os.close(descriptors[0])
+        control.send(reply)
 
 
 def _drop_privileges(limits: DecodeLimits) -> int:
@@ -251,4 +272,4 @@ def _serve(slot: int, descriptor: int, budget_pixels: int, memory: mmap.mmap, se
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the daemon has ended
-        run_decoder(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+        run_decoder(int(sys.argv[1]))

@@ -39,6 +39,8 @@ from sortd.images.decoder_process import (
     SLOTS,
     DecodeResult,
     DecodeSettings,
+    ProcessEnds,
+    give_settings,
     start_process,
 )
 from sortd.images.formats import HEAD_BYTES, looks_like_image
@@ -108,20 +110,21 @@ class _ProcessLostError(Exception):
 class _Decoder:
     """One decoding process; it answers jobs in the order in which it got them."""
 
-    def __init__(self, settings: DecodeSettings) -> None:
-        """Start the process; its first packet reports that it is ready."""
-        self._settings = settings
+    def __init__(self, settings: DecodeSettings, ends: ProcessEnds) -> None:
+        """Give a started process its settings; its first packet reports that it is ready."""
+        self._settings, self._ends = settings, ends
         self.jobs: deque[_Job] = deque()  # given and not answered
         self._free = list(range(SLOTS))
         self._stderr = b""
         self._started = monotonic()
         self.is_ready = False
-        self.process, self._control, self._memory, self._stderr_end = start_process(settings)
+        self.process, self._control = ends.process, ends.control
+        self._memory = give_settings(ends.control, settings)
 
     @property
     def descriptors(self) -> tuple[int, int]:
         """The descriptors to poll: its replies and its stderr."""
-        return self._control.fileno(), self._stderr_end
+        return self._control.fileno(), self._ends.stderr
 
     def seconds_left(self) -> float:
         """Return the seconds until the process must be killed."""
@@ -191,17 +194,15 @@ class _Decoder:
 
     def _read_stderr(self) -> None:
         with suppress(BlockingIOError):
-            while text := os.read(self._stderr_end, 65_536):
+            while text := os.read(self._ends.stderr, 65_536):
                 self._stderr = (self._stderr + text)[-_STDERR_BYTES:]
 
     def end(self) -> tuple[list[_Job], str]:
         """Kill the process; return its unanswered jobs, the current one first, and why it ended."""
         is_late = self.seconds_left() < 0
-        self._control.close()
-        self.process.kill()
-        code = self.process.wait()
+        code = self._ends.end()
         self._read_stderr()
-        os.close(self._stderr_end)
+        os.close(self._ends.stderr)
         self._memory.close()
         jobs = list(self.jobs)
         self.jobs.clear()
@@ -227,16 +228,18 @@ class DecoderPool:
         *,
         jpeg: Jpeg = "draft",
         kills: int = 2,
+        started: Sequence[ProcessEnds] = (),
     ) -> None:
         """Start the processes without waiting for them.
 
         Args:
-            workers: number of processes, at least one.
+            workers: number of processes, at least one; with ``started``, the most that ``grow`` starts.
             preprocessing: the size that the encoder takes, or the largest with ``Fit.WHOLE``.
             limits: larger images are refused.
             timeout_seconds: time limit for one image.
             jpeg: see ``decode_image``.
             kills: how often one version of a file may end its process before it is refused as poison.
+            started: processes that were started before, by ``start_process``; they are enough until ``grow``.
         """
         self._settings = DecodeSettings(preprocessing, limits, jpeg, timeout_seconds)
         self._max_kills = kills
@@ -246,7 +249,8 @@ class DecoderPool:
         self._failed_starts = 0
         self._is_closed = False
         self.workers = workers
-        self._decoders: list[_Decoder] = []
+        self._wanted = len(started) or workers
+        self._decoders = [_Decoder(self._settings, ends) for ends in started]
         try:
             self._start_missing()
         except BaseException:
@@ -305,9 +309,13 @@ class DecoderPool:
         self._again.clear()
         self._large.clear()
 
+    def grow(self) -> None:
+        """Use one more process from the next ``feed`` on, at most ``workers``."""
+        self._wanted = min(self._wanted + 1, self.workers)
+
     def _start_missing(self) -> None:
-        while len(self._decoders) < self.workers:
-            self._decoders.append(_Decoder(self._settings))
+        while len(self._decoders) < self._wanted:
+            self._decoders.append(_Decoder(self._settings, start_process()))
 
     def feed(self, batch: Batch) -> None:
         """Give images to the process with the fewest jobs until all are busy; raises as ``decode_all``."""

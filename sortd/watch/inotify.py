@@ -50,6 +50,15 @@ def is_blind(path: str, *, mountinfo: str = "/proc/self/mountinfo") -> str | Non
     return kind if kind in _BLIND_FILE_SYSTEMS else None
 
 
+def local_device(path: str, *, mountinfo: str = "/proc/self/mountinfo") -> int | None:
+    """Return the device number of a path whose file times are of this machine's clock; None if another may set them."""
+    try:
+        kind = file_system_of(path, mountinfo=mountinfo)
+        return None if kind in _BLIND_FILE_SYSTEMS or kind.startswith("fuse") else os.stat(path).st_dev
+    except OSError:
+        return None
+
+
 def file_system_of(path: str, *, mountinfo: str = "/proc/self/mountinfo") -> str:
     """Return the type of the file system of ``path``, which need not exist, as named by mount(8)."""
     real = os.fsencode(os.path.realpath(path))

@@ -13,11 +13,13 @@ from time import monotonic
 from typing import Generic, TypeVar
 
 from sortd.core.schedule import Throttle
-from sortd.events import Stamp
+from sortd.events import Stamp, Writer
 from sortd.files import stamp_of
 from sortd.layout import CONTROLS, Reason, Rule, Why, owner_of, rule_below, rule_for, rule_for_folder
 
 Listing = Callable[[str], AbstractContextManager[Iterable["os.DirEntry[str]"]]]
+
+COARSE_NS = 2_000_000_000  # by which times in whole seconds may be too old: FAT stores two seconds
 
 _LINK = Why(Reason.SYMBOLIC_LINK, "it is a symbolic link, which is not followed; replace it with the file itself")
 _SPECIAL = Why(Reason.SPECIAL_FILE, "it is a pipe, a socket or a device, not a regular file")
@@ -34,6 +36,15 @@ def stamp(path: str, *, stat: Callable[[str], os.stat_result] = os.lstat) -> Sta
     except (FileNotFoundError, NotADirectoryError):
         return None
     return stamp_of(found) if mode.S_ISREG(found.st_mode) else None
+
+
+def still_seconds(mark: Stamp, now_ns: int) -> float:
+    """Return for how long a file has not changed, by mtime and ctime; no program can set ctime, and a rename sets it.
+
+    ``now_ns`` is the time in nanoseconds since the epoch. Times in the future give 0: a clock was set back.
+    """
+    coarseness_ns = 0 if mark.ctime_ns % 1_000_000_000 else COARSE_NS
+    return max(0, now_ns - max(mark.mtime_ns, mark.ctime_ns) - coarseness_ns) / 1e9
 
 
 def scan(
@@ -253,11 +264,15 @@ class FolderScans:
         report: Callable[[OSError], None],
         *,
         left: Callable[[str, Why], None] = lambda *_: None,
+        inspect: Callable[[str, Stamp], Writer | None] = lambda *_: None,
         clock: Clock = monotonic,
     ) -> None:
-        """Prepare; ``report`` receives errors, ``left`` what is left out."""
-        self._folder, self._report, self._left = folder, report, left
-        self.whole = IncrementalScan(lambda: scan_steps(folder, report=report), clock=clock)
+        """Prepare; ``report`` receives errors, ``left`` what is left out.
+
+        ``inspect`` is called for each file of the whole folder, within its slice.
+        """
+        self._folder, self._report, self._left, self._inspect = folder, report, left, inspect
+        self.whole = IncrementalScan(self._scan_whole, clock=clock)
         self._below = IncrementalScan(self._scans_below, clock=clock)
         self._wanted: OrderedDict[str, float] = OrderedDict()
         self._listed: dict[str, tuple[int, int]] = {}  # inode and mtime of a folder when it was listed
@@ -300,9 +315,9 @@ class FolderScans:
         self._wanted.clear()
         self._listed.clear()
 
-    def take(self) -> list[tuple[str, Stamp]]:
-        """Return the files of the next slice of the whole folder."""
-        return [found for step in self.whole.take() if (found := self._file_of(step)) is not None]
+    def take(self) -> list[tuple[str, Stamp, Writer | None]]:
+        """Return the files of the next slice of the whole folder, with what ``inspect`` returned."""
+        return self.whole.take()
 
     def take_below(self) -> list[tuple[str, Stamp, float]]:
         """Return path, stamp and ``at`` of the files of the next slice of the scheduled folders."""
@@ -317,6 +332,11 @@ class FolderScans:
             case (path, Why() as why):
                 self._left(path, why)
         return None
+
+    def _scan_whole(self) -> Iterator[tuple[str, Stamp, Writer | None] | None]:
+        for step in scan_steps(self._folder, report=self._report):
+            found = self._file_of(step)
+            yield None if found is None else (*found, self._inspect(*found))
 
     def _scans_below(self) -> Iterator[tuple[str, Stamp, float] | None]:
         while self._wanted:

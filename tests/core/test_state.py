@@ -322,3 +322,38 @@ def test_backlog_unfinished_file_settles_anew_when_it_is_finished() -> None:
     assert images.next_deadline == deadline + SETTLE
     images.see(ImageSeen("a.png", stamp(1), writer=Writer.ABSENT), deadline + SETTLE)
     assert images.counts[State.READY] == 1
+
+
+def test_see_of_a_file_that_was_still_before_it_was_seen_is_ready_at_once() -> None:
+    """A lease and old times: nothing is left to wait for."""
+    images = Images(settle_seconds=SETTLE, limit=LIMIT)
+    images.see(ImageSeen("Images/a.png", stamp(1), Writer.ABSENT, still_seconds=SETTLE), 10.0)
+    assert (images.counts[State.READY], images.next_deadline) == (1, None)
+
+
+def test_see_of_a_still_file_without_an_inspection_is_inspected_when_it_has_settled() -> None:
+    """What it waited before it was seen counts."""
+    images = Images(settle_seconds=SETTLE, limit=LIMIT)
+    images.see(ImageSeen("Images/a.png", stamp(1), still_seconds=SETTLE - 0.5), 10.0)
+    images.see(ImageSeen("Images/b.png", stamp(2), still_seconds=SETTLE + 9), 10.0)
+    assert list(images.due(10.0)) == ["Images/b.png"]
+    assert list(images.due(10.5)) == ["Images/a.png"]
+
+
+def test_see_of_a_still_file_without_a_lease_waits_from_when_it_was_seen() -> None:
+    """Old times prove nothing while a writer may have it open, or while a control file marks it as unfinished."""
+    for writer in (Writer.PRESENT, Writer.UNKNOWN, Writer.UNFINISHED):
+        images = Images(settle_seconds=SETTLE, limit=LIMIT)
+        images.see(ImageSeen("Images/a.png", stamp(1), writer, still_seconds=1000.0), 10.0)
+        assert images.counts[State.READY] == 0
+        assert images.next_deadline is not None
+        assert images.next_deadline >= 10.0 + SETTLE
+
+
+def test_see_of_a_still_file_that_changes_after_it_was_seen_waits_in_full() -> None:
+    """The times of a version that was seen to appear prove nothing."""
+    images = Images(settle_seconds=SETTLE, limit=LIMIT)
+    images.see(ImageSeen("Images/a.png", stamp(1), still_seconds=1.0), 10.0)
+    images.see(ImageSeen("Images/a.png", stamp(2), Writer.ABSENT, still_seconds=1000.0), 10.5)
+    assert list(images.due(12.4)) == []
+    assert list(images.due(12.5)) == ["Images/a.png"]

@@ -4,20 +4,22 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import time_ns
 from typing import cast
 
 import pytest
 
 from sortd.classify.types import DecisionSettings
 from sortd.core.sorter import SorterSettings
+from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import OpenDataset, Presence, open_dataset
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.reporting import Metrics
-from sortd.daemon.worker import Job
+from sortd.daemon.worker import EmbedJob, Job
 from sortd.events import DatasetId, ImageHeld, Inspect, Mode
 from sortd.layout import Layout
-from sortd.watch.scan import stamp
+from sortd.watch.scan import stamp, still_seconds
 from sortd.watch.watcher import FileEvent
 from tests.daemon_process import make_dataset
 
@@ -54,12 +56,12 @@ class AtWork:
         return self.looked_at - before
 
 
-def new_dataset(layout: Layout, opened: OpenDataset, asked: list[Job]) -> Dataset:
-    """Return a dataset in which nothing settles, whose worker only takes notes."""
+def new_dataset(layout: Layout, opened: OpenDataset, asked: list[Job], settle_seconds: float = 3600.0) -> Dataset:
+    """Return a dataset in which, by default, nothing settles; its worker only takes notes."""
     return Dataset(
         DatasetId(layout.name, 1),
         opened,
-        SorterSettings(settle_seconds=3600),
+        SorterSettings(settle_seconds=settle_seconds),
         ReferenceSettings(DecisionSettings(Mode.MAX, None)),
         ask=asked.append,
         metrics=Metrics(),
@@ -205,3 +207,58 @@ def test_dataset_files_of_an_absent_dataset_are_not_forgotten(at_work: AtWork) -
     at_work.dataset.file_event(FileEvent(hints[1].path, closed=True))
     at_work.turns()
     assert len(at_work.dataset.sorter.images) == 3
+
+
+def test_dataset_first_scan_inspects_still_files_once_and_later_scans_wait(tmp_path: Path) -> None:
+    """What has not changed for the settle time at the start is embedded without a second look or a deadline."""
+    layout, asked = Layout(make_dataset(tmp_path / "Data")), list[Job]()
+    layout.make()
+    settle_seconds = 0.05
+    with open_dataset(layout, tmp_path / "state") as opened:
+        dataset = new_dataset(layout, opened, asked, settle_seconds)
+        at_work = AtWork(dataset, opened)
+        for name in ("a.png", "unfinished.png", "written.png"):
+            (at_work.root / "Images" / name).write_bytes(b"an image")
+        (at_work.root / "Images" / "unfinished.png.aria2").touch()
+        wait_until_still(at_work.root / "Images" / "written.png", settle_seconds)
+        with (at_work.root / "Images" / "written.png").open("ab"):
+            dataset.begin()
+            while dataset.scans.is_under_way:
+                dataset.continue_looking()
+        assert embedded(asked) == ["a.png"]
+        assert at_work.looked_at == 3
+        (at_work.root / "Images" / "later.png").write_bytes(b"an image")
+        wait_until_still(at_work.root / "Images" / "later.png", settle_seconds)
+        dataset.scan_all()
+        while dataset.scans.is_under_way:
+            dataset.continue_looking()
+        assert embedded(asked) == ["a.png"]
+        assert dataset.sorter.images.counts[State.SETTLING] == 3
+
+
+def test_dataset_first_images_are_embedded_while_the_scan_goes_on(tmp_path: Path) -> None:
+    """The first batch does not wait for the end of the scan."""
+    layout, asked = Layout(make_dataset(tmp_path / "Data")), list[Job]()
+    layout.make()
+    with open_dataset(layout, tmp_path / "state") as opened:
+        dataset = new_dataset(layout, opened, asked, 0.0)
+        for number in range(30):
+            (layout.root / "Images" / f"{number}.png").write_bytes(b"an image")
+        dataset.scans._inbox.whole.most = 10
+        dataset.begin()
+        dataset.continue_looking()
+        assert dataset.scans.is_under_way
+        assert embedded(asked)
+
+
+def wait_until_still(path: Path, seconds: float) -> None:
+    """Wait until the times of a file are so old."""
+    mark = stamp(os.fspath(path))
+    assert mark is not None
+    while still_seconds(mark, time_ns()) < seconds:
+        pass
+
+
+def embedded(asked: list[Job]) -> list[str]:
+    """Return the names of the images that the worker was asked to embed."""
+    return [os.path.basename(path) for job in asked if isinstance(job, EmbedJob) for path, _ in job.images]

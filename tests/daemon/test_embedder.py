@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sortd.daemon import embedder
 from sortd.daemon.embedder import Embedder, Pipeline
 from sortd.events import EmbeddedImage, ImageRefused, Preprocessing, Refusal, Stamp
 from sortd.images.decode import DecodeLimits
+from sortd.images.decoder_process import start_process
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.store.cache import Cache
 from sortd.watch.scan import stamp
@@ -80,6 +82,35 @@ def test_pipeline_each_image_is_answered_once_in_full_batches(pool: DecoderPool,
     assert max(map(len, recording.batches)) <= 10
 
 
+def test_pipeline_first_image_waits_for_no_batch_and_batches_grow(pool: DecoderPool, tmp_path: Path) -> None:
+    """The first forward has one image, later ones at most twice as many as the one before; again after a pause."""
+    recording = Recording()
+    pipeline = Pipeline(pool, recording.encode, batch_size=32)
+    queue = pipeline.open(recording.answers.extend)
+    files = pictures(tmp_path, 40)
+    for some in (files[:30], files[30:]):
+        pipeline.add(queue, some)
+        recording.batches.clear()
+        drain(pipeline)
+        sizes = [len(batch) for batch in recording.batches]
+        assert (sizes[0], sum(sizes)) == (1, len(some))
+        assert all(size <= 2**number for number, size in enumerate(sizes))
+
+
+@pytest.mark.parametrize(("starved_seconds", "processes"), [(0.0, 2), (float("inf"), 1)])
+def test_pipeline_starts_another_process_only_when_the_encoder_waits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, starved_seconds: float, processes: int
+) -> None:
+    """One process is enough where images are decoded faster than they are encoded."""
+    monkeypatch.setattr(embedder, "STARVED_SECONDS", starved_seconds)
+    recording = Recording()
+    with DecoderPool(2, SMALL, DecodeLimits(), started=[start_process()]) as growing:
+        pipeline = Pipeline(growing, recording.encode, batch_size=4)
+        pipeline.add(pipeline.open(recording.answers.extend), pictures(tmp_path, 20))
+        drain(pipeline)
+        assert (len(recording.answers), len(growing.process_ids)) == (20, processes)
+
+
 def test_pipeline_single_image_is_encoded_without_waiting(pool: DecoderPool, tmp_path: Path) -> None:
     """It is encoded in the step in which it is decoded."""
     recording = Recording()
@@ -103,7 +134,7 @@ def test_pipeline_queues_take_turns(pool: DecoderPool, tmp_path: Path) -> None:
 
 
 def test_pipeline_images_under_way_are_limited(pool: DecoderPool, tmp_path: Path) -> None:
-    """At most two batches are decoded, and so open, at a time."""
+    """At most a batch and two images for each process are decoded, and so open, at a time."""
     recording = Recording()
     pipeline = Pipeline(pool, recording.encode, batch_size=4)
     opened = pipeline.open(recording.answers.extend)
@@ -120,7 +151,7 @@ def test_pipeline_processes_decode_during_a_forward(pool: DecoderPool, tmp_path:
     given: list[int] = []
 
     def encode(batch: Sequence[DecodedImage]) -> list[EmbeddedImage]:
-        given.append(opened.batch.unanswered + len(opened.batch.answers) + len(opened.batch.waiting))
+        given.append(16 - len(opened.waiting) - len(recording.answers) - len(batch))
         return recording.encode(batch)
 
     pipeline = Pipeline(pool, encode, batch_size=4)

@@ -1,6 +1,7 @@
 """The models of a run: the configured one for prototypes, and a fine-tuned one for datasets that it decides."""
 
 import json
+import os
 import queue
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from sortd.daemon.daemon import simulate
 from sortd.daemon.resources import PrototypeStore, Resources, reference_settings_of, select_classifier
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
 from sortd.encoder.finetuned import FACTS_FILE, FinetunedFacts, Promotion, read_facts, remove_promotion, write_promotion
+from sortd.errors import ModelError
 from sortd.events import DatasetId, Embedded, Mode, Move, PrototypesBuilt, RebuildFailed, Stamp
 from sortd.layout import Area, Layout
 from sortd.store.cache import Cache
@@ -351,3 +353,43 @@ def test_resources_roots_that_share_a_cache_have_prototypes_of_their_own(tmp_pat
         found = store(cache, here).read("Colours")
     assert found is not None
     assert found.fingerprint == prototypes.fingerprint
+
+
+def decoders() -> set[int]:
+    """Return the decoding processes of this process."""
+    children = Path("/proc/self/task").glob("*/children")
+    numbers = {int(number) for path in children for number in path.read_text(encoding="ascii").split()}
+    return {number for number in numbers if b"decoder_process" in Path(f"/proc/{number}/cmdline").read_bytes()}
+
+
+def test_load_starts_the_decoding_processes_before_the_model(config: Config) -> None:
+    """The pool gets the processes that started while the model was loaded."""
+    before, during = decoders(), set[int]()
+
+    def load_encoder(_: Config) -> FakeEncoder:
+        during.update(decoders() - before)
+        return FakeEncoder()
+
+    resources = Resources(config, load_encoder=load_encoder)
+    try:
+        resources.load()
+        assert len(during) == 1
+        assert decoders() - before == during
+    finally:
+        resources.unload()
+    assert decoders() == before
+
+
+def test_load_of_a_model_that_fails_leaves_no_process_or_file(config: Config) -> None:
+    """``unload`` ends the processes that no pool has."""
+    before = decoders(), len(os.listdir("/proc/self/fd"))
+
+    def load_encoder(_: Config) -> FakeEncoder:
+        raise ModelError("no such model")
+
+    resources = Resources(config, load_encoder=load_encoder)
+    with pytest.raises(ModelError):
+        resources.load()
+    resources.unload()
+    resources.unload()
+    assert (decoders(), len(os.listdir("/proc/self/fd"))) == before

@@ -274,7 +274,7 @@ HOLDS = (
     ),
     Mutant("daemon/control", "        elif path in {None, root} and (", "        elif ("),
     Mutant("core/state", "        del self._images[image.path]\n        self._moving", "        self._moving"),
-    Mutant("core/state", "        if (path, stamp) in self._moving:\n", "        if False:\n"),
+    Mutant("core/state", "        if self._moving and (path, stamp) in self._moving:\n", "        if False:\n"),
     Mutant(
         "core/state",
         "        if path in self._images:\n            self._leave(image)",

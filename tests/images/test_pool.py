@@ -437,9 +437,7 @@ class TestProcesses:
             "import socket, struct, sys; print('no such thing', file=sys.stderr);"
             f"s = socket.socket(fileno=int(sys.argv[1])); {speak}; s.recv(9)"
         )
-        monkeypatch.setattr(
-            decoder_process, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
-        )
+        monkeypatch.setattr(decoder_process, "_command", lambda control: [sys.executable, "-c", code, str(control)])
         path = photo(tmp_path / "a.png")
         with (
             DecoderPool(1, SMALL, DecodeLimits()) as pool,
@@ -465,11 +463,10 @@ class TestProcesses:
         """A compromised process can neither make the daemon read elsewhere nor wait forever."""
         code = (
             "import socket, struct, sys; s = socket.socket(fileno=int(sys.argv[1]));"
-            f"reply = struct.Struct({REPLY}); s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, 0, 0, 0, b''))\n" + lie
+            f"reply = struct.Struct({REPLY}); s.recv(9999);"
+            "s.send(reply.pack(0xFFFFFFFF, 0, b'', 0, 0, 0, 0, 0, b''))\n" + lie
         )
-        monkeypatch.setattr(
-            decoder_process, "_command", lambda _order, control, _memory: [sys.executable, "-c", code, str(control)]
-        )
+        monkeypatch.setattr(decoder_process, "_command", lambda control: [sys.executable, "-c", code, str(control)])
         with DecoderPool(1, SMALL, DecodeLimits()) as pool:
             assert refusal_of(only(pool, photo(tmp_path / "a.png"))) is Refusal.POISON
 

@@ -14,6 +14,7 @@ from sortd.watch.inotify import (
     instances,
     is_blind,
     limits,
+    local_device,
     unwatched,
     watched_inodes,
 )
@@ -70,6 +71,17 @@ def test_is_blind_local_disk_is_none(tmp_path: Path) -> None:
     assert file_system_of(os.fspath(tmp_path / "not" / "there"))
     assert is_blind("/proc") is None
     assert file_system_of("/proc/self") == "proc"
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_local"), [("ext4", True), ("nfs4", False), ("fuse.any", False), ("fuseblk", False)]
+)
+def test_local_device_is_none_where_another_clock_may_set_times(tmp_path: Path, kind: str, is_local: bool) -> None:  # noqa: FBT001 -- a parameter
+    """Network file systems and those of programs: their times cannot be compared with this machine's clock."""
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"22 1 254:0 / / rw,relatime - {kind} source rw\n")
+    assert (local_device(os.fspath(tmp_path), mountinfo=os.fspath(mounts)) == tmp_path.stat().st_dev) == is_local
+    assert local_device(os.fspath(tmp_path / "absent"), mountinfo=os.fspath(mounts)) is None
 
 
 def test_limits_missing_file_is_none(tmp_path: Path) -> None:

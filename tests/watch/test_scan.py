@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sortd.events import Stamp
 from sortd.layout import CONTROLS, Reason, Rule, Why, rule_for_folder
-from sortd.watch.scan import scan, scan_steps, stamp, whole_files, why_left, why_unfinished
+from sortd.watch.scan import scan, scan_steps, stamp, still_seconds, whole_files, why_left, why_unfinished
 
 
 def never(error: OSError) -> None:
@@ -265,3 +266,23 @@ def test_stamp_failing_disk_raises(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="Input/output error"):
         stamp(os.fspath(tmp_path / "a.jpg"), stat=failing)
+
+
+SECOND = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("mtime_ns", "ctime_ns", "seconds"),
+    [
+        (10 * SECOND, 20 * SECOND + 1, 79.999999999),
+        (90 * SECOND, 20 * SECOND + 1, 10.0),
+        (10 * SECOND, 130 * SECOND + 1, 0.0),
+        (500 * SECOND, 20 * SECOND + 1, 0.0),
+        (10 * SECOND, 97 * SECOND, 1.0),
+        (10 * SECOND, 99 * SECOND, 0.0),
+    ],
+    ids=["copied with its mtime", "written", "clock set back", "mtime in the future", "times of FAT", "new on FAT"],
+)
+def test_still_seconds_is_since_the_later_time_and_never_negative(mtime_ns: int, ctime_ns: int, seconds: float) -> None:
+    """Only a file whose mtime and ctime are both old has not changed."""
+    assert still_seconds(Stamp(1, 1, 1, mtime_ns, ctime_ns), 100 * SECOND) == seconds
