@@ -62,9 +62,10 @@ def timed(
     """
 
     def side() -> Piece:
-        began, busy = clock(), processor()
+        busy, began = processor(), clock()
         count = work()
-        return Piece(count, clock() - began, processor() - busy)
+        seconds = clock() - began
+        return Piece(count, seconds, processor() - busy)
 
     return side
 

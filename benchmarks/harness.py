@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -102,6 +103,24 @@ def tree_mebibytes(pid: int) -> float:
             continue
         total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total / 1024
+
+
+def peak_mebibytes(pid: int, work: Callable[[], object], *, every_seconds: float = 0.1) -> float:
+    """Return the largest ``tree_mebibytes`` while ``work`` is done; the samples take some processor time."""
+    found, stop = [tree_mebibytes(pid)], threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(every_seconds):
+            found.append(tree_mebibytes(pid))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        work()
+    finally:
+        stop.set()
+        sampler.join()
+    return max(found)
 
 
 class Helper:
