@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from benchmarks.harness import print_json, processor_seconds
+from benchmarks.harness import print_json
 
 CONFIDENCE = 0.9
 """Of an interval: the error is at most 5 % to each side. Five rounds are the fewest that reach it."""
@@ -68,11 +68,6 @@ def timed(
         return Piece(count, seconds, processor() - busy)
 
     return side
-
-
-def timed_process(work: Callable[[], float], pid: int) -> Side:
-    """Return a side that times ``work``, which has a process and its descendants do it."""
-    return timed(work, processor=lambda: processor_seconds(pid))
 
 
 def say(line: str) -> None:

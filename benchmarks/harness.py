@@ -94,15 +94,8 @@ def processor_seconds(pid: int) -> float:
 
 
 def tree_mebibytes(pid: int) -> float:
-    """Return the proportional memory (PSS) of a process and its descendants, which counts a shared page once."""
-    total = 0
-    for one in process_tree(pid):
-        try:
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text(encoding="ascii").splitlines()
-        except (FileNotFoundError, ProcessLookupError):  # it has ended
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total / 1024
+    """Return the resident memory of a process and its living descendants; what they share counts for each."""
+    return sum(resident_mebibytes(one) for one in process_tree(pid))
 
 
 def peak_mebibytes(pid: int, work: Callable[[], object], *, every_seconds: float = 0.1) -> float:

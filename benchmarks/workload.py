@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -113,7 +113,7 @@ class Photos:
             self._copies += 1
             copies.append(target / f"{original.stem} copy {self._copies}.jpg")
             with copies[-1].open("wb") as file:
-                file.write(with_comment(original.read_bytes(), str(self._copies)))
+                file.write(with_comment(original.read_bytes(), f"{target} {self._copies}"))
                 os.fsync(file.fileno())  # writing it back later would disturb what is measured
         return copies
 
@@ -141,12 +141,20 @@ def make_model(folder: Path) -> Path:
 # ------------------------------------------------------------ what the sides share
 
 
-def add_options(parser: argparse.ArgumentParser, *, photos: int, piece: int, pixels: str) -> None:
+def add_options(
+    parser: argparse.ArgumentParser,
+    *,
+    photos: int,
+    piece: int,
+    pixels: str | None = None,
+    backends: Sequence[str] = ("torch", "onnx-int8"),
+) -> None:
     """Add the options of a comparison with sortd, with their defaults."""
-    parser.add_argument("--pixels", default=pixels, help="size of the photos")
+    if pixels is not None:
+        parser.add_argument("--pixels", default=pixels, help="size of the photos")
     parser.add_argument("--photos", type=int, default=photos, help="photos that are drawn")
     parser.add_argument("--piece", type=int, default=piece, help="photos for each side and round")
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["torch", "onnx-int8"])
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=backends)
     parser.add_argument("--model", type=Path, help="model folder; default: a ViT-B/32 with random weights")
     parser.add_argument("--keep", type=Path, help="folder that keeps the model and its exports for the next time")
     parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
