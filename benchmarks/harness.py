@@ -6,8 +6,8 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -93,27 +93,16 @@ def processor_seconds(pid: int) -> float:
     return sum((int(fields[11]) + int(fields[12])) / TICKS for fields in map(_stat, process_tree(pid)))
 
 
-def tree_mebibytes(pid: int) -> float:
-    """Return the resident memory of a process and its living descendants; what they share counts for each."""
-    return sum(resident_mebibytes(one) for one in process_tree(pid))
+def peak_mebibytes(pid: int) -> float:
+    """Return the peak of the resident memory of a process and its descendants; what they share counts for each."""
+    return sum(resident_mebibytes(one, peak=True) for one in process_tree(pid))
 
 
-def peak_mebibytes(pid: int, work: Callable[[], object], *, every_seconds: float = 0.1) -> float:
-    """Return the largest ``tree_mebibytes`` while ``work`` is done; the samples take some processor time."""
-    found, stop = [tree_mebibytes(pid)], threading.Event()
-
-    def sample() -> None:
-        while not stop.wait(every_seconds):
-            found.append(tree_mebibytes(pid))
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        work()
-    finally:
-        stop.set()
-        sampler.join()
-    return max(found)
+def reset_peaks(pid: int) -> None:
+    """Let the peaks of a process and its descendants be what is resident now (proc_pid_clear_refs(5))."""
+    for one in process_tree(pid):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            Path(f"/proc/{one}/clear_refs").write_text("5", encoding="ascii")
 
 
 class Helper:

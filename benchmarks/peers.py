@@ -12,8 +12,8 @@ Both ways are written anew from these descriptions; sortd also decides about eac
 
 Each side runs in processes of its own, started before the rounds. The floors, in times the images a second: with photos
 of 0.3 megapixels 1.1 times the indexer with float32, 1.2 times with int8; with larger photos 2.3 times both. With small
-photos and int8, sortd's processes have at most 280 MiB of resident memory; pages that they share count for each.
-From the line ``model.loaded`` of ``sortd once`` to its first image pass at most the settle time and 0.3 s.
+photos and int8, sortd's processes have at most 280 MiB of resident memory while they file; what they share counts for
+each. From the line ``model.loaded`` of ``sortd once`` to its first image pass at most the settle time and 0.3 s.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from benchmarks.comparison import (
     summary,
     timed,
 )
-from benchmarks.harness import Helper, argument_parser, peak_mebibytes, processor_seconds
+from benchmarks.harness import Helper, argument_parser, peak_mebibytes, processor_seconds, reset_peaks
 from benchmarks.peer_programs import BATCH, send_all
 from benchmarks.workload import SETTLE_SECONDS, Filing, Material, add_options, run_once, size_of
 from sortd.encoder.onnx_encoder import Precision, tower_file
@@ -62,6 +62,18 @@ def peer_side(helper: Helper, material: Material, name: str, count: int) -> Side
     return side
 
 
+def with_peak(side: Side, pid: int, peaks: list[float]) -> Side:
+    """Return a side that appends the peak of its processes' memory to a list each time."""
+
+    def watched() -> Piece:
+        reset_peaks(pid)
+        piece = side()
+        peaks.append(peak_mebibytes(pid))
+        return piece
+
+    return watched
+
+
 def measure(
     material: Material, backend: str, options: argparse.Namespace
 ) -> tuple[dict[str, dict[str, Any]], list[Claim]]:
@@ -79,8 +91,9 @@ def measure(
             sides[name] = peer_side(helper, material, name, piece)
             sides[name]()  # the first pass takes longer
             pids[name] = helper.pid
-        pieces = alternate(sides, rounds=options.rounds)
-        peaks = {name: [peak_mebibytes(pid, sides[name]) for _ in range(options.rounds)] for name, pid in pids.items()}
+        peaks: dict[str, list[float]] = {name: [] for name in sides}
+        watched = {name: with_peak(side, pids[name], peaks[name]) for name, side in sides.items()}
+        pieces = alternate(watched, rounds=options.rounds)
     floors = (SMALL_FLOORS[backend], None) if is_small else (FLOOR, FLOOR)
     claims = [
         claim_of_ratio(f"{title}: sortd over the {name}", pieces, "sortd", name, least=floor)
