@@ -279,6 +279,8 @@ class Filing:
             new = self.daemon.lines[heard:]
             heard += len(new)
             done.extend(line for line in new if line["event"] in IMAGE_EVENTS)
+            if done and time.perf_counter() < began + SETTLE_SECONDS:
+                raise RuntimeError("the settle time, which is not counted, was not waited for")
             if any(line["event"] == "dataset.held" for line in new):
                 raise RuntimeError(f"the guard holds the photos: {new[-1]}")
             return len(done) >= count

@@ -68,7 +68,7 @@ def test_efficiency_compares_each_backend_with_its_bare_forward(kept: Path) -> N
     found = figures("efficiency", "--keep", str(kept), "--pixels", "64x48", *SMALL)
     sides = {f"{backend}: {side}" for backend in ("torch", "onnx-int8") for side in ("sortd", "bare forward")}
     assert found["sides"].keys() == sides
-    assert names_of(found["claims"]) == ["sortd over the bare forward"] * 2
+    assert names_of(found["claims"]) == ["sortd over the bare forward"] * 2 + ["sortd over sortd with torch"]
     assert found["stages_ms"]["torch"].keys() == {"decode", "encode", "move"}
 
 
@@ -130,7 +130,7 @@ def test_review_measures_pages_and_filing() -> None:
         ("scale", ("rebuild", "decide", "--references", "200", "--library", "400", "--classes", "40")),
         ("daemon", ("startup",)),
         ("path", ()),
-        ("finetuning", ("--small", "--images", "20", "--epochs", "1", "--device", "cpu")),
+        ("finetuning", ("--small", "--images", "20", "--epochs", "1", "--device", "cpu", "--rounds", "1")),
     ],
 )
 def test_other_commands_print_figures(command: str, arguments: tuple[str, ...]) -> None:
