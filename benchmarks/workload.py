@@ -172,16 +172,15 @@ class Material:
     def __init__(self, folder: Path, options: argparse.Namespace, *, classes: int = 10, references: int = 40) -> None:
         """Draw the photos and references, and make or find the model."""
         width, height = size_of(options.pixels)
-        kept = options.keep or folder
-        self.folder, self.cache = folder, kept / "cache"
-        self.model: Path = options.model or kept / "model"
+        self.folder, kept = folder.resolve(), (options.keep or folder).resolve()
+        self.cache, self.model = kept / "cache", (options.model or kept / "model").resolve()
         if not self.model.is_dir():
             make_model(self.model)
         say(f"drawing {options.photos} photos of {options.pixels} pixels")
         small = (min(width, 1000), min(height, 750))
-        self.clases = folder / "Clases"
+        self.clases = self.folder / "Clases"
         make_references(self.clases, classes=classes, references=references, size=small)
-        self.photos = Photos(folder / "photos", classes=classes, photos=options.photos, size=(width, height))
+        self.photos = Photos(self.folder / "photos", classes=classes, photos=options.photos, size=(width, height))
 
     def export(self, root: Path | None = None) -> Path:
         """Export the model to ONNX unless that was done, allow int8 for the datasets of a root, and return the folder.
@@ -233,8 +232,6 @@ class Filing:
         """Start the daemon, wait until it is ready, and file some photos first; ``keys`` are settings."""
         config = material.config(backend, backend, **keys)
         self._photos, self._folder = material.photos, config.parent
-        self.outcomes: dict[str, str] = {}
-        """The label that each photo was given, by the name of the original."""
         self._stages: dict[str, list[float]] = defaultdict(list)
         workers, under = {"SORTD_DECODING__WORKERS": "0"}, ("env", "--unset=OMP_NUM_THREADS")  # tests run with one each
         self.daemon = DaemonProcess(config, program="sortd", environment=workers, under=under)
@@ -267,7 +264,7 @@ class Filing:
 
     def piece(self, count: int) -> Piece:
         """File so many photos."""
-        photos, images = (
+        photos, inbox = (
             self._photos.copy_next(self._folder / "next", count),
             self._folder / "Data" / "Photos" / "Images",
         )
@@ -287,11 +284,10 @@ class Filing:
 
         began = time.perf_counter()
         for photo in photos:
-            photo.rename(images / photo.name)
+            photo.rename(inbox / photo.name)
         self.daemon.wait_until(is_over, f"{count} photos are filed")
         seconds = time.perf_counter() - began - SETTLE_SECONDS
         for line in done:
-            self.outcomes[original_name(Path(line["path"]).name)] = str(line.get("label"))
             for stage in ("decode", "encode", "move"):
                 self._stages[stage].append(line[f"{stage}_ms"])
         return Piece(count, seconds, processor_seconds(self.pid) - busy)
