@@ -124,7 +124,8 @@ class Helper:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps(request, default=os.fspath), file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # its end is noticed below
+            print(json.dumps(request, default=os.fspath), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError(f"{self._process.args!r} has ended with {self._process.wait()}")
