@@ -27,7 +27,7 @@ from benchmarks.encoder import build_reference
 from benchmarks.harness import REPOSITORY, processor_seconds, resident_mebibytes, write_config
 from sortd.encoder.clip import PASSIVE_WAIT
 from sortd.encoder.models import locate_pair
-from sortd.encoder.onnx_encoder import write_verdict
+from sortd.encoder.onnx_encoder import Exports, write_verdict
 from tests.daemon_process import DaemonProcess
 
 os.environ.setdefault(*PASSIVE_WAIT)  # the baseline waits as sortd does
@@ -185,13 +185,13 @@ class Material:
     def export(self, root: Path | None = None) -> Path:
         """Export the model to ONNX unless that was done, allow int8 for the datasets of a root, and return the folder.
 
-        int8 is kept whatever it gains, and allowed without a comparison of decisions, since the weights are random.
+        int8 is kept whatever it gains.
         """
         from sortd.encoder.export import make_exports
 
         exported = make_exports(locate_pair(str(self.model), None, self.cache), min_gain=0.0, on_progress=say)
         if root is not None:
-            write_verdict(exported, root, {"refusal": None, "filed": 0, "same": 0, "mean_cosine": 1.0})
+            allow_int8(exported, root)
         return exported.folder
 
     def config(self, name: str, backend: str, **keys: object) -> Path:
@@ -204,6 +204,11 @@ class Material:
             self.export(place / "Data" if backend == "onnx-int8" else None)
         values = {"abstain": "off", "settle_seconds": SETTLE_SECONDS, "cache_dir": self.cache, "model": self.model}
         return write_config(place, **{**values, "backend": backend.partition("-")[0], **keys})
+
+
+def allow_int8(exported: Exports, root: Path) -> None:
+    """Let int8 serve the datasets of a root without a comparison of decisions, since the weights are random."""
+    write_verdict(exported, root, {"refusal": None, "filed": 0, "same": 0, "mean_cosine": 1.0})
 
 
 def put(photos: Path, target: Path) -> None:
