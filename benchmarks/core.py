@@ -51,9 +51,9 @@ from sortd.events import (
 )
 from sortd.watch.scan import SLICE, scan
 
-MOST_MICROSECONDS = 80.0
+MOST_MICROSECONDS = 30
 MOST_KNOWN = 100_000
-MOST_SCAN_SECONDS = 1.0
+MOST_SCAN_SECONDS = 0.5
 CLASSES = 20
 QUARTERS = 4
 

@@ -28,15 +28,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.harness import argument_parser, print_json, processor_seconds, resident_mebibytes, write_config
+from benchmarks.comparison import Side, alternate, interval_of_median, timed
+from benchmarks.harness import (
+    REPOSITORY,
+    argument_parser,
+    print_json,
+    processor_seconds,
+    resident_mebibytes,
+    write_config,
+)
 from tests.daemon_process import COLOURS, DaemonProcess, make_dataset, picture
 
-REPOSITORY = Path(__file__).parents[1]
 REFERENCES = 6
 
 
 def measure_startup(folder: Path, model: str) -> dict[str, Any]:
-    """Time the fast commands, five times each in turn."""
+    """Time the fast commands in alternating rounds."""
     make_dataset(folder / "Data")
     config = write_config(folder, model=model)
     commands = {
@@ -44,13 +51,21 @@ def measure_startup(folder: Path, model: str) -> dict[str, Any]:
         "help": [sys.executable, "-m", "sortd", "--help"],
         "check": [sys.executable, "-m", "sortd", "check", "-c", str(config)],
     }
-    times: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(5):
-        for name, command in commands.items():
-            began = time.perf_counter()
+
+    def side(command: list[str]) -> Side:
+        def work() -> int:
             subprocess.run(command, capture_output=True, check=False, cwd=REPOSITORY)
-            times[name].append(time.perf_counter() - began)
-    return {f"{name}_seconds": round(statistics.median(values), 3) for name, values in times.items()}
+            return 1
+
+        return timed(work)
+
+    pieces = alternate({name: side(command) for name, command in commands.items()}, rounds=6)
+    figures: dict[str, Any] = {}
+    for name, done in pieces.items():
+        found = interval_of_median(piece.seconds for piece in done)
+        figures[f"{name}_seconds"] = round(found.median, 3)
+        figures[f"{name}_seconds_interval"] = [round(found.low, 3), round(found.high, 3)]
+    return figures
 
 
 def measure_latency(folder: Path, model: str, *, drops: int = 60, settle_seconds: float = 1.0) -> dict[str, Any]:
@@ -74,6 +89,8 @@ def measure_latency(folder: Path, model: str, *, drops: int = 60, settle_seconds
         "settle_seconds": settle_seconds,
         "beyond_settle_ms_median": round(statistics.median(ordered), 1),
         "beyond_settle_ms_p95": round(ordered[int(0.95 * len(ordered))], 1),
+        "floor_ms_median": 30,
+        "floor_ms_p95": 45,
     }
 
 

@@ -1,24 +1,25 @@
 """Measure decoding in separate processes and in the daemon's, and of JPEG in draft and in full.
 
-    python -m benchmarks.decoding [--count 60] [--rounds 5] [--side 1600] [--json]
+    python -m benchmarks.decoding [--count 60] [--rounds 6] [--side 1600] [--json]
 
-The images are synthetic JPEGs of smooth colours and grain, 4:3. Each way decodes all of them, in turns, and the figures
-are medians over the rounds: milliseconds per image, by the clock and of processor time (all processes together). The
-ratios are of processor time, on which other load has the least influence.
+The images are synthetic JPEGs of smooth colours and grain, 4:3. Each way decodes all of them in each round. The ratios
+are of the processor time of all processes together, on which other load has the least influence, if not said otherwise.
 """
 
 import os
-import statistics
+import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.harness import argument_parser, print_json, processor_seconds
+from benchmarks.comparison import Claim, Piece, Side, alternate, claim_of_ratio, conclude, summary, timed
+from benchmarks.harness import argument_parser, processor_seconds
 from sortd.events import Preprocessing, Stamp
 from sortd.files import sha256_of, stamp_of
 from sortd.images.decode import DecodeLimits, Jpeg, decode_file
@@ -49,14 +50,6 @@ WAYS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Milliseconds per image."""
-
-    clock: float
-    processor: float
-
-
 def draw(folder: Path, count: int, side: int) -> Files:
     """Draw JPEGs of ``side`` by three quarters of it."""
     random = np.random.default_rng(0)
@@ -71,77 +64,60 @@ def draw(folder: Path, count: int, side: int) -> Files:
     return [(os.fspath(path), stamp_of(path.stat())) for path in sorted(folder.iterdir())]
 
 
-def decode(way: Way, pool: DecoderPool | None, files: Files) -> None:
-    """Decode all files, in this thread if there is no pool."""
-    if pool is None:
-        for path, _ in files:
-            decode_file(path, SEEN, DecodeLimits(), jpeg=way.jpeg)
-            sha256_of(Path(path))
-        return
-    batches = [[file] for file in files] if way.one_by_one else [files]
-    answers = [answer for batch in batches for answer in pool.decode_all(batch)]
-    assert all(isinstance(answer, DecodedImage) for answer in answers)
+def side_of(way: Way, pool: DecoderPool | None, files: Files) -> Side:
+    """Return a side that decodes all files, in this thread if there is no pool."""
+
+    def work() -> int:
+        if pool is None:
+            for path, _ in files:
+                decode_file(path, SEEN, DecodeLimits(), jpeg=way.jpeg)
+                sha256_of(Path(path))
+            return len(files)
+        batches = [[file] for file in files] if way.one_by_one else [files]
+        answers = [answer for batch in batches for answer in pool.decode_all(batch)]
+        assert all(isinstance(answer, DecodedImage) for answer in answers)
+        return len(files)
+
+    return timed(work, processor=lambda: processor_seconds(os.getpid()))
 
 
-def measure(files: Files, rounds: int) -> dict[str, Cost]:
-    """Measure every way, in turns."""
-    pools = {
-        way: DecoderPool(way.processes, SEEN, DecodeLimits(), jpeg=way.jpeg) if way.processes else None for way in WAYS
-    }
-    costs: dict[Way, list[Cost]] = {way: [] for way in WAYS}
-    try:
-        for way, pool in pools.items():
-            decode(way, pool, files[:8])
-        for _ in range(rounds):
-            for way, pool in pools.items():
-                began, spent = time.perf_counter(), processor_seconds(os.getpid())
-                decode(way, pool, files)
-                clock = time.perf_counter() - began
-                processor = processor_seconds(os.getpid()) - spent
-                costs[way].append(Cost(1e3 * clock / len(files), 1e3 * processor / len(files)))
-    finally:
-        for pool in pools.values():
-            if pool is not None:
-                pool.close()
-    return {
-        way.name: Cost(
-            statistics.median(cost.clock for cost in rounds_of), statistics.median(cost.processor for cost in rounds_of)
-        )
-        for way, rounds_of in costs.items()
-    }
+def measure(files: Files, rounds: int) -> dict[str, list[Piece]]:
+    """Measure every way."""
+    with ExitStack() as stack:
+        sides = {}
+        for way in WAYS:
+            pool = None
+            if way.processes:
+                pool = stack.enter_context(DecoderPool(way.processes, SEEN, DecodeLimits(), jpeg=way.jpeg))
+                list(pool.decode_all(files[:8]))  # the processes start
+            sides[way.name] = side_of(way, pool, files)
+        return alternate(sides, rounds=rounds)
 
 
-def ratios(costs: dict[str, Cost]) -> dict[str, float]:
-    """Return the ratios of processor time."""
-    here, isolated = costs["in the thread, draft"], costs["1 process, draft"]
-    return {
-        "isolation, draft": isolated.processor / here.processor,
-        "isolation, draft, one by one": costs["1 process, draft, one by one"].processor / here.processor,
-        "isolation, full": costs["1 process, full"].processor / costs["in the thread, full"].processor,
-        "full to draft": costs["in the thread, full"].processor / here.processor,
-        "isolation by the clock, draft": isolated.clock / here.clock,
-        "2 processes to 1, images a second": isolated.clock / costs["2 processes, draft"].clock,
-    }
+def claims_of(pieces: dict[str, list[Piece]]) -> list[Claim]:
+    """Return the ratios of what an image costs, without limits."""
+    here, isolated = "in the thread, draft", "1 process, draft"
+    by_processor = partial(claim_of_ratio, pieces=pieces, of_processor_time=True)
+    return [
+        by_processor("isolation, draft", over=here, under=isolated),
+        by_processor("isolation, draft, one by one", over=here, under="1 process, draft, one by one"),
+        by_processor("isolation, full", over="in the thread, full", under="1 process, full"),
+        by_processor("full to draft", over=here, under="in the thread, full"),
+        claim_of_ratio("isolation by the clock, draft", pieces, here, isolated),
+        claim_of_ratio("2 processes to 1, images a second", pieces, "2 processes, draft", isolated),
+    ]
 
 
-def main() -> None:
+def main() -> int:
     """Measure, and print."""
-    parser = argument_parser(__doc__)
+    parser = argument_parser(__doc__, rounds=6)
     parser.add_argument("--count", type=int, default=60, help="images")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", type=int, default=1600, help="pixels of the longer side")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        costs = measure(draw(Path(folder), asked.count, asked.side), asked.rounds)
-    if asked.json:
-        milliseconds = {name: asdict(cost) for name, cost in costs.items()}
-        print_json({"milliseconds": milliseconds, "ratios": ratios(costs)}, n=asked.rounds)
-        return
-    for name, cost in costs.items():
-        print(f"{name:32s} {cost.clock:7.2f} ms  {cost.processor:7.2f} ms of processors")
-    for name, ratio in ratios(costs).items():
-        print(f"{name:36s} {ratio:6.2f}")
+        pieces = measure(draw(Path(folder), asked.count, asked.side), asked.rounds)
+    return conclude(summary(pieces), claims_of(pieces), as_json=asked.json, rounds=asked.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,7 @@
-"""Measure images per second in the training of a ViT-B/16: by sortd, and by a plain loop, in the same run.
+"""Compare images per second in the training of a ViT-B/16: by sortd, and by a plain loop.
 
-    python -m benchmarks.finetuning [--images 512] [--epochs 2] [--batch 32] [--device auto] [--small] [--json]
+    python -m benchmarks.finetuning [--images 256] [--epochs 2] [--batch 32] [--device auto] [--small] [--rounds 5]
+                                    [--json]
 
 Weights and photos (JPEG, 320 x 240) are random, since speed does not depend on them. The plain loop is a simple
 script: float32, one process, no workers, every photo opened, resized and normalised again in every
@@ -11,15 +12,17 @@ the photos is part of both.
 """
 
 import argparse
+import itertools
+import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.harness import argument_parser, print_json
+from benchmarks.comparison import Piece, alternate, claim_of_ratio, conclude, summary, timed
+from benchmarks.harness import argument_parser
 from sortd.encoder.clip import torch_device
 from sortd.encoder.finetuned import Network
 from sortd.events import Fit, Preprocessing
@@ -59,13 +62,11 @@ def vision_transformer(*, small: bool) -> Any:  # noqa: ANN401 - transformers ha
     return ViTForImageClassification(ViTConfig(num_labels=CLASSES, **sizes))
 
 
-def plain_loop(files: list[Path], arguments: argparse.Namespace, device: "torch.device") -> float:
-    """Train with a plain loop; return images per second."""
+def plain_loop(files: list[Path], model: Any, arguments: argparse.Namespace, device: "torch.device") -> int:  # noqa: ANN401 -- as above
+    """Train with a plain loop; return how many images it saw."""
     import torch
 
-    model = vision_transformer(small=arguments.small).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
-    began = time.perf_counter()
     for _ in range(arguments.epochs):
         for start in range(0, len(files), arguments.batch):
             photos = [Image.open(file).convert("RGB") for file in files[start : start + arguments.batch]]
@@ -78,15 +79,13 @@ def plain_loop(files: list[Path], arguments: argparse.Namespace, device: "torch.
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
             optimizer.step()
     settle(device)
-    return float(arguments.epochs * len(files) / (time.perf_counter() - began))
+    return len(files) * int(arguments.epochs)
 
 
-def own_training(files: list[Path], arguments: argparse.Namespace, device: "torch.device", work: Path) -> float:
-    """Train as ``sortd finetune`` does, including decoding; return images per second."""
+def own_training(files: list[Path], network: Network, arguments: argparse.Namespace, work: Path) -> int:
+    """Train as ``sortd finetune`` does, including decoding; return how many images it saw."""
     recipe = Recipe(epochs=arguments.epochs, batch_size=arguments.batch, evaluations=1)
     seen = Preprocessing(224, 224, 224, 2, Fit.STRETCH)
-    network = Network(vision_transformer(small=arguments.small), PROCESSOR, device)
-    began = time.perf_counter()
     large = enlarged(seen)
     pixels = np.empty((len(files), large.crop_height, large.crop_width, 3), np.uint8)
     stamped = [(str(file), found) for file in files if (found := stamp(str(file))) is not None]
@@ -97,9 +96,9 @@ def own_training(files: list[Path], arguments: argparse.Namespace, device: "torc
     dataset = TrainDataset(pixels, np.arange(len(files)) % CLASSES, np.ones(len(files), np.float32))
     validation = TrainDataset(pixels[:CLASSES, :224, :224], np.arange(CLASSES), np.ones(CLASSES, np.float32))
     model = make_model(network, (224, 224), dataset, recipe)
-    train(model, dataset, validation, TrainSettings(recipe, work, device.type, extra=("save_only_model=true",)))
-    settle(device)
-    return float(arguments.epochs * len(files) / (time.perf_counter() - began))
+    train(model, dataset, validation, TrainSettings(recipe, work, network.device.type, extra=("save_only_model=true",)))
+    settle(network.device)
+    return len(files) * int(arguments.epochs)
 
 
 def settle(device: "torch.device") -> None:
@@ -110,30 +109,34 @@ def settle(device: "torch.device") -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
+def main() -> int:
     """Measure both, and print images per second and their ratio."""
-    parser = argument_parser(__doc__)
-    parser.add_argument("--images", type=int, default=512)
+    parser = argument_parser(__doc__, rounds=5)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
-    device = torch_device(arguments.device)
+    device, numbers = torch_device(arguments.device), itertools.count()
     with tempfile.TemporaryDirectory(prefix="finetuning-") as place:
         files = draw_photos(Path(place), arguments.images)
-        plain = plain_loop(files, arguments, device)
-        own = own_training(files, arguments, device, Path(place) / "work")
-    found = {"device": str(device), "plain": round(plain, 1), "sortd": round(own, 1), "ratio": round(own / plain, 2)}
-    if arguments.json:
-        print_json(found, n=1)
-    else:
-        print(
-            f"on {found['device']}: plain loop {found['plain']} images a second, sortd {found['sortd']}, "
-            f"{found['ratio']} times as many"
-        )
+
+        def plain() -> Piece:
+            model = vision_transformer(small=arguments.small).to(device).train()
+            return timed(lambda: plain_loop(files, model, arguments, device))()
+
+        def own() -> Piece:
+            network = Network(vision_transformer(small=arguments.small), PROCESSOR, device)
+            work = Path(place) / f"work {next(numbers)}"
+            return timed(lambda: own_training(files, network, arguments, work))()
+
+        pieces = alternate({"plain loop": plain, "sortd": own}, rounds=arguments.rounds)
+    claims = [claim_of_ratio("sortd over the plain loop, images trained", pieces, "sortd", "plain loop")]
+    more = {"device": str(device)}
+    return conclude(summary(pieces), claims, as_json=arguments.json, rounds=arguments.rounds, more=more)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

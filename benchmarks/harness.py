@@ -1,19 +1,31 @@
-"""What the benchmarks share: their command line, their JSON, a configuration, and what a process costs."""
+"""What the benchmarks share: their command line, their JSON, a configuration, and what processes cost."""
 
 import argparse
 import json
 import os
 import platform
 import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, Self
 
+REPOSITORY = Path(__file__).parents[1]
 TICKS = os.sysconf("SC_CLK_TCK")
+INSTRUCTIONS = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+"""The ones that the speed of int8 depends on, as Linux names them (x86 and ARM)."""
 
 
-def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the option ``--json``."""
+def argument_parser(description: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:
+    """Return a parser with the option ``--json``, and ``--rounds`` if there is a default number of them."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
+    if rounds is not None:
+        parser.add_argument(
+            "--rounds", type=int, default=rounds, help="of all sides; five are the fewest for a verdict"
+        )
     return parser
 
 
@@ -23,11 +35,13 @@ def print_json(figures: object, *, n: int) -> None:
 
 
 def machine() -> dict[str, object]:
-    """Return what figures depend on: processors, system, and the load of the last minute."""
+    """Return what figures depend on: processors, their instructions, system, and the load of the last minute."""
     lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
     return {
         "processor": next(named, platform.machine()),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
         "processors": len(os.sched_getaffinity(0)),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -61,16 +75,79 @@ def used_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def processor_seconds(pid: int) -> float:
-    """Return the processor time of a process and its living children."""
-    total = 0.0
+def process_tree(pid: int) -> list[int]:
+    """Return a process and its living descendants."""
+    parents = {}
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(entry.name) == pid or int(fields[1]) == pid:
-            total += (int(fields[11]) + int(fields[12])) / TICKS
-    return total
+        if entry.name.isdigit():
+            parents[int(entry.name)] = _stat(int(entry.name))[1]
+    tree = [pid]
+    for parent in tree:
+        tree.extend(child for child, of in parents.items() if of == str(parent))
+    return tree
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of proc_pid_stat(5) from the state on; zeros if the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+    except OSError:
+        return ["0"] * 50
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time of a process and its living descendants."""
+    return sum((int(fields[11]) + int(fields[12])) / TICKS for fields in map(_stat, process_tree(pid)))
+
+
+def peak_mebibytes(pid: int) -> float:
+    """Return the peak of the resident memory of a process and its descendants; what they share counts for each."""
+    return sum(resident_mebibytes(one, peak=True) for one in process_tree(pid))
+
+
+def reset_peaks(pid: int) -> None:
+    """Let the peaks of a process and its descendants be what is resident now (proc_pid_clear_refs(5))."""
+    for one in process_tree(pid):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            Path(f"/proc/{one}/clear_refs").write_text("5", encoding="ascii")
+
+
+class Helper:
+    """A process of a module of benchmarks that answers requests: a line of JSON each, see ``answer_requests``."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        """Start it."""
+        command = [sys.executable, "-m", module, *arguments]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+        self.pid = self._process.pid
+
+    def ask(self, request: object) -> Any:  # noqa: ANN401 -- JSON
+        """Return the answer to a request.
+
+        Raises:
+            RuntimeError: the process has ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):  # its end is noticed below
+            print(json.dumps(request, default=os.fspath), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self._process.args!r} has ended with {self._process.wait()}")
+        return json.loads(answer)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def answer_requests(answer: Callable[[Any], object]) -> None:
+    """Answer each request on stdin until its end."""
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)

@@ -1,21 +1,20 @@
 """Measure the review page: its memory and its speed with 10,000 waiting images, and what a reader costs the daemon.
 
-    python -m benchmarks.review [pages] [filing] [--images 10000] [--rounds 5] [--json]
+    python -m benchmarks.review [pages] [filing] [--images 10000] [--rounds 6] [--json]
 
 Everything runs in a temporary folder, with the real programs as processes of their own.
 
     pages    seconds to the first page and to its first picture, before and after the first request, largest page,
              resident memory of the process that serves them and of its decoding processes, seconds to the groups
-    filing   seconds in which the daemon files 300 images while nobody reads, and while a person opens a page of
-             pictures every five seconds; the rounds alternate, and the ratio is that of their medians
+    filing   images a second that the daemon files, 300 at once, while a person opens a page of pictures every five
+             seconds, relative to those while nobody reads; the floor: 1/1.05
 """
 
 import io
-import json
+import itertools
 import os
 import random
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,19 +28,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.harness import argument_parser, print_json, resident_mebibytes, write_config
+from benchmarks.comparison import Piece, alternate, claim_of_ratio, conclude, summary, timed
+from benchmarks.harness import REPOSITORY, argument_parser, processor_seconds, resident_mebibytes, write_config
+from benchmarks.workload import with_comment
 from tests.daemon_process import COLOURS, DaemonProcess, make_dataset, picture, teach
 from tests.review.world import Client, ReviewProcess
 
-REPOSITORY = Path(__file__).parents[1]
 PICTURE = re.compile(rb'src="(/picture/[0-9a-f]+/160\.jpg)"')
 KINDS = 40  # of strangers
-FILED_AT_ONCE = 300
 READS_EVERY_SECONDS = 5.0
+FLOOR = 1 / 1.05
 
 
 def draw_strangers(folder: Path, count: int, seed: int = 0) -> None:
-    """Write JPEGs of 1024 x 768 pixels that resemble no class: a few drawings, each with a comment of its own."""
+    """Write JPEGs of 1024 x 768 pixels that resemble no class: a few drawings, each with its own comment."""
     dice = np.random.default_rng(seed)
     drawings = []
     for _ in range(KINDS):
@@ -50,9 +50,8 @@ def draw_strangers(folder: Path, count: int, seed: int = 0) -> None:
         Image.fromarray(pattern).resize((1024, 768), Image.Resampling.NEAREST).save(drawn, "JPEG", quality=85)
         drawings.append(drawn.getvalue())
     for number in range(count):
-        text, content = f"{seed} {number}".encode(), drawings[number % KINDS]
-        comment = b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text
-        (folder / f"{seed}-{number:05}.jpg").write_bytes(content[:2] + comment + content[2:])
+        drawing = with_comment(drawings[number % KINDS], f"{seed} {number}")
+        (folder / f"{seed}-{number:05}.jpg").write_bytes(drawing)
 
 
 def fill_review(folder: Path, images: int) -> Path:
@@ -129,65 +128,65 @@ def reading(review: ReviewProcess, seed: int) -> Iterator[None]:
         thread.join()
 
 
-def measure_filing(folder: Path, rounds: int) -> dict[str, Any]:
-    """Time the daemon, with the packaged model, alone and beside a person who reads."""
+def measure_filing(folder: Path, rounds: int, images: int) -> dict[str, list[Piece]]:
+    """Let the daemon, with the packaged model, file images alone and beside a person who reads."""
     dataset = make_dataset(folder / "Data")
     teach(dataset)
-    draw_strangers(dataset / "Images", 300)
+    draw_strangers(dataset / "Images", 300)  # what is read
     config = write_config(folder, model="packaged", settle_seconds=0.5)
-    seconds: dict[str, list[float]] = {"alone": [], "beside": []}
+    numbers = itertools.count()
     with DaemonProcess(config, program="sortd") as daemon, ReviewProcess(config) as review:
         daemon.wait_for("daemon.ready")
         daemon.wait_until(lambda: not any((dataset / "Images").iterdir()), "the images are moved")
-        for number in range(2 * rounds):
-            name = ("alone", "beside")[number % 2]
-            if name == "alone":
-                seconds[name].append(_filed_in(daemon, dataset, number))
-            else:
-                with reading(review, number):
-                    seconds[name].append(_filed_in(daemon, dataset, number))
+
+        def alone() -> Piece:
+            return _file(daemon, dataset, next(numbers), images)
+
+        def beside() -> Piece:
+            number = next(numbers)
+            with reading(review, number):
+                return _file(daemon, dataset, number, images)
+
+        pieces = alternate({"alone": alone, "beside a reader": beside}, rounds=rounds)
         daemon.stop()
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "images": FILED_AT_ONCE,
-        **{f"{name}_seconds": [round(value, 2) for value in values] for name, values in seconds.items()},
-        "ratio": round(medians["beside"] / medians["alone"], 3),
-    }
+    return pieces
 
 
-def _filed_in(daemon: DaemonProcess, dataset: Path, number: int) -> float:
-    """Return the seconds until so many images, moved into Images/ at once, have left it."""
+def _file(daemon: DaemonProcess, dataset: Path, number: int, images: int) -> Piece:
+    """Move images into Images/ at once, and wait until they have left it."""
     colours, outside = sorted(COLOURS), dataset.parents[1] / "outside"
     outside.mkdir(exist_ok=True)
-    for at in range(FILED_AT_ONCE):
+    for at in range(images):
         seed = 10_000 * number + at
         picture(colours[at % len(colours)], seed, (1024, 768)).save(outside / f"{seed}.jpg")
-    began = time.perf_counter()
-    for path in sorted(outside.iterdir()):
-        path.rename(dataset / "Images" / path.name)
-    daemon.wait_until(lambda: not any((dataset / "Images").iterdir()), "the images are moved")
-    return time.perf_counter() - began
+
+    def work() -> int:
+        for path in sorted(outside.iterdir()):
+            path.rename(dataset / "Images" / path.name)
+        daemon.wait_until(lambda: not any((dataset / "Images").iterdir()), "the images are moved")
+        return images
+
+    return timed(work, processor=lambda: processor_seconds(daemon.process.pid))()
 
 
-def main() -> None:
-    """Measure what is named, or everything."""
-    parser = argument_parser(__doc__)
+def main() -> int:
+    """Measure what is named, or everything; exit 1 if a floor is missed, 3 if the rounds disagree."""
+    parser = argument_parser(__doc__, rounds=6)
     parser.add_argument("what", nargs="*", choices=["pages", "filing", []], default=[])
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=10_000, help="waiting images, for pages")
+    parser.add_argument("--filed", type=int, default=300, help="images filed at once, for filing")
     given = parser.parse_args()
-    figures = {}
+    figures, pieces, claims = {}, {}, []
     for name in given.what or ["pages", "filing"]:
         with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
-            figures[name] = (
-                measure_pages(place, given.images) if name == "pages" else measure_filing(place, given.rounds)
-            )
-    if given.json:
-        print_json(figures, n=given.rounds)
-    else:
-        print(json.dumps(figures, indent=2))
+            if name == "pages":
+                figures[name] = measure_pages(Path(folder), given.images)
+                continue
+            pieces = measure_filing(Path(folder), given.rounds, given.filed)
+            what = "images filed beside a reader, relative to alone"
+            claims = [claim_of_ratio(what, pieces, "beside a reader", "alone", least=FLOOR)]
+    return conclude(summary(pieces), claims, as_json=given.json, rounds=given.rounds, more=figures)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
