@@ -53,10 +53,10 @@ FLOORS = (1.7, 1 / 3, 1 / 2)
 def answer(options: argparse.Namespace) -> None:
     """Load a backend in this process, tell what that took, and embed as many images as each request asks for."""
     began = time.perf_counter()
-    from sortd.encoder.backends import load_encoder
+    from sortd.encoder.backends import load_model
 
     threads = options.threads or None
-    encoder = load_encoder(options.model, backend=options.inner, cache_dir=options.cache, threads=threads)
+    encoder = load_model(options.model, backend=options.inner, cache_dir=options.cache, threads=threads)
     height, width = encoder.preprocessing.crop_height, encoder.preprocessing.crop_width
     pixels = np.random.default_rng(0).integers(0, 256, (max(BATCHES), height, width, 3), dtype=np.uint8)
     encoder.encode_images(pixels[:1])

@@ -22,7 +22,7 @@ from sortd.classify.decide import score_batch
 from sortd.classify.prompts import GENERIC_NOUNS, prompts
 from sortd.classify.types import DecisionSettings
 from sortd.config import DEFAULT_TEMPLATES
-from sortd.encoder.backends import load_encoder
+from sortd.encoder.backends import load_model
 from sortd.encoder.clip import Encoder
 from sortd.events import Fit, Mode, Preprocessing
 from sortd.images.decode import DecodeLimits, decode_file
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--references", type=int, default=6)
     parser.add_argument("--fit", type=Fit, choices=list(Fit), help="default: the model's own")
     arguments = parser.parse_args()
-    encoder = load_encoder(arguments.model)
+    encoder = load_model(arguments.model)
     results = {
         folder.name: measure(embed_folder(encoder, folder, arguments.fit), references=arguments.references)
         for folder in arguments.folders

@@ -28,7 +28,7 @@ from benchmarks.photos import embed_files, embed_folder, photos_of
 from sortd.classify.build import build
 from sortd.classify.proportions import interval
 from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
-from sortd.encoder.backends import load_encoder
+from sortd.encoder.backends import load_model
 from sortd.encoder.clip import Encoder
 from sortd.events import Assigned
 
@@ -196,7 +196,7 @@ def main() -> int:
     found: dict[str, dict[str, dict[float, Outcome]]] = {}
     for file in arguments.features:
         found |= measure(feature_worlds(read(file), arguments.draws))
-    encoder = load_encoder("packaged") if arguments.photos else None
+    encoder = load_model("packaged") if arguments.photos else None
     for folder in arguments.photos:
         assert encoder is not None
         found |= measure(photo_worlds(encoder, folder, arguments.draws))

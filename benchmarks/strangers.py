@@ -27,7 +27,7 @@ from sortd.classify.decide import decide, open_set_scores, score_batch
 from sortd.classify.open_set import log_odds
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
-from sortd.encoder.backends import load_encoder
+from sortd.encoder.backends import load_model
 from sortd.encoder.clip import Encoder
 from sortd.events import Assigned
 
@@ -158,7 +158,7 @@ def main() -> None:
     gathered: dict[str, list[dict[str, float]]] = {}
     worlds = list(feature_worlds([read(file) for file in arguments.features], arguments.references, arguments.draws))
     if arguments.photos:
-        encoder = load_encoder("packaged")
+        encoder = load_model("packaged")
         worlds += photo_worlds(encoder, arguments.photos, arguments.references, arguments.draws, arguments.precision)
     for world in worlds:
         gathered.setdefault(world.name, []).append(measure(world))

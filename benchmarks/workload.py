@@ -38,7 +38,7 @@ JPEG_QUALITY = 90
 BATCHES = (1, 2, 4, 8, 16, 32)
 """Batch sizes at which a bare forward pass is measured."""
 BACKENDS = ("torch", "onnx", "onnx-int8")
-"""By the names of ``sortd.encoder.backends.load_encoder``."""
+"""By the names of ``sortd.encoder.backends.load_model``."""
 SETTLE_SECONDS = 0.1
 IMAGE_EVENTS = {"image.filed", "image.sent_to_review", "image.rejected"}
 
@@ -393,10 +393,10 @@ def forward_side(material: Material, backend: str, count: int) -> Side:
 def bare_forward(material: Material, backend: str) -> Callable[[int], object]:
     """Return the forward of a CLIP's image tower on a batch of a size: by transformers on torch, or by ONNX Runtime."""
     if backend != "torch":
-        from sortd.encoder.backends import load_encoder
+        from sortd.encoder.backends import load_model
 
         material.export()
-        encoder = load_encoder(str(material.model), backend=backend, cache_dir=material.cache)
+        encoder = load_model(str(material.model), backend=backend, cache_dir=material.cache)
         seen = encoder.preprocessing
         shape = (max(BATCHES), seen.crop_height, seen.crop_width, 3)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)

@@ -1,11 +1,20 @@
-"""The commands ``sortd models``, each of which imports its module when it runs, as those of ``cli`` do."""
+"""The commands about models, each of which imports its module when it runs: ``models``, ``encode`` and ``finetune``."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sortd.commands.console import Command, ConfigOption, DatasetOption, Group, JsonOption, load_config, show
+from sortd.finetune.recipe import Effort, Recipe, Source, TrainingRequest
+
+OPENBLAS_SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
+"""Binary logarithm of the cycles that OpenBLAS threads spin after a product (default 26). Spinning took 3 ms of
+processor time per image, with this value 0.1 ms (`benchmarks.efficiency`, two cores)."""
+
+RECIPE = Recipe()  # the defaults of a fine-tuning
 
 models = typer.Typer(name="models", cls=Group, invoke_without_command=True)
 
@@ -90,3 +99,84 @@ def demote(config: ConfigOption = None, dataset: DatasetOption = None, as_json: 
     from sortd.commands.finetuning import demote_model, print_demoted
 
     show(demote_model(load_config(config), dataset), print_demoted, as_json=as_json)
+
+
+def encode(
+    config: ConfigOption = None,
+    socket: Annotated[Path | None, typer.Option(help="Path of the Unix socket. Default: that of `backend:`.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Group whose members can connect. Default: only this user can.")
+    ] = None,
+    metrics: Annotated[Path | None, typer.Option(help="Write metrics for Prometheus to this file, NAME.prom.")] = None,
+) -> None:
+    """Serve the model to other sortd processes of this machine, which have `backend: socket:PATH`."""
+    os.environ.setdefault(*OPENBLAS_SPIN)
+    from sortd.commands.encode import serve_encoder
+
+    serve_encoder(load_config(config), socket=socket, group=group, textfile=metrics)
+
+
+def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameters
+    dataset: Annotated[str, typer.Argument(help="Name of the dataset.")],
+    config: ConfigOption = None,
+    source: Annotated[Source, typer.Option("--from", help="Folders to train on.")] = Source.CLASES,
+    base: Annotated[
+        str, typer.Option(help="auto, packaged, or the name or folder of a transformers image model.")
+    ] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Result folder. Default: a new one in the state folder.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the newest unfinished training.")] = False,
+    effort: Annotated[
+        Effort, typer.Option(help="quick and standard train the last blocks of the network, thorough all.")
+    ] = Effort.STANDARD,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: 20, or more for at least 300 steps.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per training step.")] = RECIPE.batch_size,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=1e-9, help="Peak learning rate. Default: the base's.")
+    ] = None,
+    layer_decay: Annotated[
+        float, typer.Option(min=0, max=1, help="Factor of the learning rate per layer.")
+    ] = RECIPE.layer_decay,
+    balance: Annotated[
+        float, typer.Option(min=0, max=1, help="Weight of rare classes; 0: images have equal weight, 1: classes.")
+    ] = RECIPE.balance,
+    test: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of test images.")] = RECIPE.test,
+    validation: Annotated[
+        float, typer.Option(min=0.01, max=0.9, help="Share of validation images.")
+    ] = RECIPE.validation,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the split and the training.")] = RECIPE.seed,
+    side: Annotated[int | None, typer.Option(min=16, help="Input size in pixels. Default: the base's.")] = None,
+    lora: Annotated[int | None, typer.Option(min=1, help="Train LoRA layers of this rank (needs peft).")] = None,
+    flips: Annotated[bool, typer.Option("--flips/--no-flips", help="Also train on mirrored images.")] = True,
+    extra: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of transformers' TrainingArguments; repeatable.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune an image model on a dataset, and compare it with the prototypes."""
+    from sortd.commands.finetuning import fine_tune, require_training_packages
+    from sortd.commands.status import dataset_named
+
+    require_training_packages()
+    loaded = load_config(config)
+    recipe = replace(
+        effort.recipe,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        layer_decay=layer_decay,
+        balance=balance,
+        test=test,
+        validation=validation,
+        seed=seed,
+        lora_rank=lora,
+        flips=flips,
+    )
+    options = [f"--config {config}"] * (config is not None) + [f"--output {output}"] * (output is not None)
+    fine_tune(
+        loaded,
+        TrainingRequest(dataset_named(loaded, dataset), source, base, side, recipe, tuple(extra or ())),
+        output=output,
+        resume=resume,
+        resume_command=" ".join(["sortd finetune", dataset, *options, "--resume"]),
+        as_json=as_json,
+    )

@@ -30,6 +30,9 @@ SLOW = {
 }  # fmt: skip
 """Libraries that take long to import: imported inside of functions only, so that light commands start at once."""
 
+NEEDS_AT_ITS_TOP = {"api/estimator.py": {"sklearn"}}
+"""Modules that only those import who use such a library: a base class cannot wait for its first use."""
+
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -95,7 +98,7 @@ def test_pure_module_imports_nothing_impure(module: Path) -> None:
 @pytest.mark.parametrize("module", MODULES, ids=name_of)
 def test_module_imports_nothing_slow_at_its_top(module: Path) -> None:
     """Heavy libraries are imported where they are used."""
-    assert not imported(module, top_level_only=True) & SLOW
+    assert not imported(module, top_level_only=True) & SLOW - NEEDS_AT_ITS_TOP.get(name_of(module), set())
 
 
 @pytest.mark.parametrize("module", MODULES, ids=name_of)

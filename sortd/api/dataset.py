@@ -12,7 +12,7 @@ from sortd.commands.assign import assign_to_class
 from sortd.commands.moves import JournalPlace, record_facts, undo_records_of
 from sortd.config import Config, read_config
 from sortd.core.sorter import order_for
-from sortd.daemon.dataset_lock import open_dataset as locked_dataset
+from sortd.daemon.dataset_lock import lock_dataset
 from sortd.daemon.references import References, ReferencesAbsentError, stored_prototypes
 from sortd.daemon.resources import reference_settings_of
 from sortd.encoder.backends import load_with_backend
@@ -169,7 +169,7 @@ class DatasetHandle:
         (decision,) = classifier.classify_rows(answer.embedding[None])
         move = order_for(answer, decision, classifier.prototypes, settle_seconds=0.0)
         companions = self.config.dataset(self.name).companions
-        with locked_dataset(self.layout, self.config.state_dir, companions=companions) as opened:
+        with lock_dataset(self.layout, self.config.state_dir, companions=companions) as opened:
             if (problem := opened.presence.problem()) is not None:
                 raise LayoutError(problem)
             ended = [one for one in opened.mover.move_all([move]) if one.path == path]

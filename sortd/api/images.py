@@ -169,10 +169,10 @@ def load_encoder(
     Raises:
         ModelError: the model is missing, has no images, or fails its test.
     """
-    from sortd.encoder.backends import load_encoder as load
+    from sortd.encoder.backends import load_model
 
     folder = None if cache_dir is None else Path(cache_dir)
-    loaded = load(model, text_model=text_model, backend=backend, device=device, cache_dir=folder, threads=threads)
+    loaded = load_model(model, text_model=text_model, backend=backend, device=device, cache_dir=folder, threads=threads)
     return LoadedEncoder(loaded, cache_dir=folder)
 
 

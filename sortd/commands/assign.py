@@ -12,7 +12,7 @@ from sortd.config import Config
 from sortd.daemon.assign import assign_images, assigned_label_problem, image_facts
 from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
 from sortd.daemon.corrections import record_places
-from sortd.daemon.dataset_lock import open_dataset
+from sortd.daemon.dataset_lock import lock_dataset
 from sortd.errors import DataError, LayoutError
 from sortd.events import NO_CLASS, Outcome
 from sortd.layout import JOURNAL_FILE, Layout
@@ -52,7 +52,7 @@ def assign_to_class(
 def _assign_here(
     config: Config, layout: Layout, label: str, images: Sequence[Mapping[str, Any]], *, is_example: bool
 ) -> dict[str, Any]:
-    with open_dataset(layout, config.state_dir, companions=config.dataset(layout.name).companions) as opened:
+    with lock_dataset(layout, config.state_dir, companions=config.dataset(layout.name).companions) as opened:
         if (problem := opened.presence.problem()) is not None:
             raise LayoutError(problem)
         move_all = opened.mover.move_all

@@ -18,7 +18,7 @@ from sortd.commands.moves import without_links
 from sortd.commands.status import dataset_named
 from sortd.config import Config
 from sortd.daemon.control import ask
-from sortd.daemon.dataset_lock import open_dataset
+from sortd.daemon.dataset_lock import lock_dataset
 from sortd.errors import DataError, DestinationError, LayoutError, advice_for_write
 from sortd.files import read_regular, write_json
 from sortd.images.thumbnails import thumbnails
@@ -153,7 +153,7 @@ def answer_sample_by_ids(config: Config, layout: Layout, wrong: Sequence[int]) -
     answers = [[image["id"], image["id"] not in not_right] for image in sample.images]
     request = {"do": "check", "dataset": layout.name, "root": str(layout.root), "answers": answers}
     if ask(config.state_dir, request) is None:
-        with open_dataset(layout, config.state_dir) as opened:
+        with lock_dataset(layout, config.state_dir) as opened:
             if (problem := opened.presence.problem()) is not None:
                 raise LayoutError(problem)
             opened.journal.record_checks([(int(move), bool(right)) for move, right in answers])

@@ -21,7 +21,7 @@ from sortd.arrays import Pixels
 from sortd.commands.console import counted, megabytes, print_line, print_table, printable
 from sortd.commands.models import backend_facts
 from sortd.config import Config
-from sortd.daemon.dataset_lock import open_dataset
+from sortd.daemon.dataset_lock import lock_dataset
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder import onnx_encoder
 from sortd.encoder.backends import load_with_backend
@@ -269,7 +269,7 @@ def _move_milliseconds(scratch: Path, files: Sequence[_File]) -> float | None:
                 os.fsync(file.fileno())  # real images are on the disk before they are moved
         if (mark := stamp(copy)) is not None:
             moves.append(Move(copy, mark, "Dataset/bench", Outcome.FILED))
-    with open_dataset(layout, scratch / "state", run="bench") as held:
+    with lock_dataset(layout, scratch / "state", run="bench") as held:
         began = perf_counter()
         held.mover.move_all(moves)
         return 1e3 * (perf_counter() - began) / len(moves) if moves else None

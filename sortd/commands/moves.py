@@ -26,7 +26,7 @@ from sortd.daemon.control import (
     undo_facts,
     undo_records,
 )
-from sortd.daemon.dataset_lock import inspect_dataset, open_dataset
+from sortd.daemon.dataset_lock import inspect_dataset, lock_dataset
 from sortd.daemon.learnt import CONFIRMED, CORRECTED, is_reference, learnt_images
 from sortd.errors import DataError, JournalError, LayoutError, SortdError, StartupError
 from sortd.events import LIKE_NO_CLASS
@@ -366,7 +366,7 @@ def _undo_here(config: Config, chosen: Sequence[tuple[Layout, Sequence[int]]], *
     undone: list[dict[str, Any]] = []
     recovered = 0
     for layout, records in chosen:
-        with inspect_dataset(layout, config.state_dir) if dry_run else open_dataset(layout, config.state_dir) as opened:
+        with inspect_dataset(layout, config.state_dir) if dry_run else lock_dataset(layout, config.state_dir) as opened:
             for told, _ in undo_records(opened.mover, opened.journal.history, records, dry_run=dry_run):
                 undone += [undo_facts(layout.name, layout, one) for one in told]
                 if not dry_run:
@@ -455,7 +455,7 @@ def _release_here(config: Config, dataset: str | None, absolute: str | None) -> 
             continue
         is_whole = absolute == str(place.root)
         try:
-            with open_dataset(Layout(place.root), config.state_dir) as opened:
+            with lock_dataset(Layout(place.root), config.state_dir) as opened:
                 guard = opened.journal.history.guard()
                 released[place.dataset] = 0 if is_whole else opened.mover.release(absolute)
                 if guard.reason and (absolute is None or is_whole):

@@ -18,7 +18,7 @@ from sortd.commands.console import counted, print_line, print_table, printable, 
 from sortd.commands.groups import File, chosen_datasets, embed_missing, embedded_rows, models, stored_rows
 from sortd.config import Config
 from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
-from sortd.daemon.dataset_lock import open_dataset
+from sortd.daemon.dataset_lock import lock_dataset
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import ReferencesAbsentError, class_labels, stored_prototypes
 from sortd.daemon.refile import filed_record, refile_facts, refile_images
@@ -218,7 +218,7 @@ def apply_proposals(config: Config, found: ReconsideredDataset) -> dict[str, Any
 
 
 def _refile_here(config: Config, layout: Layout, images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    with open_dataset(layout, config.state_dir, companions=config.dataset(layout.name).companions) as opened:
+    with lock_dataset(layout, config.state_dir, companions=config.dataset(layout.name).companions) as opened:
         if (problem := opened.presence.problem()) is not None:
             raise LayoutError(problem)
         steps = list(refile_images(layout, opened.journal.history, opened.mover.move_all, images))

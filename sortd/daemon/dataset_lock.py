@@ -229,7 +229,7 @@ def _copy_journal(path: Path, copy: Path) -> None:
 
 
 @contextmanager
-def open_dataset(
+def lock_dataset(
     layout: Layout,
     state: Path,
     *,

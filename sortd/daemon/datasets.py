@@ -25,7 +25,7 @@ from sortd.config import Config
 from sortd.core.schedule import RETRY_SECONDS, Throttle, doubled_seconds
 from sortd.daemon.corrections import limits_of
 from sortd.daemon.dataset import Dataset
-from sortd.daemon.dataset_lock import OpenDataset, ReportMove, open_dataset, simulate_dataset
+from sortd.daemon.dataset_lock import OpenDataset, ReportMove, lock_dataset, simulate_dataset
 from sortd.daemon.reporting import Metrics
 from sortd.daemon.resources import reference_settings_of, sorter_settings
 from sortd.daemon.worker import Forget, Job
@@ -216,7 +216,7 @@ class Datasets:
         if self._dry_run is not None:
             return simulate_dataset(layout, self._state, self._dry_run)
         layout.make()
-        return open_dataset(
+        return lock_dataset(
             layout,
             self._state,
             run=self._run,

@@ -100,7 +100,7 @@ def torch_can_use_gpu(*, torch: str | None = None, is_there: Callable[[Path], bo
     return not build.endswith("+cpu") and any(is_there(gpu.device) for gpu in GPUS)
 
 
-def load_encoder(
+def load_model(
     model: str,
     *,
     text_model: str | None = None,
@@ -177,7 +177,7 @@ def check_known_rows(encoder_id: str, rows: FloatArray, cache_dir: Path | None) 
 
 def load_with_backend(config: Config, backend: str) -> Encoder:
     """Load the configured model with a backend; raises ModelError."""
-    return load_encoder(
+    return load_model(
         config.model,
         text_model=config.text_model,
         backend=backend,

@@ -202,7 +202,7 @@ class TorchEncoder:
         threads: int | None = None,
         decoding: str = "draft",
     ) -> None:
-        """Load; see ``backends.load_encoder``."""
+        """Load; see ``backends.load_model``."""
         folder, words = model.clip, model.words
         os.environ.setdefault(*PASSIVE_WAIT)
         import torch

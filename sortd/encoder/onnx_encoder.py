@@ -274,7 +274,7 @@ class OnnxEncoder:
         threads: int | None = None,
         decoding: str = "draft",
     ) -> None:
-        """Open the image tower; the arguments are those of ``backends.load_encoder``.
+        """Open the image tower; the arguments are those of ``backends.load_model``.
 
         Raises:
             ModelError: the precision or device is missing, or ONNX Runtime rejects the files.

@@ -17,7 +17,7 @@ from sortd.config import Config, read_config
 from sortd.daemon.assign import image_facts
 from sortd.daemon.control import AnsweredError, ask
 from sortd.daemon.corrections import record_places
-from sortd.daemon.dataset_lock import open_dataset
+from sortd.daemon.dataset_lock import lock_dataset
 from sortd.daemon.references import References
 from sortd.errors import DataError
 from sortd.files import write_json
@@ -267,7 +267,7 @@ def test_history_says_which_corrections_are_references(tmp_path: Path, learns: s
     by_hand = [dataset / "Dataset" / "blue" / "d.png", dataset / "Dataset" / "_none" / "e.png"]
     for path, there in zip(paths[3:], by_hand, strict=True):
         os.rename(path, there)
-    with open_dataset(layout, config.state_dir) as opened:
+    with lock_dataset(layout, config.state_dir) as opened:
         record_places(layout, opened.journal, [str(one) for one in by_hand])
     rows = run(dataset, "history", "--json").facts
     learnt = {Path(one["to"]).name: one["learnt"] for one in rows if one["outcome"] == "corrected"}

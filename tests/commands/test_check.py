@@ -19,7 +19,7 @@ from sortd.commands.check_dataset import calibration_findings, move_findings, na
 from sortd.commands.evaluation import evaluate_datasets
 from sortd.commands.findings import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, read_config
-from sortd.daemon.dataset_lock import open_dataset
+from sortd.daemon.dataset_lock import lock_dataset
 from sortd.events import Mode
 from sortd.layout import MARKER, Area, Layout
 from sortd.service import lock_holder
@@ -142,7 +142,7 @@ class TestWhole:
 
     def test_check_damaged_journal_is_an_error_with_advice(self, site: Path, look: Check, tmp_path: Path) -> None:
         """Before any sortd runs into it."""
-        with open_dataset(Layout(site), tmp_path / "state") as opened:
+        with lock_dataset(Layout(site), tmp_path / "state") as opened:
             journal = opened.journal.path
             opened.journal.note("any", "fact")
         assert not about(look(), Topic.PROCESS, "journal", severity=Severity.ERROR)
@@ -560,7 +560,7 @@ class TestProcesses:
         layout = Layout(site)
         assert lock_holder(layout.marker / "lock") is None
         Journal(layout.state_folder(tmp_path / "other") / "journal.sqlite").close()
-        with open_dataset(layout, tmp_path / "other"):
+        with lock_dataset(layout, tmp_path / "other"):
             assert lock_holder(layout.marker / "lock") == os.getpid()
             assert about(look(), Topic.PROCESS, f"pid {os.getpid()}", severity=Severity.WARNING)
         assert about(look(), Topic.PROCESS, "pid") == []

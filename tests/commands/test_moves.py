@@ -13,7 +13,7 @@ import pytest
 from sortd.commands.moves import journals
 from sortd.config import read_config
 from sortd.core.guard import GuardState
-from sortd.daemon.dataset_lock import open_dataset
+from sortd.daemon.dataset_lock import lock_dataset
 from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.moving.plan import new_token
@@ -220,7 +220,7 @@ class TestUndo:
     def test_undo_in_a_locked_dataset_is_refused(self, site: Path) -> None:
         """Nothing is moved while another sortd uses the dataset."""
         before = standing(site)
-        with open_dataset(Layout(site), site.parents[1] / "state"):
+        with lock_dataset(Layout(site), site.parents[1] / "state"):
             ran = run(site, "undo", "--last", "1")
         assert ran.code == 75
         assert "another sortd works on" in ran.err
@@ -228,7 +228,7 @@ class TestUndo:
 
     def test_undo_recovers_interrupted_moves_first(self, site: Path) -> None:
         """The recovered move is reported."""
-        with open_dataset(Layout(site), site.parents[1] / "state") as opened:
+        with lock_dataset(Layout(site), site.parents[1] / "state") as opened:
             path = site / "Images" / "new.png"
             path.write_bytes(b"an image")
             member = MoveFile(Role.IMAGE, "new.png", "new.png", stamp_of(path.stat()))
@@ -242,13 +242,13 @@ class TestUndo:
 
 def hold_dataset(site: Path) -> None:
     """Let the journal say that the guard holds the dataset because of its second generation."""
-    with open_dataset(Layout(site), site.parents[1] / "state") as opened:
+    with lock_dataset(Layout(site), site.parents[1] / "state") as opened:
         opened.journal.note_guard(GuardState(1, 2, "all would go to review"))
 
 
 def guard_of(site: Path) -> GuardState:
     """Return how the guard stands, by the journal."""
-    with open_dataset(Layout(site), site.parents[1] / "state") as opened:
+    with lock_dataset(Layout(site), site.parents[1] / "state") as opened:
         return opened.journal.history.guard()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from sortd.daemon.assign import assign_images, assigned_label_problem, forget_made_classes, image_facts
 from sortd.daemon.corrections import CorrectionScanner, record_places
-from sortd.daemon.dataset_lock import OpenDataset, open_dataset
+from sortd.daemon.dataset_lock import OpenDataset, lock_dataset
 from sortd.daemon.learnt import labelled_images
 from sortd.errors import DataError
 from sortd.layout import Layout
@@ -28,7 +28,7 @@ def opened(tmp_path: Path) -> Iterator[OpenDataset]:
     (layout.root / "Review" / "red").mkdir()
     for number in range(3):
         picture("blue", number).save(layout.root / "Review" / "red" / f"{number}.png")
-    with open_dataset(layout, tmp_path / "state") as dataset:
+    with lock_dataset(layout, tmp_path / "state") as dataset:
         yield dataset
 
 

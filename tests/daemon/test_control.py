@@ -13,7 +13,7 @@ import pytest
 from sortd.daemon import control
 from sortd.daemon.assign import image_facts
 from sortd.daemon.control import Reply, Request, RequestError, Steps
-from sortd.daemon.dataset_lock import OpenDataset, Presence, open_dataset
+from sortd.daemon.dataset_lock import OpenDataset, Presence, lock_dataset
 from sortd.daemon.datasets import Datasets, Held
 from sortd.errors import AlreadyRunningError, DataError, JournalError, LayoutError, StorageError
 from sortd.events import Event, ImageGone, ImageHeld, Move, Released
@@ -105,7 +105,7 @@ def dataset(tmp_path: Path) -> Iterator[AtWork]:
     """A dataset at work into which two images were filed."""
     folder = make_dataset(tmp_path / "Data")
     file_images(folder, tmp_path / "state", {"a.png": "red", "b.png": "blue"})
-    with open_dataset(Layout(folder), tmp_path / "state") as opened:
+    with lock_dataset(Layout(folder), tmp_path / "state") as opened:
         yield AtWork(opened)
 
 
@@ -327,7 +327,7 @@ def test_undo_in_a_dataset_that_another_sortd_took_is_refused(daemon: Daemon, da
     """Two processes would move files; a dry run moves none."""
     shutil.rmtree(dataset.layout.marker)
     dataset.layout.make()
-    with open_dataset(dataset.layout, tmp_path / "other"):
+    with lock_dataset(dataset.layout, tmp_path / "other"):
         with pytest.raises(AlreadyRunningError, match="another sortd works on"):
             done(answer(daemon, undo(dataset, 1)))
         assert len(done(answer(daemon, undo(dataset, 1, dry_run=True)))["undone"]) == 1

@@ -13,7 +13,7 @@ from sortd.classify.types import DecisionSettings
 from sortd.core.sorter import SorterSettings
 from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
-from sortd.daemon.dataset_lock import OpenDataset, Presence, open_dataset
+from sortd.daemon.dataset_lock import OpenDataset, Presence, lock_dataset
 from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.reporting import Metrics
 from sortd.daemon.worker import EmbedJob, Job
@@ -73,7 +73,7 @@ def at_work(tmp_path: Path) -> Iterator[AtWork]:
     """A dataset that has been scanned, with nothing to do."""
     layout, asked = Layout(make_dataset(tmp_path / "Data")), list[Job]()
     layout.make()
-    with open_dataset(layout, tmp_path / "state") as opened:
+    with lock_dataset(layout, tmp_path / "state") as opened:
         dataset = new_dataset(layout, opened, asked)
         dataset.begin()
         at_work = AtWork(dataset, opened)
@@ -214,7 +214,7 @@ def test_dataset_first_scan_inspects_still_files_once_and_later_scans_wait(tmp_p
     layout, asked = Layout(make_dataset(tmp_path / "Data")), list[Job]()
     layout.make()
     settle_seconds = 0.05
-    with open_dataset(layout, tmp_path / "state") as opened:
+    with lock_dataset(layout, tmp_path / "state") as opened:
         dataset = new_dataset(layout, opened, asked, settle_seconds)
         at_work = AtWork(dataset, opened)
         for name in ("a.png", "unfinished.png", "written.png"):
@@ -240,7 +240,7 @@ def test_dataset_first_images_are_embedded_while_the_scan_goes_on(tmp_path: Path
     """The first batch does not wait for the end of the scan."""
     layout, asked = Layout(make_dataset(tmp_path / "Data")), list[Job]()
     layout.make()
-    with open_dataset(layout, tmp_path / "state") as opened:
+    with lock_dataset(layout, tmp_path / "state") as opened:
         dataset = new_dataset(layout, opened, asked, 0.0)
         for number in range(30):
             (layout.root / "Images" / f"{number}.png").write_bytes(b"an image")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.daemon.dataset_lock import OpenDataset, open_dataset
+from sortd.daemon.dataset_lock import OpenDataset, lock_dataset
 from sortd.errors import AlreadyRunningError, LayoutError
 from sortd.events import Move, Moved, Outcome
 from sortd.files import identity_of, stamp_of
@@ -36,77 +36,77 @@ def file_one(opened: OpenDataset, name: str = "a.jpg") -> None:
 
 def counts(layout: Layout, state: Path) -> dict[str, int]:
     """Return what the journal knows."""
-    with open_dataset(layout, state) as opened:
+    with lock_dataset(layout, state) as opened:
         return opened.journal.history.counts()
 
 
 def test_open_dataset_second_process_is_refused(layout: Layout, tmp_path: Path) -> None:
     """A second one is told who works on it; afterwards it is free."""
     with (
-        open_dataset(layout, tmp_path / "state"),
+        lock_dataset(layout, tmp_path / "state"),
         pytest.raises(AlreadyRunningError),
-        open_dataset(layout, tmp_path / "other"),
+        lock_dataset(layout, tmp_path / "other"),
     ):
         pass
-    with open_dataset(layout, tmp_path / "other"):
+    with lock_dataset(layout, tmp_path / "other"):
         pass
 
 
 def test_open_dataset_recreated_marker_admits_no_second_sortd(layout: Layout, tmp_path: Path) -> None:
     """Its lock is gone with it; the one in the state folder is not."""
-    with open_dataset(layout, tmp_path / "state"):
+    with lock_dataset(layout, tmp_path / "state"):
         shutil.rmtree(layout.marker)
         layout.make()
         with (
             pytest.raises(AlreadyRunningError, match="another sortd works on"),
-            open_dataset(layout, tmp_path / "state"),
+            lock_dataset(layout, tmp_path / "state"),
         ):
             pass
 
 
 def test_marker_lock_recreated_marker_is_locked_again(layout: Layout, tmp_path: Path) -> None:
     """A user may delete the marker and make it anew; no sortd with another state directory gets in after that."""
-    with open_dataset(layout, tmp_path / "state") as opened:
+    with lock_dataset(layout, tmp_path / "state") as opened:
         assert opened.presence.lock_problem() is None
         shutil.rmtree(layout.marker)
         assert opened.presence.lock_problem() is None  # the marker tells that itself
         layout.make()
         assert opened.presence.lock_problem() is None
-        with pytest.raises(AlreadyRunningError), open_dataset(layout, tmp_path / "other"):
+        with pytest.raises(AlreadyRunningError), lock_dataset(layout, tmp_path / "other"):
             pass
-    with open_dataset(layout, tmp_path / "other"):
+    with lock_dataset(layout, tmp_path / "other"):
         pass
 
 
 def test_marker_lock_lock_of_another_sortd_is_a_problem(layout: Layout, tmp_path: Path) -> None:
     """It is told as long as the other one works, also when the marker is touched again, and taken back then."""
-    with open_dataset(layout, tmp_path / "state") as opened:
+    with lock_dataset(layout, tmp_path / "state") as opened:
         shutil.rmtree(layout.marker)
         layout.make()
-        with open_dataset(layout, tmp_path / "other"):
+        with lock_dataset(layout, tmp_path / "other"):
             for _ in range(2):
                 assert "another sortd works on" in (opened.presence.lock_problem() or "")
         assert opened.presence.lock_problem() is None
-        with pytest.raises(AlreadyRunningError), open_dataset(layout, tmp_path / "other"):
+        with pytest.raises(AlreadyRunningError), lock_dataset(layout, tmp_path / "other"):
             pass
 
 
 def test_marker_lock_replaced_file_is_locked_again(layout: Layout, tmp_path: Path) -> None:
     """Also where the marker folder is the same one; what cannot be locked is a problem until it is removed."""
-    with open_dataset(layout, tmp_path / "state") as opened:
+    with lock_dataset(layout, tmp_path / "state") as opened:
         (layout.marker / "lock").unlink()
         (layout.marker / "lock").mkdir()
         assert "cannot be locked" in (opened.presence.lock_problem() or "")
         (layout.marker / "lock").rmdir()
         assert opened.presence.lock_problem() is None
-        with pytest.raises(AlreadyRunningError), open_dataset(layout, tmp_path / "other"):
+        with pytest.raises(AlreadyRunningError), lock_dataset(layout, tmp_path / "other"):
             pass
 
 
 def test_state_folder_renamed_dataset_keeps_its_journal(layout: Layout, tmp_path: Path) -> None:
     """History, holds and what was undone do not depend on the name of the folder above."""
     state = tmp_path / "state"
-    with open_dataset(layout, state) as opened:
+    with lock_dataset(layout, state) as opened:
         file_one(opened)
     renamed = Layout(layout.root.with_name("Felines"))
     layout.root.rename(renamed.root)
@@ -119,7 +119,7 @@ def test_state_folder_renamed_dataset_keeps_its_journal(layout: Layout, tmp_path
 def test_state_folder_copied_dataset_gets_its_own_journal(layout: Layout, tmp_path: Path) -> None:
     """Though its marker names the journal of the one that it was copied from, even when that one is gone."""
     state = tmp_path / "state"
-    with open_dataset(layout, state) as opened:
+    with lock_dataset(layout, state) as opened:
         file_one(opened)
     copied = Layout(layout.root.with_name("Copy"))
     shutil.copytree(layout.root, copied.root)
@@ -136,7 +136,7 @@ def test_state_folder_in_use_is_not_shared_with_a_renamed_dataset(
 ) -> None:
     """The journal is of one of them: of the renamed one, unless the new one took the folder of its name over before."""
     state = tmp_path / "state"
-    with open_dataset(layout, state) as opened:
+    with lock_dataset(layout, state) as opened:
         file_one(opened)
     renamed = Layout(layout.root.with_name("Felines"))
     layout.root.rename(renamed.root)
@@ -150,7 +150,7 @@ def test_state_folder_in_use_is_not_shared_with_a_renamed_dataset(
 def test_state_folder_after_a_new_device_number_is_kept(layout: Layout, tmp_path: Path) -> None:
     """Device numbers change with each mount: a renamed dataset keeps its journal, whatever device was noted."""
     state = tmp_path / "state"
-    with open_dataset(layout, state) as opened:
+    with lock_dataset(layout, state) as opened:
         file_one(opened)
         owner = opened.journal.path.parent / "dataset.json"
     facts = json.loads(owner.read_text())
@@ -165,7 +165,7 @@ def test_state_folder_of_a_dataset_with_the_same_inode_on_another_disk_is_kept(
 ) -> None:
     """A copy of a whole disk has the inodes of the original: it starts a journal of its own."""
     state = tmp_path / "state"
-    with open_dataset(layout, state) as opened:
+    with lock_dataset(layout, state) as opened:
         file_one(opened)
     copy = Layout(layout.root.with_name("A copy"))
     layout.root.rename(copy.root)
@@ -181,7 +181,7 @@ def test_state_folder_of_a_dataset_with_the_same_inode_on_another_disk_is_kept(
 
 def test_state_folder_in_another_state_directory_is_kept(layout: Layout, tmp_path: Path) -> None:
     """Whoever starts sortd with other settings takes nothing out of the folder of the first ones."""
-    with open_dataset(layout, tmp_path / "state") as opened:
+    with lock_dataset(layout, tmp_path / "state") as opened:
         file_one(opened)
     renamed = Layout(layout.root.with_name("Felines"))
     layout.root.rename(renamed.root)
@@ -201,7 +201,7 @@ def test_state_folder_invalid_pointer_is_replaced(layout: Layout, tmp_path: Path
 def test_state_folder_invalid_owner_file_is_replaced(layout: Layout, tmp_path: Path, text: str) -> None:
     """What says whose a state folder is may be damaged like any file; the dataset is opened all the same."""
     state = tmp_path / "state"
-    with open_dataset(layout, state) as opened:
+    with lock_dataset(layout, state) as opened:
         owner = opened.journal.path.parent / "dataset.json"
     owner.write_text(text)
     renamed = Layout(layout.root.with_name("Felines"))
@@ -222,7 +222,7 @@ def test_open_dataset_folder_as_pointer_is_refused(layout: Layout, tmp_path: Pat
     (layout.marker / "state").mkdir()
     with (
         pytest.raises(LayoutError, match=r"\.sortd/state cannot be written.*move away"),
-        open_dataset(layout, tmp_path / "state"),
+        lock_dataset(layout, tmp_path / "state"),
     ):
         pass
 
@@ -236,7 +236,7 @@ def test_open_dataset_link_is_not_written_through(
     precious = tmp_path / "precious"
     precious.write_bytes(b"precious")
     link(precious, layout.marker / name)
-    with suppress(LayoutError), open_dataset(layout, tmp_path / "state"):
+    with suppress(LayoutError), lock_dataset(layout, tmp_path / "state"):
         pass
     assert precious.read_bytes() == b"precious"
 
@@ -246,7 +246,7 @@ def test_open_dataset_linked_marker_is_refused(layout: Layout, tmp_path: Path) -
     layout.marker.rmdir()
     (tmp_path / "elsewhere").mkdir()
     layout.marker.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(LayoutError, match="symbolic link"), open_dataset(layout, tmp_path / "state"):
+    with pytest.raises(LayoutError, match="symbolic link"), lock_dataset(layout, tmp_path / "state"):
         pass
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -262,19 +262,19 @@ def test_open_dataset_hostile_owner_file_is_replaced(layout: Layout, tmp_path: P
 def test_state_folder_that_cannot_be_created_is_an_error(layout: Layout, tmp_path: Path) -> None:
     """With its path and what to do."""
     (tmp_path / "state").write_text("a file")
-    with pytest.raises(LayoutError, match=r"cannot be created.*state_dir"), open_dataset(layout, tmp_path / "state"):
+    with pytest.raises(LayoutError, match=r"cannot be created.*state_dir"), lock_dataset(layout, tmp_path / "state"):
         pass
 
 
 def test_open_dataset_unchanged_files_are_not_written(layout: Layout, tmp_path: Path) -> None:
     """A full disk would keep sortd from starting, and a power cut would leave half a path."""
     state = tmp_path / "state"
-    with open_dataset(layout, state) as opened:
+    with lock_dataset(layout, state) as opened:
         notes = [layout.marker / "state", opened.journal.path.parent / "dataset.json"]
     before = [os.stat(note) for note in notes]
     for note in notes:
         note.chmod(0o444)
-    with open_dataset(layout, state):
+    with lock_dataset(layout, state):
         pass
     assert [(one.st_ino, one.st_mtime_ns) for one in before] == [
         (one.st_ino, one.st_mtime_ns) for one in map(os.stat, notes)

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from sortd.config import read_config
 from sortd.core.schedule import RETRY_SECONDS
-from sortd.daemon.dataset_lock import open_dataset
+from sortd.daemon.dataset_lock import lock_dataset
 from sortd.daemon.datasets import (
     DESCRIPTORS_OF_A_DATASET,
     Datasets,
@@ -145,7 +145,7 @@ def locked(journal: Path) -> Callable[[], object]:
 def taken(place: Place) -> Callable[[], object]:
     """Let another sortd, with another state directory, work on a dataset."""
     other = ExitStack()
-    other.enter_context(open_dataset(place.layout("Bad"), place.folder / "other"))
+    other.enter_context(lock_dataset(place.layout("Bad"), place.folder / "other"))
     return other.close
 
 
@@ -207,7 +207,7 @@ def test_discover_dataset_that_cannot_be_opened_is_held_and_the_rest_is_served(
     assert set(place.collection.by_name) == {"Bad", "Good"}
     assert not place.collection.held
     assert 'sortd_dataset_held{dataset="Bad"} 0.0' in place.metrics.text()
-    with pytest.raises(AlreadyRunningError), open_dataset(place.layout("Bad"), place.state):
+    with pytest.raises(AlreadyRunningError), lock_dataset(place.layout("Bad"), place.state):
         pass
 
 
@@ -225,8 +225,8 @@ def test_discover_another_cause_is_said_anew(place: Place) -> None:
 def test_discover_every_dataset_taken_by_another_sortd_ends_the_start(place: Place) -> None:
     """There is nothing to wait for but the other one's end: it is said, with the exit code to try again."""
     with (
-        open_dataset(place.layout("Bad"), place.folder / "other"),
-        open_dataset(place.layout("Good"), place.folder / "other"),
+        lock_dataset(place.layout("Bad"), place.folder / "other"),
+        lock_dataset(place.layout("Good"), place.folder / "other"),
         pytest.raises(AlreadyRunningError, match="another sortd works on"),
     ):
         place.collection.discover()
@@ -269,7 +269,7 @@ def test_isolated_journal_that_fails_in_the_middle_of_a_move_is_recovered_when_i
     assert list(place.collection) == [good]
     assert "fault" in place.collection.held["Bad"].cause
     assert place.asked[-1] == Forget(bad.identity)
-    with open_dataset(place.layout("Bad"), place.folder / "other"):
+    with lock_dataset(place.layout("Bad"), place.folder / "other"):
         pass  # its locks were given back
     execute(place.journal("Bad"), "DROP TRIGGER fault")
     assert place.held_lines() == []
@@ -359,7 +359,7 @@ def test_close_journal_that_fails_lets_the_others_be_closed(place: Place) -> Non
     execute(place.journal("Bad"), "DROP TABLE facts")
     place.collection.close()
     for name in ("Bad", "Good"):
-        with open_dataset(place.layout(name), place.folder / "other"):
+        with lock_dataset(place.layout(name), place.folder / "other"):
             pass
 
 

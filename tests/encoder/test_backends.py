@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from sortd.encoder import models
-from sortd.encoder.backends import KNOWN_ROWS, load_encoder, torch_name
+from sortd.encoder.backends import KNOWN_ROWS, load_model, torch_name
 from sortd.encoder.clip import SAME_COSINE, Encoder, TorchEncoder, lowest_cosine, preprocessing_of, probe
 from sortd.errors import ModelError
 from sortd.events import Fit, Preprocessing
@@ -104,7 +104,7 @@ class TestAgreement:
         self, folders: dict[tuple[Tower, Layout], Path], shape: tuple[Tower, Layout]
     ) -> None:
         """In every layout of a folder, for images of many sizes and texts of many lengths and scripts."""
-        encoder = load_encoder(str(folders[shape]))
+        encoder = load_model(str(folders[shape]))
         images = pictures()
         rows = encoder.encode_images(batch(encoder, images))
         words = encoder.encode_texts(TEXTS)
@@ -119,7 +119,7 @@ class TestAgreement:
         """It is a convolutional network beside a BERT."""
         if not models.PACKAGED.is_dir():
             pytest.skip("the packaged model is not in this checkout")
-        encoder = load_encoder("packaged")
+        encoder = load_model("packaged")
         images = pictures(3)
         rows = encoder.encode_images(batch(encoder, images))
         assert np.abs(rows - reference(models.PACKAGED, images)).max() < TOLERANCE
@@ -143,7 +143,7 @@ class TestAgreement:
         config = json.loads(file.read_text())
         config["image_processor"] |= processor
         file.write_text(json.dumps(config))
-        encoder = load_encoder(str(copied))
+        encoder = load_model(str(copied))
         images = pictures(3)
         rows = encoder.encode_images(batch(encoder, images))
         assert np.abs(rows - reference(copied, images)).max() < TOLERANCE
@@ -157,14 +157,14 @@ class TestAgreement:
         save_file(half, file, {"format": "pt"})
         config.write_text(config.read_text().replace('"float32"', '"float16"'))
         assert '"float16"' in config.read_text()
-        encoder = load_encoder(str(copied))
+        encoder = load_model(str(copied))
         images = pictures(3)
         rows = encoder.encode_images(batch(encoder, images))
         assert np.abs(rows - reference(copied, images)).max() < 1e-6
 
     def test_torch_row_is_independent_of_its_batch(self, clip: Path) -> None:
         """Alone and among others, an image has the same row."""
-        encoder = load_encoder(str(clip))
+        encoder = load_model(str(clip))
         pixels = batch(encoder, pictures())
         together = encoder.encode_images(pixels)
         alone = np.concatenate([encoder.encode_images(pixels[i : i + 1]) for i in range(len(pixels))])
@@ -172,13 +172,13 @@ class TestAgreement:
 
     def test_encode_empty_batch_has_no_rows(self, clip: Path) -> None:
         """The result has the right width."""
-        encoder = load_encoder(str(clip))
+        encoder = load_model(str(clip))
         assert encoder.encode_images(np.empty((0, SIDE, SIDE, 3), np.uint8)).shape == (0, DIMENSIONS)
         assert encoder.encode_texts([]).shape == (0, DIMENSIONS)
 
     def test_encode_read_only_pixels_are_unchanged(self, clip: Path) -> None:
         """A read-only, strided view is accepted."""
-        encoder = load_encoder(str(clip))
+        encoder = load_model(str(clip))
         pixels = batch(encoder, pictures(4))[::2]
         pixels.flags.writeable = False
         before = pixels.copy()
@@ -193,11 +193,11 @@ class TestAgreement:
     def test_encode_wrong_pixels_raises(self, clip: Path, pixels: Any) -> None:
         """The message gives both shapes."""
         with pytest.raises(ValueError, match="not uint8"):
-            load_encoder(str(clip)).encode_images(pixels)
+            load_model(str(clip)).encode_images(pixels)
 
     def test_encode_texts_invalid_utf8_is_embedded(self, clip: Path) -> None:
         """Class folders may have any name."""
-        assert np.isfinite(load_encoder(str(clip)).encode_texts([os.fsdecode(b"torn\xffillo")])).all()
+        assert np.isfinite(load_model(str(clip)).encode_texts([os.fsdecode(b"torn\xffillo")])).all()
 
 
 class TestIdentity:
@@ -205,32 +205,32 @@ class TestIdentity:
 
     def test_encoder_id_of_a_renamed_copy_is_equal(self, clip: Path, copied: Path) -> None:
         """Nothing is embedded again because a folder was renamed."""
-        assert load_encoder(str(clip)).encoder_id == load_encoder(str(copied)).encoder_id
+        assert load_model(str(clip)).encoder_id == load_model(str(copied)).encoder_id
 
     def test_encoder_id_of_other_weights_differs(self, clip: Path, tmp_path: Path) -> None:
         """Everything else is equal."""
         other = build_tiny_clip(tmp_path / "other", seed=1)
-        assert load_encoder(str(clip)).encoder_id != load_encoder(str(other)).encoder_id
+        assert load_model(str(clip)).encoder_id != load_model(str(other)).encoder_id
 
     def test_encoder_id_of_other_preprocessing_differs(self, clip: Path, copied: Path) -> None:
         """The weights are equal."""
         file = copied / "processor_config.json"
         file.write_text(file.read_text().replace("0.48145466", "0.5"))
-        assert load_encoder(str(clip)).encoder_id != load_encoder(str(copied)).encoder_id
+        assert load_model(str(clip)).encoder_id != load_model(str(copied)).encoder_id
 
     def test_encoder_id_of_other_decoding_differs(self, clip: Path) -> None:
         """JPEGs decoded at 1/8 have slightly other pixels."""
-        assert load_encoder(str(clip)).encoder_id == load_encoder(str(clip), decoding="draft").encoder_id
-        assert load_encoder(str(clip)).encoder_id != load_encoder(str(clip), decoding="full").encoder_id
+        assert load_model(str(clip)).encoder_id == load_model(str(clip), decoding="draft").encoder_id
+        assert load_model(str(clip)).encoder_id != load_model(str(clip), decoding="full").encoder_id
 
     def test_encoder_id_includes_the_text_model(self, clip: Path, tmp_path: Path) -> None:
         """Texts are embedded by the text model, images by the CLIP."""
         words = build_near_clip(tmp_path / "words", clip)
-        encoder = load_encoder(str(clip), text_model=str(words))
-        assert encoder.encoder_id != load_encoder(str(clip)).encoder_id
+        encoder = load_model(str(clip), text_model=str(words))
+        assert encoder.encoder_id != load_model(str(clip)).encoder_id
         assert np.abs(encoder.encode_texts(TEXTS) - reference(words, TEXTS)).max() < TOLERANCE
         pixels = batch(encoder, pictures(2))
-        assert np.allclose(encoder.encode_images(pixels), load_encoder(str(clip)).encode_images(pixels), atol=1e-6)
+        assert np.allclose(encoder.encode_images(pixels), load_model(str(clip)).encode_images(pixels), atol=1e-6)
 
 
 class TestKnownRows:
@@ -238,25 +238,25 @@ class TestKnownRows:
 
     def test_load_twice_compares_with_the_first_start(self, clip: Path, tmp_path: Path) -> None:
         """The rows of two images are kept by encoder_id."""
-        encoder = load_encoder(str(clip), backend="torch", cache_dir=tmp_path)
+        encoder = load_model(str(clip), backend="torch", cache_dir=tmp_path)
         known = json.loads((tmp_path / KNOWN_ROWS).read_text())
         assert np.shape(known[encoder.encoder_id]) == (2, DIMENSIONS)
-        assert load_encoder(str(clip), backend="torch", cache_dir=tmp_path).encoder_id == encoder.encoder_id
+        assert load_model(str(clip), backend="torch", cache_dir=tmp_path).encoder_id == encoder.encoder_id
 
     def test_load_with_other_rows_is_refused(self, clip: Path, tmp_path: Path) -> None:
         """Embeddings in the cache would not fit the new ones."""
-        encoder_id = load_encoder(str(clip), backend="torch", cache_dir=tmp_path).encoder_id
-        other = probe(load_encoder(str(build_tiny_clip(tmp_path / "other", seed=1)), backend="torch"))
+        encoder_id = load_model(str(clip), backend="torch", cache_dir=tmp_path).encoder_id
+        other = probe(load_model(str(build_tiny_clip(tmp_path / "other", seed=1)), backend="torch"))
         (tmp_path / KNOWN_ROWS).write_text(json.dumps({encoder_id: other.tolist()}))
         with pytest.raises(ModelError, match=rf"other embeddings than those in the cache.*delete .*{KNOWN_ROWS}"):
-            load_encoder(str(clip), backend="torch", cache_dir=tmp_path)
+            load_model(str(clip), backend="torch", cache_dir=tmp_path)
 
     @pytest.mark.parametrize("content", ["[", "[]", "{}", '{"ID": [[1]]}', '{"ID": "x"}', '{"ID": [[NaN, 1]]}'])
     def test_load_with_damaged_known_rows_writes_them_again(self, clip: Path, tmp_path: Path, content: str) -> None:
         """The cache may be deleted at any time."""
-        encoder = load_encoder(str(clip), backend="torch", cache_dir=tmp_path)
+        encoder = load_model(str(clip), backend="torch", cache_dir=tmp_path)
         (tmp_path / KNOWN_ROWS).write_text(content.replace("ID", encoder.encoder_id))
-        load_encoder(str(clip), backend="torch", cache_dir=tmp_path)
+        load_model(str(clip), backend="torch", cache_dir=tmp_path)
         assert np.allclose(
             json.loads((tmp_path / KNOWN_ROWS).read_text())[encoder.encoder_id], probe(encoder), atol=1e-5
         )
@@ -267,7 +267,7 @@ class TestHalfPrecision:
 
     def encoder(self, folder: Path, words: Path | None = None) -> TorchEncoder:
         """A model in float32, as a GPU has it first."""
-        encoder = load_encoder(
+        encoder = load_model(
             str(folder), text_model=None if words is None else str(words), backend="torch", device="cpu"
         )
         assert isinstance(encoder, TorchEncoder)
@@ -351,13 +351,13 @@ class TestWords:
         """Texts are cut at the limit of the network."""
         knows = build_tiny_clip(tmp_path / "knows", 0, Tower.DUAL)
         ignorant = without_limit(build_tiny_clip(tmp_path / "ignorant", 0, Tower.DUAL))
-        encoder = load_encoder(str(ignorant))
-        assert np.array_equal(encoder.encode_texts(TEXTS), load_encoder(str(knows)).encode_texts(TEXTS))
+        encoder = load_model(str(ignorant))
+        assert np.array_equal(encoder.encode_texts(TEXTS), load_model(str(knows)).encode_texts(TEXTS))
 
     def test_encode_texts_roberta_keeps_its_reserved_positions(self, clip: Path, tmp_path: Path) -> None:
         """RoBERTa reserves the first two positions."""
         words = without_limit(distil(build_roberta_words(tmp_path / "words"), clip))
-        encoder = load_encoder(str(clip), text_model=str(words))
+        encoder = load_model(str(clip), text_model=str(words))
         exact = "a b " * (PLACES // 2 - 2)  # with the marks of begin and end, as many tokens as can be read
         cut, whole = encoder.encode_texts([exact + "c d e f", exact])
         assert np.allclose(whole, reference(words, [exact])[0], atol=TOLERANCE)
@@ -366,10 +366,10 @@ class TestWords:
     def test_encode_texts_of_a_multi_module_model(self, clip: Path, tmp_path: Path) -> None:
         """As in the published multilingual model: tokens, their mean, and a dense layer."""
         words = distil(build_tiny_words(tmp_path / "words"), clip)
-        encoder = load_encoder(str(clip), text_model=str(words))
+        encoder = load_model(str(clip), text_model=str(words))
         texts = ["una foto de un tornillo", "x", "a " * 200, "ñandú ü"]
         assert np.abs(encoder.encode_texts(texts) - reference(words, texts)).max() < TOLERANCE
-        assert encoder.encoder_id != load_encoder(str(clip)).encoder_id
+        assert encoder.encoder_id != load_model(str(clip)).encoder_id
 
 
 class TestRefusals:
@@ -421,20 +421,20 @@ class TestRefusals:
             weights["visual.proj"] = lost
         save_file(weights, file, {"format": "pt"})
         with pytest.raises(ModelError, match=r"lacks weights of its network: visual_projection\.weight") as caught:
-            load_encoder(str(copied))
+            load_model(str(copied))
         assert ("it holds visual.proj, which the network does not know" in str(caught.value)) == (change == "renamed")
 
     def test_load_weights_with_names_of_older_versions(self, copied: Path) -> None:
         """Old checkpoints hold indices that are no weights; a different order or an extra tensor is no loss."""
         from safetensors.numpy import load_file, save_file
 
-        encoder = load_encoder(str(copied))
+        encoder = load_model(str(copied))
         file = copied / "model.safetensors"
         weights = load_file(file)
         weights["text_model.embeddings.position_ids"] = np.arange(16)[None]
         save_file(weights, file, {"format": "pt"})
         pixels = batch(encoder, pictures(2))
-        assert np.array_equal(load_encoder(str(copied)).encode_images(pixels), encoder.encode_images(pixels))
+        assert np.array_equal(load_model(str(copied)).encode_images(pixels), encoder.encode_images(pixels))
 
     @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "config", "tokenizer", "unknown type"])
     def test_load_damaged_folder_is_refused(self, copied: Path, damage: str) -> None:
@@ -454,7 +454,7 @@ class TestRefusals:
             case "unknown type":
                 config.write_text(config.read_text().replace('"clip"', '"no_such_type"'))
         with pytest.raises(ModelError, match=f"{copied}.*fetch or copy it again"):
-            load_encoder(str(copied))
+            load_model(str(copied))
 
     @pytest.mark.parametrize(
         ("settings", "complaint"),
@@ -473,7 +473,7 @@ class TestRefusals:
         file = copied / "sentence_bert_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | settings))
         with pytest.raises(ModelError, match=f"is not a CLIP: {complaint}"):
-            load_encoder(str(copied))
+            load_model(str(copied))
 
     def test_load_nan_weights_is_refused(self, copied: Path) -> None:
         """The probe finds them."""
@@ -484,13 +484,13 @@ class TestRefusals:
         weights["visual_projection.weight"][:] = np.nan
         save_file(weights, file, {"format": "pt"})
         with pytest.raises(ModelError, match="returned zeros or values that are not finite"):
-            load_encoder(str(copied))
+            load_model(str(copied))
 
     def test_load_text_model_of_other_dimensions_is_refused(self, clip: Path, tmp_path: Path) -> None:
         """The two do not share a space."""
         narrow = build_tiny_clip(tmp_path / "narrow", dimensions=16)
         with pytest.raises(ModelError, match=r"do not share a space, with 16 and 24 dimensions"):
-            load_encoder(str(clip), text_model=str(narrow))
+            load_model(str(clip), text_model=str(narrow))
 
     @pytest.mark.parametrize("kind", ["another CLIP", "a dual encoder", "a text model"])
     def test_load_text_model_of_another_space_is_refused(self, clip: Path, tmp_path: Path, kind: str) -> None:
@@ -503,21 +503,21 @@ class TestRefusals:
             case _:
                 foreign = build_tiny_words(tmp_path / "foreign")
         with pytest.raises(ModelError, match=r"do not share a space: for \d of 24 English words .* trained together"):
-            load_encoder(str(clip), text_model=str(foreign))
+            load_model(str(clip), text_model=str(foreign))
 
     def test_load_text_model_of_another_clip_is_refused_for_that_clip(self, clip: Path, tmp_path: Path) -> None:
         """What was distilled from one CLIP does not fit another one."""
         words = distil(build_tiny_words(tmp_path / "words"), clip)
-        load_encoder(str(clip), text_model=str(words))
+        load_model(str(clip), text_model=str(words))
         with pytest.raises(ModelError, match="do not share a space"):
-            load_encoder(str(build_tiny_clip(tmp_path / "other", seed=1)), text_model=str(words))
+            load_model(str(build_tiny_clip(tmp_path / "other", seed=1)), text_model=str(words))
 
     def test_load_unknown_backend_or_device_is_refused(self, clip: Path) -> None:
         """The message names it."""
         with pytest.raises(ModelError, match="unknown backend 'tensorflow'"):
-            load_encoder(str(clip), backend="tensorflow")
+            load_model(str(clip), backend="tensorflow")
         with pytest.raises(ModelError, match="device 'cuda:77' cannot be used"):
-            load_encoder(str(clip), device="cuda:77")
+            load_model(str(clip), device="cuda:77")
 
 
 @dataclass(frozen=True, slots=True)
@@ -569,14 +569,14 @@ class TestOffline:
             raise OSError("no network in this test")
 
         monkeypatch.setattr(socket.socket, "connect", refuse)
-        load_encoder(str(clip)).encode_texts(["a photo"])
+        load_model(str(clip)).encode_texts(["a photo"])
         assert tried == []
 
     def test_load_missing_model_fails_before_torch_is_imported(self, tmp_path: Path) -> None:
         """The message tells how to fetch it; it comes at once, since nothing large is imported before."""
         program = (
-            "import sys\nfrom sortd.encoder.backends import load_encoder\n"
-            "try: load_encoder('clip-ViT-L-14')\nexcept Exception as error: print(error)\n"
+            "import sys\nfrom sortd.encoder.backends import load_model\n"
+            "try: load_model('clip-ViT-L-14')\nexcept Exception as error: print(error)\n"
             "print({'torch', 'transformers'} & set(sys.modules))"
         )
         done = subprocess.run(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sortd.encoder.backends import load_encoder
+from sortd.encoder.backends import load_model
 from sortd.encoder.clip import Encoder
 from sortd.encoder.export import make_exports
 from sortd.encoder.models import locate_pair
@@ -97,7 +97,7 @@ def encoders(folder: Path, place: Path) -> list[Encoder]:
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     cache = place / "cache"
     make_exports(locate_pair(str(folder), None, cache))
-    return [load_encoder(str(folder), backend=backend, cache_dir=cache) for backend in ("torch", "onnx")]
+    return [load_model(str(folder), backend=backend, cache_dir=cache) for backend in ("torch", "onnx")]
 
 
 def lowest_cosine(left: Any, right: Any) -> float:
@@ -220,7 +220,7 @@ class TestImages:
                 encoder.encode_texts(["a photo"])
         words = build_tiny_words(place / "words")
         with pytest.raises(ModelError, match=r"does not fit model .* trained on images alone"):
-            load_encoder(str(folder), text_model=str(words))
+            load_model(str(folder), text_model=str(words))
 
 
 class TestRefusals:
@@ -239,7 +239,7 @@ class TestRefusals:
         """ALIGN has other preprocessing, and published BLIPs are other networks than the one with two towers."""
         folder = build(tmp_path / "model")
         with pytest.raises(ModelError, match=reason):
-            load_encoder(str(folder), backend="torch")
+            load_model(str(folder), backend="torch")
 
 
 class TestTexts:
@@ -257,7 +257,7 @@ class TestTexts:
         """A separate text model, too."""
         clip = built("sentence-transformers", place)
         words = distil(build_tiny_words(place / "distilled"), clip)
-        encoder = load_encoder(str(clip), text_model=str(words), backend="torch")
+        encoder = load_model(str(clip), text_model=str(words), backend="torch")
         alone = np.concatenate([encoder.encode_texts([text]) for text in TEXTS])
         assert lowest_cosine(alone, encoder.encode_texts(TEXTS)) > EXACT
 
@@ -296,5 +296,5 @@ class TestTexts:
         from transformers.models.auto import tokenization_auto
 
         before = dict(tokenization_auto.TOKENIZER_MAPPING_NAMES)
-        load_encoder(str(built(name, place)), backend="torch")
+        load_model(str(built(name, place)), backend="torch")
         assert before == tokenization_auto.TOKENIZER_MAPPING_NAMES

@@ -19,7 +19,7 @@ import pytest
 from sortd.encoder import export as onnx_export
 from sortd.encoder import models
 from sortd.encoder import onnx_encoder as exports
-from sortd.encoder.backends import choose_backend, load_encoder, torch_can_use_gpu
+from sortd.encoder.backends import choose_backend, load_model, torch_can_use_gpu
 from sortd.encoder.models import LocatedModel, ModelFolder
 from sortd.encoder.onnx_encoder import (
     Exports,
@@ -96,7 +96,7 @@ class TestRows:
 
     def test_onnx_fp32_gives_the_rows_of_torch(self, exported: Exports, tiny_clip: Path) -> None:
         """For one image, few, and more than a batch; for short, long and foreign texts."""
-        torch, onnx = load_encoder(str(tiny_clip), backend="torch"), open_export(exported)
+        torch, onnx = load_model(str(tiny_clip), backend="torch"), open_export(exported)
         for count in (1, 3, 19):
             seen = pixels(count)
             assert lowest_cosine(torch.encode_images(seen), onnx.encode_images(seen)) > EXACT
@@ -109,7 +109,7 @@ class TestRows:
         """It is a convolutional network beside a BERT; its convolutions are in int8, too."""
         made = onnx_export.make_exports(models.locate_pair("packaged", None, cache), min_gain=0.0)
         onnx, quick = open_export(made), open_export(made, Precision.INT8)
-        torch = load_encoder("packaged", backend="torch")
+        torch = load_model("packaged", backend="torch")
         seen = pixels(3, torch.preprocessing.crop_height)
         assert lowest_cosine(torch.encode_images(seen), onnx.encode_images(seen)) > EXACT
         assert lowest_cosine(torch.encode_texts(TEXTS), onnx.encode_texts(TEXTS)) > EXACT
@@ -131,7 +131,7 @@ class TestRows:
                 other = without_limit(distil(build_roberta_words(tmp_path / "words"), clip.folder))
         words = models.locate_text(str(other))
         onnx = open_export(onnx_export.make_exports(LocatedModel(clip, words, tmp_path / "cache")))
-        torch = load_encoder(str(clip.folder), text_model=str(other), backend="torch")
+        torch = load_model(str(clip.folder), text_model=str(other), backend="torch")
         texts = [*TEXTS, "a b " * 50]
         assert lowest_cosine(torch.encode_texts(texts), onnx.encode_texts(texts)) > EXACT
         assert lowest_cosine(torch.encode_images(pixels(2)), onnx.encode_images(pixels(2))) > EXACT
@@ -174,8 +174,8 @@ class TestRows:
 def test_onnx_imports_no_torch(exported: Exports, cache: Path, tiny_clip: Path) -> None:
     """A process that loads and encodes with ONNX Runtime imports no slow library."""
     program = (
-        "import sys; from pathlib import Path; import numpy as np; from sortd.encoder.backends import load_encoder\n"
-        "encoder = load_encoder(sys.argv[1], backend=sys.argv[3], cache_dir=Path(sys.argv[2]))\n"
+        "import sys; from pathlib import Path; import numpy as np; from sortd.encoder.backends import load_model\n"
+        "encoder = load_model(sys.argv[1], backend=sys.argv[3], cache_dir=Path(sys.argv[2]))\n"
         f"encoder.encode_images(np.zeros((2, {SIDE}, {SIDE}, 3), np.uint8)); encoder.encode_texts(['a photo'])\n"
         "slow = {'torch', 'transformers', 'sentence_transformers', 'sklearn', 'scipy', 'onnx', 'huggingface_hub'}\n"
         "print(encoder.encoder_id, sorted(slow & set(sys.modules)))"
@@ -376,9 +376,9 @@ class TestExports:
         """`onnx` fails, and `auto` selects torch."""
         program = (
             "import sys; sys.modules['onnxruntime'] = None\n"
-            "from pathlib import Path; from sortd.encoder.backends import choose_backend, load_encoder\n"
+            "from pathlib import Path; from sortd.encoder.backends import choose_backend, load_model\n"
             "from sortd.encoder import models; from sortd.errors import ModelError\n"
-            "try: load_encoder(sys.argv[1], backend='onnx', cache_dir=Path(sys.argv[2]))\n"
+            "try: load_model(sys.argv[1], backend='onnx', cache_dir=Path(sys.argv[2]))\n"
             "except ModelError as error: print(error)\n"
             "model = models.locate_pair(sys.argv[1], None, Path(sys.argv[2]))\n"
             "print(choose_backend('auto', model, device='cpu').name)"
@@ -452,7 +452,7 @@ class TestBackends:
     def test_encoder_runs_on_names_the_used_device(self, exported: Exports, tiny_clip: Path) -> None:
         """Not the requested one."""
         assert open_export(exported, device="cpu").runs_on == "CPU"
-        torch = load_encoder(str(tiny_clip), backend="torch", device="cpu")
+        torch = load_model(str(tiny_clip), backend="torch", device="cpu")
         assert (getattr(torch, "runs_on", None), torch_can_use_gpu(torch="2.13.0+cpu")) == ("CPU", False)
 
     @pytest.mark.parametrize(("device", "complaint"), [("cuda:1", "has no CUDA"), ("mps", "works only with torch")])
