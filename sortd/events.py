@@ -163,7 +163,8 @@ class Assigned:
     mode: DecidedBy
     confidence: float = 1.0  # probability of the class among the known classes
     precision: float | None = None  # precision of held-out images with at least this confidence; None: not calibrated
-    familiarity: float | None = None  # likeness to the references of the class; None: not asked for
+    familiarity: float | None = field(default=None, compare=False)
+    """Likeness to the references of the class, None without a gate; its last digits depend on the other images."""
 
     @property
     def best_label(self) -> str:
@@ -198,7 +199,7 @@ class Abstained:
     mode: DecidedBy
     confidence: float = 0.0
     precision: float | None = None
-    familiarity: float | None = None
+    familiarity: float | None = field(default=None, compare=False)
 
     @property
     def label(self) -> None:

@@ -231,6 +231,7 @@ class _Maker:
             with self._lock:
                 if len(self._queue) + batch.unanswered > pool.workers:
                     pool.workers = PROCESSES
+                    pool.grow()
                 while self._queue and len(batch.waiting) + batch.unanswered < pool.workers:
                     batch.waiting.append(self._queue.popleft())
                 if self._is_closed or not batch.is_done:
