@@ -134,11 +134,12 @@ def test_remote_encoder_of_a_restarted_service_is_not_away(path: Path) -> None:
 
 def test_remote_encoder_of_a_service_that_is_back_waits_for_its_answer(path: Path) -> None:
     """A command gives up on a service that is away, not on one that computes after it was."""
-    is_away, is_computing = threading.Event(), threading.Event()
+    is_away, is_back, is_computing = (threading.Event() for _ in range(3))
 
     def on_wait(problem: str | None) -> None:
         if problem is not None:
             is_away.set()
+            assert is_back.wait(PATIENCE_SECONDS)
         if is_computing.is_set():
             gated.gate.set()
 
@@ -157,6 +158,7 @@ def test_remote_encoder_of_a_service_that_is_back_waits_for_its_answer(path: Pat
     with encoder_server(path, gated):
         gated.gate.clear()
         gated.is_waiting.clear()
+        is_back.set()
         assert gated.is_waiting.wait(PATIENCE_SECONDS)
         encoder._asked_at -= COMMAND_SECONDS  # as if the request had been made so long ago
         is_computing.set()
