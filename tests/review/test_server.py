@@ -1,5 +1,6 @@
 """The process of the review page: its sockets, its address, systemd's sockets and notifications, and its end."""
 
+import fcntl
 import os
 import re
 import signal
@@ -267,6 +268,32 @@ def test_listening_on_a_socket_in_use_is_refused(private: Path) -> None:
             pass
         assert os.path.samestat(before, path.lstat())
         connected(path).close()
+
+
+def test_listening_of_two_at_once_is_of_one(private: Path) -> None:
+    """While one takes the place of a stale socket, the other waits, and is then refused: it takes away no live one."""
+    path, refused = private / "review.sock", threading.Event()
+
+    def listen() -> None:
+        try:
+            with unix_socket(path):
+                pass
+        except AlreadyRunningError:
+            refused.set()
+
+    folder = os.open(private, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        second = threading.Thread(target=listen)
+        with socket.socket(socket.AF_UNIX) as first:
+            second.start()
+            first.bind(os.fspath(path))
+            first.listen()
+            fcntl.flock(folder, fcntl.LOCK_UN)
+            second.join()
+    finally:
+        os.close(folder)
+    assert refused.is_set()
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "link to a socket"])
