@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -270,6 +271,12 @@ def test_listening_on_a_socket_in_use_is_refused(private: Path) -> None:
         connected(path).close()
 
 
+def is_waited_for(folder: Path) -> bool:
+    """Return whether anybody waits for the lock of a folder."""
+    waiting = [line for line in Path("/proc/locks").read_text("ascii").splitlines() if "->" in line]
+    return any(f":{folder.stat().st_ino} " in line for line in waiting)
+
+
 def test_listening_of_two_at_once_is_of_one(private: Path) -> None:
     """While one takes the place of a stale socket, the other waits, and is then refused: it takes away no live one."""
     path, refused = private / "review.sock", threading.Event()
@@ -286,8 +293,10 @@ def test_listening_of_two_at_once_is_of_one(private: Path) -> None:
         fcntl.flock(folder, fcntl.LOCK_EX)
         second = threading.Thread(target=listen)
         with socket.socket(socket.AF_UNIX) as first:
-            second.start()
             first.bind(os.fspath(path))
+            second.start()
+            while second.is_alive() and not is_waited_for(private):
+                time.sleep(0.005)
             first.listen()
             fcntl.flock(folder, fcntl.LOCK_UN)
             second.join()
