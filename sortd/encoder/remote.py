@@ -9,8 +9,10 @@ While the service is away, the client waits, tries again and repeats the request
 
 import json
 import socket
+import stat
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -316,6 +318,7 @@ class RemoteEncoder:
     def _connected(self) -> Greeting:
         """Return the greeting of the open connection; open one if there is none."""
         if self._connection is None:
+            self._check_folder()
             self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._connection.settimeout(_SILENT_SECONDS)
             try:
@@ -332,6 +335,15 @@ class RemoteEncoder:
             self._first = self._first or found
         assert self._first is not None
         return self._first
+
+    def _check_folder(self) -> None:
+        """Raise ModelError if any user could have put the socket there: whoever listens sees the images."""
+        with suppress(OSError):  # it may be made later
+            if self._path.parent.stat().st_mode & stat.S_IWOTH:
+                raise ModelError(
+                    f"any user can write to {self._path.parent}, the folder of the encoder service's socket; use one "
+                    "that belongs to the user of the service"
+                )
 
     def _receive_greeting(self, connection: socket.socket) -> Greeting:
         patience = self._patience(_SILENT_SECONDS if self._waiting.most_seconds is None else _LOADING_SECONDS)

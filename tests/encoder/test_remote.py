@@ -279,6 +279,16 @@ def test_remote_encoder_of_another_program_raises(path: Path, sent: bytes, match
         thread.join()
 
 
+def test_remote_encoder_in_a_folder_of_all_raises(tmp_path: Path) -> None:
+    """Any user could have put the socket there, would see the images, and decide where they go."""
+    path = tmp_path / "shared" / "encoder.sock"
+    path.parent.mkdir()
+    with encoder_server(path):
+        path.parent.chmod(0o1777)
+        with pytest.raises(ModelError, match="any user can write"):
+            RemoteEncoder(path)
+
+
 @pytest.mark.parametrize(
     "rows",
     [
