@@ -24,11 +24,15 @@ PROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SIDE = 64
 SIZES: dict[str, dict[str, Any]] = {
     "vit": {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 8},
+    "deit": {
+        "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 8,
+        "architectures": ["DeiTForImageClassification"],  # transformers does not choose one by the type alone
+    },
     "dinov2": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8},
     "swin": {"embed_dim": 24, "depths": [1] * 4, "num_heads": [2] * 4, "window_size": 2, "patch_size": 4},
     "convnext": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
