@@ -3,6 +3,7 @@
 See sd_notify(3) and sd_listen_fds(3).
 """
 
+import fcntl
 import grp
 import ipaddress
 import json
@@ -278,20 +279,21 @@ def unix_socket(path: Path, *, group: str | None = None) -> Iterator[socket.sock
         StartupError: there can be no such socket, or another program listens on it.
     """
     _check_folder(path.parent)
-    _remove_unused(path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        before = os.umask(0o177)
-        try:
-            listener.bind(os.fspath(path))
-        except OSError as error:  # Python's own, for a long path, has no number
-            why = error.strerror or str(error)
-            raise StartupError(f"{path} cannot be a socket: {why}; name another path with --socket") from error
-        finally:
-            os.umask(before)
-        own = os.lstat(path).st_ino
-        if group is not None:
-            _give_to_group(path, group)
-        listener.listen(WAITING_CONNECTIONS)
+        with _locked(path.parent):  # a socket that does not listen yet would seem unused to another process
+            _remove_unused(path)
+            before = os.umask(0o177)
+            try:
+                listener.bind(os.fspath(path))
+            except OSError as error:  # Python's own, for a long path, has no number
+                why = error.strerror or str(error)
+                raise StartupError(f"{path} cannot be a socket: {why}; name another path with --socket") from error
+            finally:
+                os.umask(before)
+            own = os.lstat(path).st_ino
+            if group is not None:
+                _give_to_group(path, group)
+            listener.listen(WAITING_CONNECTIONS)
         try:
             yield listener
         finally:
@@ -311,6 +313,17 @@ def _check_folder(folder: Path) -> None:
             f"{folder} belongs to another user, or others can write to it; name a path in a folder of your own with "
             "--socket, for example in $XDG_RUNTIME_DIR"
         )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_unused(path: Path) -> None:

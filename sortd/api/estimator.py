@@ -10,7 +10,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sortd.api.classifier import Classifier
 from sortd.arrays import Array
-from sortd.daemon.embedder import UNIT_TOLERANCE
+from sortd.encoder.clip import are_of_unit_length
 from sortd.events import Abstained
 
 
@@ -45,7 +45,7 @@ class SortdClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # 
         rows, targets = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(targets)
         self.classes_ = unique_labels(targets)
-        self.is_unit_ = bool((np.abs(np.linalg.norm(rows, axis=1) - 1.0) < UNIT_TOLERANCE).all())
+        self.is_unit_ = are_of_unit_length(rows)
         numbers = np.searchsorted(self.classes_, targets)
         width = len(str(len(self.classes_)))  # labels of equal width sort as their classes do
         self.classifier_ = Classifier.fit(

@@ -9,7 +9,7 @@ from time import monotonic, perf_counter
 import numpy as np
 
 from sortd.arrays import FloatArray
-from sortd.encoder.clip import Encoder
+from sortd.encoder.clip import Encoder, are_of_unit_length
 from sortd.errors import ModelError
 from sortd.events import EmbeddedImage, ImageRefused, Stamp
 from sortd.images.pool import Batch, DecodedImage, DecoderPool
@@ -164,17 +164,10 @@ class Pipeline:
                 queue.deliver(own)
 
 
-UNIT_TOLERANCE = 1e-2  # of the length of an embedding; ten times the error of half precision
 AT_ONCE = 1_000  # files looked up in the cache in one step
 TEXTS_AT_ONCE = 64  # texts encoded in one step: a thousand classes have eight thousand, which take a minute
 
 OnProgress = Callable[[], float | None]  # called between two steps; returns how long the next one may wait, if limited
-
-
-def are_of_unit_length(rows: FloatArray) -> bool:
-    """Return whether rows (B, d) are embeddings: a device in a bad state returns zeros or NaN."""
-    lengths = np.linalg.norm(rows, axis=1)
-    return bool((np.abs(lengths - 1) < UNIT_TOLERANCE).all())  # false for NaN, too
 
 
 class Embedder(Pipeline):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 _MIN_LENGTH = 1e-6  # a shorter row has no direction
+_UNIT_TOLERANCE = 1e-2  # of the length of an embedding; ten times the error of half precision
 _MAX_DIFFERENCE = 1e-3  # between two runs on one image: GPUs may add in another order
 SAME_COSINE = 0.999
 """The least cosine of two rows that stand for one image in one ``encoder_id``, or in two precisions."""
@@ -78,6 +79,12 @@ def normalise_rows(rows: FloatArray, encoder_id: str) -> FloatArray:
         raise ModelError(f"model {encoder_id} returned zeros or values that are not finite: {_REMEDY}")
     scaled: FloatArray = rows / lengths
     return scaled
+
+
+def are_of_unit_length(rows: FloatArray) -> bool:
+    """Return whether rows (B, d) are embeddings: a device in a bad state returns zeros or NaN."""
+    lengths = np.linalg.norm(rows, axis=1)
+    return bool((np.abs(lengths - 1) < _UNIT_TOLERANCE).all())  # false for NaN, too
 
 
 def lowest_cosine(left: FloatArray, right: FloatArray) -> float:

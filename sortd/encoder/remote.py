@@ -9,8 +9,10 @@ While the service is away, the client waits, tries again and repeats the request
 
 import json
 import socket
+import stat
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any, Final, Self, TypeVar
 import numpy as np
 
 from sortd.arrays import FloatArray, Pixels
-from sortd.encoder.clip import check_pixels
+from sortd.encoder.clip import are_of_unit_length, check_pixels
 from sortd.errors import ModelError
 from sortd.events import Preprocessing
 
@@ -35,6 +37,10 @@ MOST_CHARACTERS: Final = 10_000
 TEXTS_BYTES: Final = MOST_TEXTS * (12 * MOST_CHARACTERS + 4)  # in JSON, a character takes up to twelve bytes
 REASON_BYTES: Final = 8192
 GREETING_BYTES: Final = 1 << 20
+MOST_PIXELS: Final = 4096
+"""Of a side of the input, which the decoding processes of a client allocate."""
+UNREADABLE: Final = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
+"""Errors of a greeting that is none."""
 
 COMMAND_SECONDS: Final = 10.0
 """How long a command waits for a service that is away; the daemon waits for ever."""
@@ -88,7 +94,7 @@ class Greeting:
 
     @classmethod
     def from_json(cls, content: bytes) -> Self:
-        """Read the content of the message; raise ValueError, KeyError or TypeError if it is none."""
+        """Read the content of the message; raise an error of ``UNREADABLE`` if it is none."""
         fields: Mapping[str, Any] = json.loads(content)
         greeting = cls(
             encoder_id=str(fields["encoder_id"]),
@@ -101,8 +107,11 @@ class Greeting:
             most_images=max(1, int(fields["most_images"])),
             known_rows=np.asarray(fields["known_rows"], np.float32),
         )
-        if greeting.known_rows.shape != (2, greeting.dimensions):
-            raise ValueError(f"rows of shape {greeting.known_rows.shape} for {greeting.dimensions} dimensions")
+        rows, seen = greeting.known_rows, greeting.preprocessing
+        if rows.shape != (2, greeting.dimensions) or not are_of_unit_length(rows):
+            raise ValueError(f"rows of shape {rows.shape} for {greeting.dimensions} dimensions, or not of unit length")
+        if not all(0 < side <= MOST_PIXELS for side in (seen.shortest_edge, seen.crop_height, seen.crop_width)):
+            raise ValueError(f"images of {seen.crop_height} x {seen.crop_width} pixels")
         return greeting
 
     def difference(self, other: "Greeting") -> str | None:
@@ -269,15 +278,19 @@ class RemoteEncoder:
                 self.close()
                 raise
             else:
-                self._wait(None)
+                self._tell(None)
                 return result
 
-    def _wait(self, problem: str | None) -> None:
-        """Tell whether the service is away; raise ModelError if it is for too long."""
+    def _tell(self, problem: str | None) -> None:
+        """Tell whether the service is away."""
         self._problem = problem
         self._waiting.on_wait(problem)
+
+    def _wait(self, problem: str) -> None:
+        """Tell that the service is away; raise ModelError if it is for too long."""
+        self._tell(problem)
         most = self._waiting.most_seconds
-        if problem is not None and most is not None and monotonic() - self._asked_at > most:
+        if most is not None and monotonic() - self._asked_at > most:
             raise ModelError(
                 f"{problem}; start it (`sortd encode --socket {self._path}`, or its unit), or set `backend: auto` to "
                 f"load the model in this process"
@@ -294,9 +307,10 @@ class RemoteEncoder:
         began = monotonic()
 
         def patience() -> float:
-            is_late = monotonic() - began > limit_seconds
-            late = f"the encoder service at {self._path} has not answered for {limit_seconds:.0f} s"
-            self._wait(late if is_late else self._problem)
+            if monotonic() - began > limit_seconds:
+                self._wait(f"the encoder service at {self._path} has not answered for {limit_seconds:.0f} s")
+            else:
+                self._tell(self._problem)  # it is connected, so no command gives up yet
             return _POLL_SECONDS
 
         return patience
@@ -304,6 +318,7 @@ class RemoteEncoder:
     def _connected(self) -> Greeting:
         """Return the greeting of the open connection; open one if there is none."""
         if self._connection is None:
+            self._check_folder()
             self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._connection.settimeout(_SILENT_SECONDS)
             try:
@@ -321,6 +336,15 @@ class RemoteEncoder:
         assert self._first is not None
         return self._first
 
+    def _check_folder(self) -> None:
+        """Raise ModelError if any user could have put the socket there: whoever listens sees the images."""
+        with suppress(OSError):  # it may be made later
+            if self._path.parent.stat().st_mode & stat.S_IWOTH:
+                raise ModelError(
+                    f"any user can write to {self._path.parent}, the folder of the encoder service's socket; use one "
+                    "that belongs to the user of the service"
+                )
+
     def _receive_greeting(self, connection: socket.socket) -> Greeting:
         patience = self._patience(_SILENT_SECONDS if self._waiting.most_seconds is None else _LOADING_SECONDS)
         kind, _, size = self._receive_header(connection, patience)
@@ -330,7 +354,7 @@ class RemoteEncoder:
         receive(connection, memoryview(content), patience)
         try:
             return Greeting.from_json(bytes(content))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise ProtocolError(f"its greeting cannot be read ({error!r})") from error
 
     def _receive_rows(self, connection: socket.socket, count: int, patience: Patience) -> FloatArray:

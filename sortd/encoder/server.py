@@ -41,7 +41,6 @@ from sortd.encoder.remote import (
     receive,
     send_message,
 )
-from sortd.errors import ModelError
 from sortd.files import write_atomic
 
 REQUEST_BYTES: Final = 16_000_000
@@ -357,8 +356,7 @@ class EncoderServer:
             rows = self._rows([request.content for request in batch])
         except Exception as error:  # noqa: BLE001 -- whatever torch raises for what one client sent
             if len(batch) == 1:
-                if not isinstance(error, ModelError):
-                    probe(self._encoder, texts=())  # the encoder still works; otherwise this error ends the server
+                probe(self._encoder, texts=())  # the encoder still works; otherwise this error ends the server
                 self._refused("encoding", str(error))
                 self._finish(batch[0], f"{error}")
                 return

@@ -5,6 +5,7 @@ the network was divided, without computing anything; the input of that block is 
 images prove, before any training, that the network gives the same logits in this way.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ BLOCK = re.compile(r"^(.*?\.\d+)\.")
 """The outermost numbered part of a parameter's name: ``encoder.layer.3``, ``stages.1``."""
 BATCH = 64
 _TOLERANCE = 1e-3  # of the largest logit; the order of additions changes with the number of images
+_STORED_TOLERANCE = 1e-2  # the same for features in float16, in which they are stored
 
 
 class _CutReachedError(Exception):
@@ -74,6 +76,11 @@ class FrozenPart:
     def views_within(self, views: int, images: int) -> int:
         """Return how many views of each image are stored."""
         return max(1, min(views, FEATURE_BYTES // max(1, 2 * images * int(np.prod(self.shape)))))
+
+    def has_features(self, file: Path, *, images: int) -> bool:
+        """Return whether a file has the features of so many images in at least one view."""
+        size, each = file.stat().st_size if file.is_file() else 0, 2 * images * int(np.prod(self.shape))
+        return size > 0 and size % each == 0
 
     def read_features(self, file: Path) -> Features:
         """Return the features of a file, memory-mapped."""
@@ -131,6 +138,7 @@ def divide(network: Network, size: tuple[int, int]) -> FrozenPart | None:
     cut = network.module.get_submodule(names[-max(1, -int(-len(names) * TRAINED_SHARE // 1))])
     dice = torch.Generator().manual_seed(0)
     values = torch.rand((2, 3, *size), generator=dice).to(network.device) * 2 - 1
+    values[1] = values[1] / 4 + 0.5  # of another mean and contrast
     with torch.no_grad():  # tensors of the inference mode could not be used in training
         skipped = _outputs_before(network, cut, values[:1])
         if not skipped:
@@ -138,9 +146,15 @@ def divide(network: Network, size: tuple[int, int]) -> FrozenPart | None:
         whole = network.module(pixel_values=values)
         part = FrozenPart(network, cut, skipped)
         try:
-            partial = part.start_at(part.features(values), size)
-            whole, partial = (getattr(one, "logits", one) for one in (whole, partial))
-            is_equal = bool(((whole - partial).abs().max() <= _TOLERANCE * whole.abs().max()).item())
+            features = part.features(values)
+            logits, exact, stored = (
+                getattr(one, "logits", one)
+                for one in (whole, part.start_at(features, size), part.start_at(features.half(), size))
+            )
+            is_equal = all(
+                bool(((logits - partial).abs().max() <= tolerance * logits.abs().max()).item())
+                for partial, tolerance in ((exact, _TOLERANCE), (stored, _STORED_TOLERANCE))
+            )
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError):
             is_equal = False  # its blocks take something else than the output of the block before
     part.images = 0
@@ -209,15 +223,18 @@ def write_features(
     import torch
 
     beside = file.with_name(f"{file.name}.part")
-    with disk_errors_translated(file.parent), open(beside, "wb") as target, torch.inference_mode():
-        for view in views:
-            for start in range(0, len(pixels), BATCH):
-                planes = torch.from_numpy(np.array(pixels[start : start + BATCH])).permute(0, 3, 1, 2)
-                values = network.values(view(planes.to(network.device)))
-                found = part.features(values).to(torch.float16).contiguous().cpu().numpy()
-                target.write(found.tobytes())
-    with disk_errors_translated(file.parent):
-        beside.replace(file)
+    try:
+        with disk_errors_translated(file.parent), open(beside, "wb") as target, torch.inference_mode():
+            for view in views:
+                for start in range(0, len(pixels), BATCH):
+                    planes = torch.from_numpy(np.array(pixels[start : start + BATCH])).permute(0, 3, 1, 2)
+                    values = network.values(view(planes.to(network.device)))
+                    target.write(part.features(values).half().contiguous().cpu().numpy().tobytes())
+            target.flush()
+            os.fsync(target.fileno())
+            beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager

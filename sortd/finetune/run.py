@@ -182,7 +182,10 @@ def _write_start(
     import torch
 
     recipe, size = plan.recipe, _size(plan)
-    if part is not None and not data.features_file(plan.work, "validation").is_file():
+    if part is not None and not all(
+        part.has_features(data.features_file(plan.work, name), images=len(plan.classes[name]))
+        for name in ("train", "validation")
+    ):
         images = plan.images_of("train")
         count = part.views_within(recipe.views, len(images))
         views = views_of(recipe, size, random=count)[:count]

@@ -208,6 +208,32 @@ def test_daemon_without_its_encoder_does_what_needs_none(tmp_path: Path) -> None
     assert {file.name for file in (dataset / "Images").iterdir()} == {"red0000.png", "blue0002.png"}
 
 
+def test_daemon_whose_encoder_is_suspended_stops_at_once_and_waits(tmp_path: Path) -> None:
+    """Between any two bytes of an answer, and before the greeting; what it had asked for is asked again."""
+    path = tmp_path / "encoder.sock"
+    dataset, config = client(tmp_path, "A")
+    with encoder_process(path) as encoder:
+        with DaemonProcess(config, program=REAL) as daemon:
+            drop(dataset, range(40))
+            wait_for_images(daemon, 5)
+            encoder.send(signal.SIGSTOP)
+            drop(dataset, range(40, 48))
+            assert daemon.stop() == 0
+            assert daemon.events("daemon.stopped", worker_ended=True)
+            first = outcomes(daemon)
+        try:
+            with DaemonProcess(config, program=REAL) as daemon:
+                assert "has not answered" in daemon.wait_for("encoder.away")["error"]
+                encoder.send(signal.SIGCONT)
+                wait_for_images(daemon, 48 - len(first))
+                daemon.wait_for("encoder.back")
+                assert not first.keys() & outcomes(daemon).keys()
+                assert daemon.stop() == 0
+        finally:
+            encoder.send(signal.SIGCONT)
+    assert not [*(dataset / "Images").iterdir()]
+
+
 def test_daemon_ends_if_the_encoder_comes_back_with_another_model(tmp_path: Path) -> None:
     """With the exit code of a model, after which systemd starts it again, and it embeds with that one."""
     path = tmp_path / "encoder.sock"

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sortd.commands.encode import greeting_of
 from sortd.config import Config
 from sortd.encoder.backends import KNOWN_ROWS, connect, load_fastest
-from sortd.encoder.remote import HEADER, MAGIC, VERSION, MessageKind, RemoteEncoder, Waiting
+from sortd.encoder.remote import COMMAND_SECONDS, HEADER, MAGIC, VERSION, MessageKind, RemoteEncoder, Waiting
 from sortd.errors import ConfigError, ModelError
 from tests.daemon_process import PATIENCE_SECONDS
 from tests.encoder_service import GatedEncoder, encoder_server, images
@@ -131,6 +132,41 @@ def test_remote_encoder_of_a_restarted_service_is_not_away(path: Path) -> None:
     assert set(told) == {None}
 
 
+def test_remote_encoder_of_a_service_that_is_back_waits_for_its_answer(path: Path) -> None:
+    """A command gives up on a service that is away, not on one that computes after it was."""
+    is_away, is_back, is_computing = (threading.Event() for _ in range(3))
+
+    def on_wait(problem: str | None) -> None:
+        if problem is not None:
+            is_away.set()
+            assert is_back.wait(PATIENCE_SECONDS)
+        if is_computing.is_set():
+            gated.gate.set()
+
+    gated = GatedEncoder()
+    with encoder_server(path):
+        encoder = RemoteEncoder(path, Waiting(on_wait))
+    rows: list[np.ndarray] = []
+
+    def ask() -> None:
+        with suppress(ModelError):
+            rows.append(encoder.encode_images(images(1)))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert is_away.wait(PATIENCE_SECONDS)
+    with encoder_server(path, gated):
+        gated.gate.clear()
+        gated.is_waiting.clear()
+        is_back.set()
+        assert gated.is_waiting.wait(PATIENCE_SECONDS)
+        encoder._asked_at -= COMMAND_SECONDS  # as if the request had been made so long ago
+        is_computing.set()
+        asking.join(PATIENCE_SECONDS)
+        encoder.close()
+    assert len(rows) == 1
+
+
 def test_remote_encoder_wait_can_be_ended(path: Path) -> None:
     """What ``on_wait`` raises ends the request, also while the service computes, and the next one works."""
 
@@ -194,6 +230,17 @@ def test_remote_encoder_of_other_rows_raises(path: Path) -> None:
 # ---------------------------------------------------------------- what is no encoder service
 
 
+def _greeting(**changed: object) -> bytes:
+    """Return the message of a greeting with some facts changed."""
+    encoder = FakeEncoder()
+    config = Config(root=Path("/"), state_dir=Path("/"), cache_dir=Path("/"))
+    facts = json.loads(greeting_of(encoder, config, "a fake").to_json())
+    for name, value in changed.items():
+        facts[name] = facts[name] | value if isinstance(value, dict) else value
+    content = json.dumps(facts).encode()
+    return HEADER.pack(MAGIC, VERSION, MessageKind.GREETING, 0, len(content)) + content
+
+
 @pytest.mark.parametrize(
     ("sent", "match"),
     [
@@ -205,7 +252,13 @@ def test_remote_encoder_of_other_rows_raises(path: Path) -> None:
         (HEADER.pack(MAGIC, VERSION, MessageKind.GREETING, 0, 2) + b"[]", "greeting cannot be read"),
         (HEADER.pack(MAGIC, VERSION, MessageKind.GREETING, 0, 3) + b"\xff{}", "greeting cannot be read"),
         (HEADER.pack(MAGIC, VERSION, MessageKind.GREETING, 0, 2) + b"{}", "greeting cannot be read"),
+        (_greeting(dimensions=float("inf")), "greeting cannot be read"),
+        (_greeting(dimensions=0, known_rows=[[], []]), "greeting cannot be read"),
+        (_greeting(known_rows=[[float("nan")] * 48] * 2), "greeting cannot be read"),
+        (_greeting(known_rows=[[1.0] * 48] * 2), "greeting cannot be read"),
+        (_greeting(preprocessing={"crop_height": 10**9}), "greeting cannot be read"),
     ],
+    ids=range(13),
 )
 def test_remote_encoder_of_another_program_raises(path: Path, sent: bytes, match: str) -> None:
     """It says so at once, and takes nothing for a model."""
@@ -224,6 +277,16 @@ def test_remote_encoder_of_another_program_raises(path: Path, sent: bytes, match
         with pytest.raises(ModelError, match=match):
             RemoteEncoder(path)
         thread.join()
+
+
+def test_remote_encoder_in_a_folder_of_all_raises(tmp_path: Path) -> None:
+    """Any user could have put the socket there, would see the images, and decide where they go."""
+    path = tmp_path / "shared" / "encoder.sock"
+    path.parent.mkdir()
+    with encoder_server(path):
+        path.parent.chmod(0o1777)
+        with pytest.raises(ModelError, match="any user can write"):
+            RemoteEncoder(path)
 
 
 @pytest.mark.parametrize(

@@ -298,16 +298,17 @@ def test_server_refuses_only_the_request_at_fault(path: Path, error: type[Except
             assert answer[0] is MessageKind.ROWS
 
 
-def test_server_ends_if_its_encoder_is_broken(path: Path) -> None:
+@pytest.mark.parametrize("error", [ModelError, RuntimeError])
+def test_server_ends_if_its_encoder_is_broken(path: Path, error: type[Exception]) -> None:
     """Then a restart may help: the clients get no answer, and wait for it."""
-    failing = Failing(error=RuntimeError)
+    failing = Failing(error=error)
     ended: list[BaseException] = []
 
     def run(server: EncoderServer, listener: socket.socket) -> None:
         try:
             server.run([listener], on_turn=lambda: None)
-        except RuntimeError as error:
-            ended.append(error)
+        except error as why:
+            ended.append(why)
 
     with encoder_server(path.with_name("other"), failing) as other, socket.socket(socket.AF_UNIX) as listener:
         server = EncoderServer(failing, other._greeting, metrics=other.metrics)
@@ -321,4 +322,4 @@ def test_server_ends_if_its_encoder_is_broken(path: Path) -> None:
             client.socket.sendall(images_request(1))
             assert client.read() is None
         thread.join(PATIENCE_SECONDS)
-    assert [str(error) for error in ended] == ["it cannot be encoded"]
+    assert [str(why) for why in ended] == ["it cannot be encoded"]

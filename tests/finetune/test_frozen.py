@@ -1,16 +1,21 @@
 """The frozen part of a network: its features replace the lower blocks, and are computed once."""
 
+import os
+import resource
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sortd.encoder.finetuned import UNFINISHED, Network
+from sortd.errors import DestinationError
 from sortd.finetune import frozen, model
 from sortd.finetune.data import features_file
-from sortd.finetune.frozen import BLOCK, FrozenPart, divide
-from sortd.finetune.model import load_base
+from sortd.finetune.frozen import BLOCK, FrozenPart, divide, write_features
+from sortd.finetune.model import load_base, views_of
 from sortd.finetune.recipe import Effort, Observer, Recipe, TrainingStoppedError
 from tests.finetune.test_run import COUNTS, FEW, configured, make_photos, request_for, trained
 from tests.tiny_vit import build_tiny_vit
@@ -19,11 +24,15 @@ PROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SIDE = 64
 SIZES: dict[str, dict[str, Any]] = {
     "vit": {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 8},
+    "deit": {
+        "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 8,
+        "architectures": ["DeiTForImageClassification"],  # transformers does not choose one by the type alone
+    },
     "dinov2": {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8},
     "swin": {"embed_dim": 24, "depths": [1] * 4, "num_heads": [2] * 4, "window_size": 2, "patch_size": 4},
     "convnext": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +186,54 @@ def test_run_frozen_blocks_see_each_view_once(tmp_path: Path, vit: Path, monkeyp
     assert stored > 0
     assert passed["features"] == 2
     assert passed["stem"] == DIVIDING + counts["validation"] + counts["test"]
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_run_incomplete_features_are_computed_again(tmp_path: Path, vit: Path, name: str, size: int) -> None:
+    """A power cut may leave a file that has its name but not its content."""
+    config = configured(tmp_path)
+    make_photos(config.root, FEW)
+    seen: list[int] = []
+    stop = Observer(progress=lambda now: seen.append(now.step), is_asked_to_stop=lambda: len(seen) >= 5)
+    request = request_for(config, vit, views=2, epochs=10)
+    with pytest.raises(TrainingStoppedError):
+        trained(config, request, observer=stop)
+    file = features_file(config.state_dir / f"result{UNFINISHED}", name)
+    whole = file.stat().st_size
+    assert whole > size
+    os.truncate(file, size)
+    facts = trained(config, request, resume=True)
+    assert facts.metrics["best_step"] > 0
+
+
+def test_divide_features_beyond_half_precision_is_none() -> None:
+    """They are stored as float16, so all blocks are trained where that loses values."""
+    import torch
+
+    network = make_network("vit")
+    with torch.no_grad():
+        network.module.get_parameter("vit.embeddings.position_embeddings").mul_(1e8)
+    assert divide(network, (SIDE, SIDE)) is None
+
+
+def test_write_features_on_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
+    """Nothing that takes the room of others."""
+    network = make_network("vit")
+    part = divide(network, (SIDE, SIDE))
+    assert part is not None
+    pixels = np.zeros((200, SIDE, SIDE, 3), np.uint8)
+    views = views_of(Recipe(), (SIDE, SIDE), random=0)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))
+        with pytest.raises(DestinationError, match="File too large"):
+            write_features(part, network, pixels, views, tmp_path / "train.features")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_run_trains_the_last_block_only(tmp_path: Path, vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:

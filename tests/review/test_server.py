@@ -1,5 +1,6 @@
 """The process of the review page: its sockets, its address, systemd's sockets and notifications, and its end."""
 
+import fcntl
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -267,6 +269,40 @@ def test_listening_on_a_socket_in_use_is_refused(private: Path) -> None:
             pass
         assert os.path.samestat(before, path.lstat())
         connected(path).close()
+
+
+def is_waited_for(folder: Path) -> bool:
+    """Return whether anybody waits for the lock of a folder."""
+    waiting = [line for line in Path("/proc/locks").read_text("ascii").splitlines() if "->" in line]
+    return any(f":{folder.stat().st_ino} " in line for line in waiting)
+
+
+def test_listening_of_two_at_once_is_of_one(private: Path) -> None:
+    """While one takes the place of a stale socket, the other waits, and is then refused: it takes away no live one."""
+    path, refused = private / "review.sock", threading.Event()
+
+    def listen() -> None:
+        try:
+            with unix_socket(path):
+                pass
+        except AlreadyRunningError:
+            refused.set()
+
+    folder = os.open(private, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        second = threading.Thread(target=listen)
+        with socket.socket(socket.AF_UNIX) as first:
+            first.bind(os.fspath(path))
+            second.start()
+            while second.is_alive() and not is_waited_for(private):
+                time.sleep(0.005)
+            first.listen()
+            fcntl.flock(folder, fcntl.LOCK_UN)
+            second.join()
+    finally:
+        os.close(folder)
+    assert refused.is_set()
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "link to a socket"])
