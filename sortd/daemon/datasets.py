@@ -30,7 +30,7 @@ from sortd.daemon.reporting import Metrics
 from sortd.daemon.resources import reference_settings_of, sorter_settings
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, SortdError, StorageError
-from sortd.events import DatasetAbsent, DatasetId
+from sortd.events import DatasetAbsent, DatasetId, ReferencesTouched
 from sortd.layout import Layout, find_datasets
 from sortd.moving.copy_queue import CopyQueue, CopyQueueClient
 from sortd.watch.watcher import EventsDropped, FileEvent, Watcher
@@ -181,6 +181,8 @@ class Datasets:
                 self._watcher.watch_dataset(os.fspath(layout.root))
             if is_another:
                 self._ask(Forget(dataset.identity, with_stored=True))
+            if self._began:  # its references may still be arriving
+                dataset.receive(ReferencesTouched())
             dataset.begin()
             dataset.scan_handled()
         except Exception as error:  # noqa: BLE001 -- the others continue, whatever the error

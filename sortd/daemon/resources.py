@@ -247,8 +247,7 @@ class Resources:
     def unload(self) -> None:
         """Stop the decoders and close the cache."""
         for ends in self._started:
-            ends.end()
-            os.close(ends.stderr)
+            ends.discard()
         self._started = []
         for decoders in self._decoders.values():
             decoders.close()

@@ -33,6 +33,7 @@ from sortd.encoder.onnx_encoder import (
     has_exports,
     is_installed,
     read_verdict,
+    return_large_blocks,
 )
 from sortd.encoder.remote import AS_COMMAND, Greeting, RemoteEncoder, Waiting
 from sortd.errors import ConfigError, ModelError
@@ -261,6 +262,7 @@ def _check_greeting(config: Config, path: Path, greeting: Greeting) -> None:
 
 def _load_exported(config: Config, exported: Exports, report: Callable[[str], None]) -> Encoder:
     """Load the fastest form of an export: on the GPU, in int8, or in float32."""
+    return_large_blocks()
     if config.device != "cpu" and can_use_gpu(available_providers()):
         exact = load_with_backend(config, "onnx")
         if isinstance(exact, OnnxEncoder) and exact.runs_on != "CPU":

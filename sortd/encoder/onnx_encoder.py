@@ -371,10 +371,15 @@ def open_tower(file: Path, *, device: str = "cpu", threads: int | None = None) -
 
 
 def _trim_memory() -> None:
-    """Return freed memory to the system, large blocks from now on at once: opening a file frees a copy of weights."""
-    with suppress(OSError, AttributeError):  # only GNU's C library has malloc_trim(3) and mallopt(3)
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+    """Return freed memory to the system: opening a file frees a copy of all its weights."""
+    with suppress(OSError, AttributeError):  # only GNU's C library has malloc_trim(3)
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_large_blocks() -> None:
+    """Let this process return large blocks of freed memory at once; not for a library: it is slower for other code."""
+    with suppress(OSError, AttributeError):  # only GNU's C library has mallopt(3)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
 def text_inputs(encoded: Sequence[Any], text: TextInputs) -> dict[str, Tokens]:

@@ -42,7 +42,7 @@ REFUSALS: Final = (Refusal.UNREADABLE, Refusal.TOO_LARGE, Refusal.NOT_AN_IMAGE, 
 CROWDED = 0xFF  # status of an image that needs a larger budget; it is to be sent again with that
 MESSAGE_BYTES = 400
 SLOTS = 32
-"""Images that one process may have decoded or queued before any is fetched: one batch of the encoder."""
+"""Images that one process may have decoded or queued before any is fetched: two batches of the encoder."""
 DEFAULT_BUDGET_PIXELS = 4_000_000
 """Memory budget of the first try. Most photos need less: JPEG is decoded at a smaller scale."""
 
@@ -119,6 +119,11 @@ class ProcessEnds(NamedTuple):
         self.process.kill()
         return self.process.wait()
 
+    def discard(self) -> None:
+        """Kill the process and close all ends."""
+        self.end()
+        os.close(self.stderr)
+
 
 def start_process() -> ProcessEnds:
     """Start a decoding process, which loads its libraries and waits for ``give_settings``."""
@@ -145,18 +150,25 @@ def start_process() -> ProcessEnds:
         os.close(their_stderr)
 
 
-def give_settings(control: socket.socket, settings: DecodeSettings) -> mmap.mmap:
-    """Send a process its settings; its first packet reports that it is ready. Return the pixels of its slots."""
-    memory = os.memfd_create("sortd-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+def give_settings(ends: ProcessEnds, settings: DecodeSettings) -> mmap.mmap:
+    """Send a process its settings; its first packet reports that it is ready. Return the pixels of its slots.
+
+    If this raises, the process has been ended.
+    """
     try:
-        os.ftruncate(memory, SLOTS * settings.pixel_bytes)
-        # Without the seals the process could shrink the memory; reading it here would then kill the daemon.
-        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        with contextlib.suppress(ConnectionError):  # it has ended: the next packet shows that
-            socket.send_fds(control, [settings.to_packet()], [memory])
-        return mmap.mmap(memory, 0, prot=mmap.PROT_READ)
-    finally:
-        os.close(memory)
+        memory = os.memfd_create("sortd-pixels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(memory, SLOTS * settings.pixel_bytes)
+            # Without the seals the process could shrink the memory; reading it here would then kill the daemon.
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            with contextlib.suppress(ConnectionError):  # it has ended: the next packet shows that
+                socket.send_fds(ends.control, [settings.to_packet()], [memory])
+            return mmap.mmap(memory, 0, prot=mmap.PROT_READ)
+        finally:
+            os.close(memory)
+    except BaseException:
+        ends.discard()
+        raise
 
 
 def _command(control: int) -> list[str]:

@@ -115,11 +115,10 @@ class _Decoder:
         self._settings, self._ends = settings, ends
         self.jobs: deque[_Job] = deque()  # given and not answered
         self._free = list(range(SLOTS))
-        self._stderr = b""
         self._started = monotonic()
-        self.is_ready = False
+        self._stderr, self.is_ready = b"", False
         self.process, self._control = ends.process, ends.control
-        self._memory = give_settings(ends.control, settings)
+        self._memory = give_settings(ends, settings)
 
     @property
     def descriptors(self) -> tuple[int, int]:
@@ -246,12 +245,11 @@ class DecoderPool:
         self._kills: dict[Stamp, int] = {}
         self._again: deque[_Job] = deque()
         self._large: deque[_Job] = deque()
-        self._failed_starts = 0
-        self._is_closed = False
-        self.workers = workers
-        self._wanted = len(started) or workers
-        self._decoders = [_Decoder(self._settings, ends) for ends in started]
+        self._failed_starts, self._is_closed = 0, False
+        self.workers, self._wanted = workers, len(started) or workers
+        self._decoders: list[_Decoder] = []
         try:
+            self._decoders += (_Decoder(self._settings, ends) for ends in started)
             self._start_missing()
         except BaseException:
             self.close()
@@ -310,8 +308,11 @@ class DecoderPool:
         self._large.clear()
 
     def grow(self) -> None:
-        """Use one more process from the next ``feed`` on, at most ``workers``."""
-        self._wanted = min(self._wanted + 1, self.workers)
+        """Start one more process, at most ``workers``; if the system refuses one, the others go on."""
+        if len(self._decoders) == self._wanted < self.workers:
+            with suppress(OSError):
+                self._decoders.append(_Decoder(self._settings, start_process()))
+                self._wanted += 1
 
     def _start_missing(self) -> None:
         while len(self._decoders) < self._wanted:

@@ -21,6 +21,10 @@ _BLIND_FILE_SYSTEMS = frozenset(
         *("fuse.curlftpfs", "fuse.mergerfs-nfs", "fuse.juicefs", "fuse.seaweedfs"),
     }
 )
+# Their times are of this machine's clock, and they store a ctime: FAT and exFAT do not. Other types may be remote.
+_LOCAL_FILE_SYSTEMS = frozenset(
+    {"ext2", "ext3", "ext4", "xfs", "btrfs", "bcachefs", "f2fs", "jfs", "nilfs2", "zfs", "tmpfs", "ramfs", "overlay"}
+)
 DEEP = ("Images", "Clases")  # watched at any depth
 STANDARD = (*DEEP, "Dataset", "Review", ".sortd")
 _OCTAL = re.compile(rb"\\([0-7]{3})")  # an escape in a mount point, such as \040 for a space
@@ -53,8 +57,8 @@ def is_blind(path: str, *, mountinfo: str = "/proc/self/mountinfo") -> str | Non
 def local_device(path: str, *, mountinfo: str = "/proc/self/mountinfo") -> int | None:
     """Return the device number of a path whose file times are of this machine's clock; None if another may set them."""
     try:
-        kind = file_system_of(path, mountinfo=mountinfo)
-        return None if kind in _BLIND_FILE_SYSTEMS or kind.startswith("fuse") else os.stat(path).st_dev
+        is_local = file_system_of(path, mountinfo=mountinfo) in _LOCAL_FILE_SYSTEMS
+        return os.stat(path).st_dev if is_local else None
     except OSError:
         return None
 

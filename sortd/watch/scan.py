@@ -19,7 +19,7 @@ from sortd.layout import CONTROLS, Reason, Rule, Why, owner_of, rule_below, rule
 
 Listing = Callable[[str], AbstractContextManager[Iterable["os.DirEntry[str]"]]]
 
-COARSE_NS = 2_000_000_000  # by which times in whole seconds may be too old: FAT stores two seconds
+COARSE_NS = 2_000_000_000  # by which times in whole seconds may be too old, as on ext3
 
 _LINK = Why(Reason.SYMBOLIC_LINK, "it is a symbolic link, which is not followed; replace it with the file itself")
 _SPECIAL = Why(Reason.SPECIAL_FILE, "it is a pipe, a socket or a device, not a regular file")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from structlog.testing import capture_logs
@@ -388,3 +389,16 @@ def test_discover_dataset_whose_recovery_cannot_be_reported_is_opened_later(
     place.held_lines(rounds=3)
     assert failed
     assert "Bad" in place.collection.by_name
+
+
+def test_discover_dataset_that_appears_later_is_rebuilt_when_its_references_have_settled(place: Place) -> None:
+    """A tree that is copied in may have old images and only the first of its classes."""
+    place.collection.discover()
+    make_dataset(place.folder / "Data", "Later")
+    before = monotonic()
+    place.collection.discover()
+    due = {dataset.name: dataset.sorter.rebuilds.deadlines[0] for dataset in place.collection}
+    assert (due["Bad"], due["Good"]) == (0.0, 0.0)
+    later = due["Later"]
+    assert later is not None
+    assert later >= before + place.collection.by_name["Later"].sorter.settle_seconds

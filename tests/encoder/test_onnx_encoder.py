@@ -187,6 +187,25 @@ def test_onnx_imports_no_torch(exported: Exports, cache: Path, tiny_clip: Path) 
         assert (encoder_id, known.strip()) == (open_export(exported, Precision(precision)).encoder_id, "[]")
 
 
+def test_load_model_leaves_memory_settings_of_the_program(exported: Exports, tiny_clip: Path, cache: Path) -> None:
+    """Arrays of a program that uses the library keep the memory that the C library reuses: no page fault for each."""
+    program = (
+        "import resource, sys; from pathlib import Path; import numpy as np\n"
+        "from sortd.encoder.backends import load_model\n"
+        "def faults():\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "encoder = load_model(sys.argv[1], backend='onnx', device='cpu', cache_dir=Path(sys.argv[2]))\n"
+        "for _ in range(5): np.ones(500_000)\n"
+        "before = faults()\n"
+        "for _ in range(50): np.ones(500_000)\n"
+        "print((faults() - before) // 50)"
+    )
+    command = [sys.executable, "-c", program, str(tiny_clip), str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert exported.folder.is_relative_to(cache)
+    assert int(done.stdout) < 50
+
+
 class TestExports:
     """An export is made once, and again if it is no longer valid."""
 

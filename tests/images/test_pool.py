@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -74,6 +75,17 @@ def refusal_of(answer: DecodedImage | ImageRefused) -> Refusal:
 def open_files() -> int:
     """Count the descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))
+
+
+@contextlib.contextmanager
+def no_free_descriptors() -> Iterator[None]:
+    """Let this process open nothing more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def memory_kb(process_id: int, what: str) -> int:
@@ -501,6 +513,26 @@ class TestProcesses:
                 list(pool.decode_all(paths))
             DecoderPool(1, SMALL, DecodeLimits()).close()
         assert (open_files(), threading.active_count()) == before
+
+    def test_pool_that_cannot_start_leaves_no_process(self) -> None:
+        """A process that was started before is ended, too, if there is no descriptor for its memory."""
+        before = open_files()
+        ends = decoder_process.start_process()
+        with no_free_descriptors(), pytest.raises(OSError, match="Too many open files"):
+            DecoderPool(1, SMALL, DecodeLimits(), started=[ends])
+        assert ends.process.returncode == -signal.SIGKILL
+        assert open_files() == before
+
+    def test_grow_without_free_descriptors_goes_on_with_what_there_is(self, tmp_path: Path) -> None:
+        """Another process is a matter of speed alone."""
+        with DecoderPool(2, SMALL, DecodeLimits(), started=[decoder_process.start_process()]) as pool:
+            with no_free_descriptors():
+                pool.grow()
+            assert isinstance(only(pool, photo(tmp_path / "a.png")), DecodedImage)
+            assert len(pool.process_ids) == 1
+            pool.grow()
+            pool.grow()
+            assert len(pool.process_ids) == 2
 
 
 class TestHostile:

@@ -74,10 +74,14 @@ def test_is_blind_local_disk_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "is_local"), [("ext4", True), ("nfs4", False), ("fuse.any", False), ("fuseblk", False)]
+    ("kind", "is_local"),
+    [
+        *(("ext4", True), ("overlay", True), ("nfs4", False), ("fuse.any", False), ("fuseblk", False)),
+        *(("orangefs", False), ("vfat", False)),
+    ],
 )
 def test_local_device_is_none_where_another_clock_may_set_times(tmp_path: Path, kind: str, is_local: bool) -> None:  # noqa: FBT001 -- a parameter
-    """Network file systems and those of programs: their times cannot be compared with this machine's clock."""
+    """Network and unknown file systems, those of programs, and FAT, which keeps no ctime."""
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"22 1 254:0 / / rw,relatime - {kind} source rw\n")
     assert (local_device(os.fspath(tmp_path), mountinfo=os.fspath(mounts)) == tmp_path.stat().st_dev) == is_local

@@ -281,7 +281,7 @@ SECOND = 1_000_000_000
         (10 * SECOND, 97 * SECOND, 1.0),
         (10 * SECOND, 99 * SECOND, 0.0),
     ],
-    ids=["copied with its mtime", "written", "clock set back", "mtime in the future", "times of FAT", "new on FAT"],
+    ids=["copied with its mtime", "written", "clock set back", "mtime in the future", "whole seconds", "new on ext3"],
 )
 def test_still_seconds_is_since_the_later_time_and_never_negative(mtime_ns: int, ctime_ns: int, seconds: float) -> None:
     """Only a file whose mtime and ctime are both old has not changed."""
