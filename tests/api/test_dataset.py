@@ -1,5 +1,8 @@
 """A dataset for programs: its history, filing and undo, with and without a running daemon."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,6 +15,7 @@ from sortd.api import dataset as module
 from sortd.api.dataset import DatasetHandle
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.encoder.clip import Encoder
+from sortd.encoder.finetuned import FinetunedFacts, Promotion, write_promotion
 from sortd.errors import DataError, LayoutError, UnreadableError
 from sortd.layout import Layout
 from tests.command_line import write_config
@@ -165,3 +169,32 @@ def test_dataset_that_the_guard_holds_is_left_alone(handle: DatasetHandle) -> No
     with pytest.raises(DataError, match="is held, because too many were wrong"):
         handle.file(path)
     assert path.is_file()
+
+
+def test_fine_tuned_model_is_not_passed_over(handle: DatasetHandle, vit: FinetunedFacts) -> None:
+    """Where a fine-tuned model decides, the prototypes do not decide in its place."""
+    path = handle.layout.root / "Images" / "new.png"
+    picture("red", 900, patches=40).save(path)
+    folder = handle.layout.state_folder(handle.config.state_dir)
+    folder.mkdir(parents=True)
+    write_promotion(folder, Promotion(vit.folder, vit.model_id, vit.verdict, 0.0))
+    with pytest.raises(DataError, match="a fine-tuned model decides"):
+        handle.file(path)
+    assert path.is_file()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_closed_state_is_an_error_of_the_library(public_folder: Path) -> None:
+    """A user who may not enter the state directory gets a JournalError, not a bare PermissionError."""
+    state = public_folder / "state"
+    state.mkdir(mode=0o700)
+    program = (
+        "import sortd\n"
+        f"handle = sortd.open_dataset({str(public_folder / 'Own')!r}, config={str(public_folder / 'config.yaml')!r})\n"
+        "try:\n    handle.history()\nexcept sortd.SortdError as error:\n    print(type(error).__name__)\n"
+    )
+    (public_folder / "Own/Clases").mkdir(parents=True)
+    write_config(public_folder)
+    under = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    done = subprocess.run([*under, sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "JournalError\n"
