@@ -196,7 +196,8 @@ def export_images(  # noqa: PLR0913, PLR0917 -- each is an option of the command
     as_json: JsonOption = False,
 ) -> None:
     """Export the images in Dataset/ with what is known of them, for other programs."""
-    from sortd.commands.export import ExportFormat, ExportOptions, Link, export_dataset
+    from sortd.commands.export import export_dataset
+    from sortd.commands.export_formats import ExportFormat, ExportOptions, Link
     from sortd.commands.status import dataset_named
 
     loaded = load_config(config)

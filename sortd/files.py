@@ -144,6 +144,11 @@ def sync_folder(folder: int) -> None:
             raise
 
 
+def text_of(text: str) -> str:
+    """Return a text as UTF-8 has it; the bytes of names that are not UTF-8 are written in hexadecimal."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def readable_json(facts: object, *, encoding: str | None = "utf-8", **options: Any) -> str:  # noqa: ANN401 -- of json.dumps
     """Return JSON with unescaped letters of every language, so that names can be searched for.
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from sortd.api.images import ImageLike, LoadedEncoder, check_images
 from sortd.arrays import FloatArray
 from sortd.classify.build import build
-from sortd.classify.decide import decide, score_batch
+from sortd.classify.decide import checked_rows, decide, score_batch
 from sortd.classify.explain import Explanation
 from sortd.classify.explain import explain as explain_row
 from sortd.classify.library import unit_rows
@@ -28,7 +28,7 @@ from sortd.daemon.references import (
     class_texts,
     generic_text_mean,
 )
-from sortd.errors import DataError
+from sortd.errors import DataError, DestinationError
 from sortd.events import Decision, Mode
 from sortd.files import read_regular, write_atomic
 
@@ -58,6 +58,7 @@ class Classifier:
         Raises:
             DataError: the prototypes are of another encoder.
         """
+        _check_width(encoder, prototypes.matrix.shape[1])
         if encoder is not None and prototypes.encoder_id not in {encoder.id, UNKNOWN_ENCODER}:
             raise DataError(
                 f"the classifier is of the encoder {prototypes.encoder_id}, and this one is {encoder.id}; load that "
@@ -131,14 +132,13 @@ class Classifier:
         table = np.asarray(rows, np.float64)
         if table.ndim != 2 or not table.size or not np.isfinite(table).all():  # noqa: PLR2004 -- a matrix
             raise DataError(f"rows have shape {table.shape}; they must be (n, d), not empty, and finite")
-        named = tuple(f"row {number}" for number in range(len(table))) if sources is None else tuple(sources)
+        named = tuple(f"row {number}" for number in range(len(table))) if sources is None else tuple(map(str, sources))
         if not len(labels) == len(named) == len(table):
             raise DataError(f"there are {len(table)} rows, {len(labels)} labels and {len(named)} sources")
         settings = _settings(mode, precision, strangers)
         unique, classes = np.unique(np.asarray([str(label) for label in labels]), return_inverse=True)
         embeddings = unit_rows(table).astype(np.float32)
-        if encoder is not None and encoder.dimension != table.shape[1]:
-            raise DataError(f"rows have {table.shape[1]} columns, and embeddings of {encoder.id} {encoder.dimension}")
+        _check_width(encoder, table.shape[1])
         text, text_mean = _texts(encoder, [str(label) for label in unique], settings.mode)
         support = SupportSet(
             labels=tuple(str(label) for label in unique),
@@ -178,8 +178,8 @@ class Classifier:
         return decide(self.prototypes, rows)
 
     def probabilities(self, rows: npt.ArrayLike) -> FloatArray:
-        """Return float32 (n, C): the probability of each class, also where it abstains, for each embedding (n, d)."""
-        queries = np.asarray(rows, np.float64)
+        """Return float32 (n, C): the probability of each class, also where it abstains; raises as ``classify_rows``."""
+        queries = checked_rows(rows, self.prototypes.matrix.shape[1])
         batch = score_batch(self.prototypes, queries, self.prototypes.settings.mode)
         return np.asarray(batch.probabilities, np.float32)
 
@@ -192,16 +192,22 @@ class Classifier:
         """Write the classifier into a folder, which is made: arrays as safetensors, the rest as JSON.
 
         The paths of the references are part of it.
+
+        Raises:
+            DestinationError: the folder cannot be written.
         """
         from safetensors.numpy import save
 
         arrays, facts = self.prototypes.to_arrays()
         target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
         facts = {"format": FORMAT, "sha256": hashlib.sha256(content).hexdigest(), **facts}
-        write_atomic(target / ARRAYS_FILE, content)
-        write_atomic(target / FACTS_FILE, json.dumps(facts, indent=1).encode())
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            write_atomic(target / ARRAYS_FILE, content)
+            write_atomic(target / FACTS_FILE, json.dumps(facts, indent=1).encode())
+        except OSError as error:
+            raise DestinationError(f"{target} cannot be written: {error.strerror}; name another folder") from error
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, encoder: LoadedEncoder | None = None) -> Self:
@@ -224,7 +230,15 @@ class Classifier:
             prototypes = PrototypeSet.from_arrays(load(content), facts)
         except OSError as error:
             raise DataError(f"{source} has no classifier: {error.filename}: {error.strerror}") from error
-        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (
+            SafetensorError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise DataError(f"{source} is damaged: {error}") from error
         return cls(prototypes, encoder=encoder)
 
@@ -241,6 +255,11 @@ def _settings(mode: str, precision: float | None, strangers: float | str) -> Dec
         return DecisionSettings(Mode(mode), abstain)
     except ValueError as error:
         raise DataError(str(error)) from error
+
+
+def _check_width(encoder: LoadedEncoder | None, width: int) -> None:
+    if encoder is not None and encoder.dimension != width:
+        raise DataError(f"rows have {width} columns, and embeddings of {encoder.id} {encoder.dimension}")
 
 
 def _texts(

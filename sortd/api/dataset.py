@@ -9,14 +9,16 @@ from typing import Any, Self
 from sortd.api.classifier import Classifier
 from sortd.api.images import LoadedEncoder
 from sortd.commands.assign import assign_to_class
+from sortd.commands.explain import why_kept
 from sortd.commands.moves import JournalPlace, record_facts, undo_records_of
+from sortd.commands.status import settings_with_corrections
 from sortd.config import Config, read_config
 from sortd.core.sorter import order_for
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.daemon.references import References, ReferencesAbsentError, stored_prototypes
-from sortd.daemon.resources import reference_settings_of
+from sortd.daemon.resources import select_classifier
 from sortd.encoder.backends import load_with_backend
-from sortd.errors import DataError, LayoutError, UnreadableError
+from sortd.errors import DataError, JournalError, LayoutError, UnreadableError
 from sortd.events import EmbeddedImage, ImageRefused, Moved
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.service import read_status
@@ -83,15 +85,20 @@ class DatasetHandle:
 
         With a label, an image in Review/ or Dataset/ goes to that class, as by ``sortd assign``. Without one, an image
         in Images/ is decided and goes to its class or to Review/: by the running daemon, which is waited for, or here.
-        A file that is still being written must not be passed.
+        A file that is still being written must not be passed. A broken image goes to Rejected/ where the daemon runs.
 
         Raises:
-            DataError: it lies elsewhere, was not moved, or the daemon has not filed it in time; the message says why.
-            UnreadableError: it cannot be decoded; it stays where it is.
+            DataError: it lies elsewhere, is held, was not moved, a fine-tuned model decides and no daemon runs, or the
+                daemon has not filed it in time; the message says why.
+            UnreadableError: it cannot be decoded, and no daemon runs; it stays where it is.
             SortdError: the dataset is not there, or another sortd works on it.
         """
         path = f"{self.layout.root}/{self._relative(image)}"
-        version = stamp(path)
+        known = [one["id"] for one in self.history(path=path, limit=1)]  # the file may have the name of a moved one
+        try:
+            version = stamp(path)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
         if version is None:
             raise DataError(f"{path} is not a file")
         if label is not None:
@@ -102,8 +109,10 @@ class DatasetHandle:
             return self._moves(Selection(id=done["id"], limit=1))[0]
         if self.layout.area_of(path) is not Area.IMAGES:
             raise DataError(f"{path} is not in {self.layout.area(Area.IMAGES)}; to file it elsewhere, pass a label")
+        if (why := why_kept(self.config, Path(path))) is not None:
+            raise DataError(f"{path} stays in Images/: {why.message}")
         status = read_status(self.config.state_dir)
-        return self._await(path) if status is not None and status["alive"] else self._file_here(path)
+        return self._await(path, known) if status is not None and status["alive"] else self._file_here(path)
 
     def undo(self, run: str | None = None, *, moves: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """Undo the moves of a run, or one move as ``history`` or ``file`` returned it.
@@ -127,7 +136,9 @@ class DatasetHandle:
         return undone
 
     def classifier(self) -> Classifier:
-        """Return the classifier of ``Clases/`` under the configured model and settings, built with the first call.
+        """Return the classifier of the references under the configured model and settings, built with the first call.
+
+        Images to which a person gave a class are references as well. Later changes count after ``close``.
 
         Raises:
             DataError: there is no class.
@@ -139,7 +150,7 @@ class DatasetHandle:
             encoder = LoadedEncoder(
                 load_with_backend(config, backend), cache_dir=config.cache_dir, jpeg=config.decoding.jpeg
             )
-            settings = reference_settings_of(config.dataset(self.name))
+            settings = settings_with_corrections(config, self.layout)
             previous = stored_prototypes(config, self.layout)
             generation = 1 if previous is None else previous.generation + 1
             try:
@@ -159,7 +170,9 @@ class DatasetHandle:
         self._classifier = None
 
     def _file_here(self, path: str) -> dict[str, Any]:
-        classifier = self.classifier()
+        classifier, wanted = self.classifier(), self.config.dataset(self.name).classifier
+        if select_classifier(self.layout, self.config.state_dir, wanted, classifier.labels).facts is not None:
+            raise DataError(f"a fine-tuned model decides in {self.name}; start sortd, or run `sortd once`")
         assert classifier.encoder is not None, "classifier() sets it"
         version = stamp(path)
         answer = None if version is None else next(iter(classifier.encoder.embedder().embed([(path, version)])))
@@ -172,26 +185,33 @@ class DatasetHandle:
         with lock_dataset(self.layout, self.config.state_dir, companions=companions) as opened:
             if (problem := opened.presence.problem()) is not None:
                 raise LayoutError(problem)
+            if guard := opened.journal.history.guard().reason:
+                raise DataError(f"{self.name} is held, because {guard}; see `sortd release`")
             ended = [one for one in opened.mover.move_all([move]) if one.path == path]
         if not ended or not isinstance(ended[0], Moved):
             raise DataError(f"{path} was not moved: {getattr(ended[0], 'message', '') if ended else 'try again'}")
         return self._moves(Selection(path=self._relative(path), limit=1))[0]
 
-    def _await(self, path: str) -> dict[str, Any]:
-        """Return the newest move of a path that a running daemon is about to make."""
-        relative, until = self._relative(path), time.monotonic() + PATIENCE_SECONDS
+    def _await(self, path: str, known: list[Any]) -> dict[str, Any]:
+        """Return the move of a path that a running daemon is about to make; ``known`` is the move before it, if any."""
+        until = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < until:
-            if stamp(path) is None and (found := self._moves(Selection(path=relative, limit=1))):
+            found = self.history(path=path, limit=1)
+            if found and found[0]["id"] not in known:
                 return found[0]
             time.sleep(POLLING_SECONDS)
-        raise DataError(f"{path} is still there after {PATIENCE_SECONDS:.0f} s; `sortd status` says why")
+        where = "still there" if os.path.lexists(path) else "gone, and sortd has not moved it,"
+        raise DataError(f"{path} is {where} after {PATIENCE_SECONDS:.0f} s; `sortd status` says more")
 
     def _moves(self, selection: Selection) -> list[dict[str, Any]]:
         place = JournalPlace(
             self.name, self.layout.root, self.layout.state_folder(self.config.state_dir) / JOURNAL_FILE
         )
-        if not place.is_there:
-            return []
+        try:
+            if not place.is_there:
+                return []
+        except OSError as error:
+            raise JournalError(f"{place.file} cannot be read: {error.strerror}") from error
         with History.open(place.file) as history:
             return [record_facts(place, record) for record in history.moves(selection)]
 

@@ -5,9 +5,10 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from sortd.arrays import FloatArray, Pixels
@@ -72,6 +73,7 @@ class LoadedEncoder:
 
         Raises:
             UnreadableError: a file is missing, no image, broken or too large; the message names it.
+            TypeError: ``images`` is a single image.
             ValueError: an array is not uint8, or has another shape than (height, width, 3) or (height, width).
         """
         check_images(images)
@@ -171,24 +173,33 @@ def load_encoder(
     """
     from sortd.encoder.backends import load_model
 
-    folder = None if cache_dir is None else Path(cache_dir)
+    folder = None if cache_dir is None else Path(os.path.abspath(cache_dir))  # it is opened with the first file
     loaded = load_model(model, text_model=text_model, backend=backend, device=device, cache_dir=folder, threads=threads)
     return LoadedEncoder(loaded, cache_dir=folder)
 
 
 def check_images(images: object) -> None:
     """Raise TypeError if a single image was passed where a sequence of them is needed."""
-    if isinstance(images, str | bytes | os.PathLike) or not hasattr(images, "__len__"):
+    is_array = isinstance(images, np.ndarray) and (images.ndim == 2 or _is_colour(images))  # noqa: PLR2004 -- grey
+    if is_array or isinstance(images, str | bytes | os.PathLike) or not hasattr(images, "__len__"):
         raise TypeError("images is a single one or no sequence; pass a list of paths, Pillow images or arrays")
+
+
+def _is_colour(array: npt.NDArray[Any]) -> bool:
+    return array.ndim == 3 and array.shape[2] == 3  # noqa: PLR2004 -- height, width and RGB
 
 
 def _pixels(image: object, preprocessing: Preprocessing) -> Pixels:
     """Return the input of the encoder, uint8 (height, width, 3), for a Pillow image or an array."""
     if isinstance(image, Image.Image):
-        return fit_image(image, preprocessing)
+        if not all(image.size):
+            raise ValueError(f"an image has the size {image.size}, so no pixels")
+        try:
+            return fit_image(image, preprocessing)
+        except OSError as error:  # Pillow reads the pixels of a file that it has opened now
+            raise UnreadableError(f"{getattr(image, 'filename', '') or 'a Pillow image'}: {error}") from error
     array = np.asarray(image)
-    is_colour = array.ndim == 3 and array.shape[2] == 3  # noqa: PLR2004 -- height, width and RGB
-    if array.dtype != np.uint8 or not (is_colour or array.ndim == 2) or not array.size:  # noqa: PLR2004 -- grey
+    if array.dtype != np.uint8 or not (_is_colour(array) or array.ndim == 2) or not array.size:  # noqa: PLR2004 -- grey
         raise ValueError(
             f"an array is {array.dtype} {array.shape}; it must be uint8 (height, width, 3), or (height, width) for grey"
         )

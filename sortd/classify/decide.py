@@ -97,7 +97,7 @@ def decide(
         near: the familiarity of the neighbours of the images.
         batch: the scores of the images, if they are known.
     """
-    queries = _checked(embeddings, prototypes.matrix.shape[1])
+    queries = checked_rows(embeddings, prototypes.matrix.shape[1])
     mode = prototypes.settings.mode
     if not len(prototypes.labels) or not len(queries):
         return [Abstained("no_classes", None, 0.0, 0.0, None, mode) for _ in queries]
@@ -113,7 +113,7 @@ def decide(
     return [_decision(*facts, batch, at, reason, likeness[at]) for at, reason in enumerate(reasons)]
 
 
-def _checked(rows: npt.ArrayLike, width: int) -> Array:
+def checked_rows(rows: npt.ArrayLike, width: int) -> Array:
     """Return rows as float64 (B, width), or raise ValueError for another shape or a value that is not finite."""
     checked = np.asarray(rows, dtype=np.float64)
     if checked.ndim != 2 or checked.shape[1] != width:  # noqa: PLR2004 - a matrix
@@ -137,7 +137,7 @@ def score_batch(prototypes: PrototypeSet, queries: Array, mode: Mode) -> ScoredB
 
 def score_logits(classifier: FinetunedClassifier, rows: npt.ArrayLike) -> ScoredBatch:
     """Return the probabilities of logits (B, C); raise as ``decide``."""
-    logits = _checked(rows, len(classifier.labels))
+    logits = checked_rows(rows, len(classifier.labels))
     probabilities = np.asarray(np.exp(log_softmax(logits / classifier.temperature)), dtype=np.float64)
     return ScoredBatch(probabilities, probabilities, probabilities, probabilities.argmax(axis=1))
 

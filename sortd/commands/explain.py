@@ -127,7 +127,7 @@ def explain_image(
     """
     absolute = os.path.abspath(path)
     mark = stamp(absolute)
-    left = _why_left(config, path)
+    left = why_kept(config, path)
     if mark is None and (left is not None or os.path.islink(absolute)):
         why = (
             "it is a symbolic link; give the path of the file"
@@ -162,8 +162,8 @@ def explain_image(
     )
 
 
-def _why_left(config: Config, path: Path) -> Why | None:
-    """Return why a file in Images/ is left there; None if it is not, or lies elsewhere."""
+def why_kept(config: Config, path: Path) -> Why | None:
+    """Return why a file in Images/ is left there: by its name, its place or a hold; None if it is not."""
     found = dataset_at(config, path)
     if found is None or not found[1].startswith(f"{Area.IMAGES.value}/"):
         return None

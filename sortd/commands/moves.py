@@ -30,12 +30,19 @@ from sortd.daemon.dataset_lock import inspect_dataset, lock_dataset
 from sortd.daemon.learnt import CONFIRMED, CORRECTED, is_reference, learnt_images
 from sortd.errors import DataError, JournalError, LayoutError, SortdError, StartupError
 from sortd.events import LIKE_NO_CLASS
+from sortd.files import text_of
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.store.history import History
 from sortd.store.records import Record, Role, Selection
 
 _STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
 """Form of the names that ``Layout.state_folder`` gives."""
+
+CSV_COLUMNS = (
+    *("id", "dataset", "run", "at", "outcome", "label", "from", "to", "size", "companions", "score", "margin"),
+    *("second_label", "mode", "reason", "generation", "encoder_id", "content", "undoes", "undone_by", "lost", "learnt"),
+)
+"""The keys of ``record_facts``, and whether an image that a person moved is a reference."""
 
 GIVEN = frozenset({CORRECTED, CONFIRMED})
 """The outcomes of images that a person moved to a class."""
@@ -184,8 +191,8 @@ def show_history(
             refusal = refusal or error
     records.sort(key=lambda one: (one["at"], one["id"]), reverse=True)
     records = records[: limit or None]
-    render = _print_csv if format_name == "csv" else partial(_print_records, limit)
-    show(records, render, as_json=format_name == "json")
+    render = _print_csv if format_name == "csv" else _print_records
+    show(records, partial(render, limit), as_json=format_name == "json")
     if refusal is not None:
         raise refusal
 
@@ -230,14 +237,15 @@ def _given_facts(place: JournalPlace, record: Record, corrected: str, path: str)
     )
 
 
-def _print_csv(records: Sequence[Mapping[str, Any]]) -> None:
+def _print_csv(limit: int, records: Sequence[Mapping[str, Any]]) -> None:
     """Print records as CSV with a header; several values in one cell are separated by semicolons."""
-    keys = list(dict.fromkeys(key for record in records for key in record))
-    writer = csv.writer(sys.stdout)
-    writer.writerow(keys)
+    writer = csv.DictWriter(sys.stdout, CSV_COLUMNS)
+    writer.writeheader()
+    clean = printable if sys.stdout.isatty() else text_of  # a file gets the names as they are
     for record in records:
-        cells = [";".join(value) if isinstance(value := record.get(key), list) else value for key in keys]
-        writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in cells])
+        cells = {key: ";".join(cell) if isinstance(cell, list) else cell for key, cell in record.items()}
+        writer.writerow({key: clean(cell) if isinstance(cell, str) else cell for key, cell in cells.items()})
+    _say_limit(limit, records)
 
 
 def _print_records(limit: int, records: Sequence[Mapping[str, Any]]) -> None:
@@ -249,6 +257,10 @@ def _print_records(limit: int, records: Sequence[Mapping[str, Any]]) -> None:
         print_table(("when", "dataset", "outcome", "from", "to", "score", "margin", "reason", "run"), rows)
     if not records:
         say("sortd: the journal has no such move")
+    _say_limit(limit, records)
+
+
+def _say_limit(limit: int, records: Sequence[Mapping[str, Any]]) -> None:
     if limit and len(records) == limit:
         say(f"sortd: these are the newest {limit} moves; --limit 0 shows all")
 

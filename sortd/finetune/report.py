@@ -33,7 +33,7 @@ from sortd.encoder.finetuned import (
 )
 from sortd.errors import DestinationError, ModelError
 from sortd.events import Mode
-from sortd.files import sync_folder_at
+from sortd.files import sync_folder_at, text_of
 from sortd.finetune.data import Photos, Plan, Predictions, Split, disk_errors_translated
 from sortd.finetune.model import average_with_start, logits_in_batches, temperature_of
 from sortd.finetune.train import score_of
@@ -339,7 +339,7 @@ def model_card(metrics: Mapping[str, Any]) -> str:
     loader = PackageLoader("sortd", "templates")
     environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, autoescape=False)  # noqa: S701 - Markdown
     environment.filters["of"] = estimated
-    return _drawable(environment.get_template(CARD_TEMPLATE).render(metrics, figures=_cells))
+    return text_of(environment.get_template(CARD_TEMPLATE).render(metrics, figures=_cells))
 
 
 def _cells(row: Mapping[str, Any]) -> str:
@@ -382,7 +382,7 @@ def draw_confusion(table: IntArray, labels: Sequence[str], file: Path) -> None:
     axes = figure.subplots()
     shares = table / table.sum(axis=1, keepdims=True).clip(min=1)
     axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
-    shown = [_drawable(label) for label in labels]
+    shown = [text_of(label) for label in labels]
     axes.set_xticks(range(len(labels)), shown, rotation=60, ha="right", parse_math=False)
     axes.set_yticks(range(len(labels)), shown, parse_math=False)
     axes.set_xlabel("predicted class")
@@ -392,11 +392,6 @@ def draw_confusion(table: IntArray, labels: Sequence[str], file: Path) -> None:
             shade = "white" if shares[row, column] > 0.5 else "black"  # noqa: PLR2004 - half of the scale
             axes.text(column, row, str(table[row, column]), ha="center", va="center", color=shade)
     figure.savefig(file)
-
-
-def _drawable(text: str) -> str:
-    """Return a text with escapes for bytes that are not UTF-8."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _write(file: Path, text: str) -> None:

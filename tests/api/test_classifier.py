@@ -161,3 +161,40 @@ def test_explanation_names_the_nearest_reference(encoder: LoadedEncoder, colours
     explanation = classifier.explain(colours / "Clases" / "red" / "0.png")
     assert explanation.neighbours[0].path == str(colours / "Clases" / "red" / "0.png")
     assert explanation.label == "red"
+
+
+def test_classifier_of_rows_refuses_an_encoder_of_other_rows(encoder: LoadedEncoder, tmp_path: Path) -> None:
+    """Rows of no named encoder are of the encoder that is passed later, but only if they have its length."""
+    rows, labels = rows_of_two_classes()
+    sortd.Classifier.fit(rows, labels).save(tmp_path / "kept")
+    with pytest.raises(DataError, match="rows have 8 columns"):
+        sortd.Classifier.load(tmp_path / "kept", encoder=encoder)
+
+
+def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """A file where the folder should be raises an error of the library; sources may be paths."""
+    rows, labels = rows_of_two_classes()
+    classifier = sortd.Classifier.fit(rows, labels, sources=[Path(f"{at}.png") for at in range(len(rows))])  # type: ignore[misc]
+    (tmp_path / "taken").touch()
+    with pytest.raises(sortd.SortdError, match="taken cannot be written"):
+        classifier.save(tmp_path / "taken")
+    classifier.save(tmp_path / "kept")
+    assert sortd.Classifier.load(tmp_path / "kept").prototypes.sources[0] == "0.png"
+
+
+@pytest.mark.parametrize("rows", [np.zeros(8), np.full((1, 8), np.nan), np.eye(3)], ids=["one", "nan", "other length"])
+def test_probabilities_of_what_is_no_row_are_refused(rows: Any) -> None:
+    """Probabilities and decisions refuse the same rows."""
+    classifier = sortd.Classifier.fit(*rows_of_two_classes())
+    for act in (classifier.classify_rows, classifier.probabilities):
+        with pytest.raises(ValueError, match="row"):
+            act(rows)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 1e400}'], ids=["deep", "infinite"])
+def test_hostile_facts_are_refused(tmp_path: Path, text: str) -> None:
+    """Whatever the JSON holds, the error is one of the library."""
+    sortd.Classifier.fit(*rows_of_two_classes()).save(tmp_path / "kept")
+    (tmp_path / "kept" / "classifier.json").write_text(text)
+    with pytest.raises(DataError):
+        sortd.Classifier.load(tmp_path / "kept")

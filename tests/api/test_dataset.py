@@ -1,6 +1,11 @@
 """A dataset for programs: its history, filing and undo, with and without a running daemon."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +13,9 @@ import pytest
 import sortd
 from sortd.api import dataset as module
 from sortd.api.dataset import DatasetHandle
+from sortd.daemon.dataset_lock import lock_dataset
 from sortd.encoder.clip import Encoder
+from sortd.encoder.finetuned import FinetunedFacts, Promotion, write_promotion
 from sortd.errors import DataError, LayoutError, UnreadableError
 from sortd.layout import Layout
 from tests.command_line import write_config
@@ -112,3 +119,82 @@ def test_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
     """The message says what is missing."""
     with pytest.raises(LayoutError, match="no Clases/"):
         sortd.open_dataset(tmp_path)
+
+
+def test_person_given_class_counts_also_without_a_daemon(handle: DatasetHandle) -> None:
+    """An image that was assigned to a class is one of the references with which later images are decided."""
+    path = handle.layout.root / "Images" / "new.png"
+    picture("red", 900, patches=40).save(path)
+    assigned = handle.file(handle.file(path)["to"], "blue")
+    handle.close()
+    assert assigned["to"] in handle.classifier().prototypes.sources
+
+
+@pytest.mark.parametrize("with_daemon", [False, True])
+def test_file_that_sortd_leaves_alone_is_refused_at_once(
+    handle: DatasetHandle, tmp_path: Path, *, with_daemon: bool
+) -> None:
+    """A held image, a hidden one and an unfinished download stay in Images/, with and without a daemon."""
+    held = handle.layout.root / "Images" / "held.png"
+    hidden, unfinished = held.with_name(".hidden.png"), held.with_name("new.png")
+    for number, path in enumerate((held, hidden, unfinished)):
+        picture("red", 900 + number, patches=40).save(path)
+    unfinished.with_name("new.png.aria2").touch()
+    handle.undo(moves=handle.file(held))
+    with running(tmp_path / "config.yaml") if with_daemon else nullcontext():
+        for path in (held, hidden, unfinished):
+            with pytest.raises(DataError, match="stays in Images/"):
+                handle.file(path)
+            assert path.is_file()
+
+
+def test_former_move_of_a_name_is_not_taken_for_the_new_one(
+    handle: DatasetHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the daemon has moved the second image of a name but not recorded it yet, the first move is no answer."""
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.1)
+    path = handle.layout.root / "Images" / "new.png"
+    picture("red", 900, patches=40).save(path)
+    first = handle.file(path)
+    with pytest.raises(DataError, match="is gone"):
+        handle._await(str(path), [first["id"]])
+
+
+def test_dataset_that_the_guard_holds_is_left_alone(handle: DatasetHandle) -> None:
+    """While the guard holds a dataset, nothing is decided without a daemon either."""
+    path = handle.layout.root / "Images" / "new.png"
+    picture("red", 900, patches=40).save(path)
+    with lock_dataset(handle.layout, handle.config.state_dir) as opened:
+        opened.journal.note_guard(replace(opened.journal.history.guard(), reason="too many were wrong"))
+    with pytest.raises(DataError, match="is held, because too many were wrong"):
+        handle.file(path)
+    assert path.is_file()
+
+
+def test_fine_tuned_model_is_not_passed_over(handle: DatasetHandle, vit: FinetunedFacts) -> None:
+    """Where a fine-tuned model decides, the prototypes do not decide in its place."""
+    path = handle.layout.root / "Images" / "new.png"
+    picture("red", 900, patches=40).save(path)
+    folder = handle.layout.state_folder(handle.config.state_dir)
+    folder.mkdir(parents=True)
+    write_promotion(folder, Promotion(vit.folder, vit.model_id, vit.verdict, 0.0))
+    with pytest.raises(DataError, match="a fine-tuned model decides"):
+        handle.file(path)
+    assert path.is_file()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_closed_state_is_an_error_of_the_library(public_folder: Path) -> None:
+    """A user who may not enter the state directory gets a JournalError, not a bare PermissionError."""
+    state = public_folder / "state"
+    state.mkdir(mode=0o700)
+    program = (
+        "import sortd\n"
+        f"handle = sortd.open_dataset({str(public_folder / 'Own')!r}, config={str(public_folder / 'config.yaml')!r})\n"
+        "try:\n    handle.history()\nexcept sortd.SortdError as error:\n    print(type(error).__name__)\n"
+    )
+    (public_folder / "Own/Clases").mkdir(parents=True)
+    write_config(public_folder)
+    under = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+    done = subprocess.run([*under, sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "JournalError\n"

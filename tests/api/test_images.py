@@ -129,3 +129,36 @@ def test_loaded_model_is_the_real_one(tiny_clip: Path) -> None:
         assert encoder.encode_texts(["red"]).shape == (1, encoder.dimension)
     with pytest.raises(sortd.SortdError):
         sortd.load_encoder(str(tiny_clip / "missing"))
+
+
+def test_single_array_is_refused(encoder: LoadedEncoder) -> None:
+    """One image is no list of its rows; an array of several images is one."""
+    image = np.asarray(picture("red", 1))
+    single: list[Any] = [image, image[..., 0]]
+    for one in single:
+        with pytest.raises(TypeError, match="pass a list"):
+            encoder.encode_images(one)
+    several: Any = np.stack([image, image])
+    assert len(encoder.encode_images(several)) == 2
+
+
+def test_pillow_image_without_pixels_is_refused(encoder: LoadedEncoder, tmp_path: Path) -> None:
+    """An empty image and one that Pillow cannot read to its end raise, with what is wrong."""
+    with pytest.raises(ValueError, match="no pixels"):
+        encoder.encode_images([Image.new("RGB", (0, 9))])
+    picture("red", 1, (400, 400)).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:3000])
+    with Image.open(tmp_path / "half.jpg") as half, pytest.raises(UnreadableError, match=r"half\.jpg: .*truncated"):
+        encoder.encode_images([half])
+
+
+def test_cache_stays_where_it_was_named(tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative ``cache_dir`` is that of the call, although the cache is opened with the first file."""
+    picture("red", 1).save(tmp_path / "red.png")
+    (tmp_path / "later").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with sortd.load_encoder(str(tiny_clip), device="cpu", cache_dir="cache") as encoder:
+        monkeypatch.chdir(tmp_path / "later")
+        encoder.encode_images([tmp_path / "red.png"])
+    assert (tmp_path / "cache").is_dir()
+    assert not list((tmp_path / "later").iterdir())

@@ -1,6 +1,7 @@
 """Exports of filed images, opened by the libraries that they are made for."""
 
 import csv
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sortd.commands.export import COLUMNS, ExportFormat, ExportOptions, Link, export_dataset
+from sortd.commands.export import export_dataset, exported_images
+from sortd.commands.export_formats import COLUMNS, WRITERS, ExportFormat, ExportOptions, Link
 from sortd.config import read_config
+from sortd.errors import DataError
 from sortd.layout import Layout
 from tests.command_line import Ran, sortd, write_config
 from tests.daemon_process import DaemonProcess, picture, teach, tree
@@ -119,6 +122,28 @@ def test_imagefolder_is_read_by_datasets(filed: Path, tiny_clip: Path, tmp_path:
     assert sorted(row["label"] for row in found) == ["blue"] * 5 + ["green"] * 4 + ["red"] * 3
     assert all(row["image"].size == (72, 64) for row in found)
     assert sum(row["checked"] for row in found) == 1
+
+
+@pytest.mark.parametrize("with_split", [False, True])
+def test_imagefolder_with_names_of_parts_is_read_whole(
+    filed: Path, tiny_clip: Path, tmp_path: Path, *, with_split: bool
+) -> None:
+    """Classes and files named after parts of a dataset move no image to another part, and none is lost."""
+    from datasets import load_dataset
+
+    (filed / "Dataset/red").rename(filed / "Dataset/test")
+    (filed / "Dataset/green").rename(filed / "Dataset/dev-board")
+    (filed / "Dataset/blue/blue1.png").rename(filed / "Dataset/blue/train-1.png")
+    out = export(filed, ExportFormat.IMAGEFOLDER, tiny_clip, train=0.7 if with_split else None)
+    loaded = load_dataset(str(out), cache_dir=str(tmp_path / "hub"))
+    parts = {"train": out / "train", "test": out / "test"} if with_split else {"train": out}
+    assert set(loaded) == set(parts)
+    for part, folder in parts.items():
+        lines = (folder / "metadata.jsonl").read_text().splitlines()
+        assert sorted(loaded[part]["content"]) == sorted(json.loads(line)["content"] for line in lines)
+    assert sorted(row["label"] for part in loaded.values() for row in part) == (
+        ["blue"] * 5 + ["dev-board"] * 4 + ["test"] * 3
+    )
 
 
 def test_datasets_are_read_by_datasets(filed: Path, tiny_clip: Path, tmp_path: Path) -> None:
@@ -230,9 +255,57 @@ def test_wrong_options_are_refused(filed: Path, arguments: list[str], message: s
     assert tree(filed.parents[1]) == before
 
 
+def test_broken_image_stops_no_split(filed: Path, tiny_clip: Path) -> None:
+    """An image whose header is whole and whose pixels are not is left out where it must be decoded."""
+    picture("red", 1).resize((400, 400)).save(filed / "whole.jpg")
+    (filed / "Dataset/red/broken.jpg").write_bytes((filed / "whole.jpg").read_bytes()[:2000])
+    lines = export(filed, ExportFormat.JSONL, tiny_clip, train=0.5).read_text().splitlines()
+    assert "red/broken.jpg" not in {json.loads(line)["file_name"] for line in lines}
+    assert len(lines) == 12
+
+
+@pytest.mark.parametrize("kind", [*FOLDERS, ExportFormat.DATASETS])
+def test_image_that_moves_meanwhile_is_named(filed: Path, tiny_clip: Path, kind: ExportFormat) -> None:
+    """A file that a person or sortd moves between listing and copying ends the export with its path."""
+    base = filed.parents[1]
+    config = read_config(base / "config.yaml", {"HOME": str(base), "SORTD_MODEL": str(tiny_clip)})
+    images = exported_images(config, Layout(filed))
+    gone = filed / "Dataset/red/red2.png"
+    gone.rename(filed / "Dataset/blue/red2.png")
+    with pytest.raises(DataError, match=r"red/red2\.png has moved during the export"):
+        WRITERS[kind](images, base / "target", ExportOptions(kind, base / "out"), None, lambda *_: None)
+
+
+def test_names_that_are_equal_in_utf8_are_named(filed: Path, tiny_clip: Path) -> None:
+    """Two files cannot get one name in the export; the message names the second file."""
+    folder = os.fsencode(filed / "Dataset" / "red")
+    for name in (b"\xff.png", b"\\xff.png"):
+        picture("red", 1).save(filed / "new.png")
+        os.rename(os.fsencode(filed / "new.png"), folder + b"/" + name)
+    with pytest.raises(DataError, match="this name, as UTF-8, is taken in the export"):
+        export(filed, ExportFormat.IMAGEFOLDER, tiny_clip)
+
+
+@pytest.mark.parametrize("kind", [ExportFormat.CSV, ExportFormat.IMAGEFOLDER])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EEXIST])
+def test_name_that_is_taken_meanwhile_is_left_alone(
+    filed: Path, tiny_clip: Path, kind: ExportFormat, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What appears at the place during the export stays, also where renameat2(2) knows no flags, as on NFS."""
+
+    def rename_late(_: int, __: str, ___: int, target: str) -> None:
+        Path(target).write_text("of another program")
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("sortd.commands.export.rename_new", rename_late)
+    with pytest.raises(DataError, match=r"nothing is overwritten|cannot be written"):
+        export(filed, kind, tiny_clip)
+    assert (filed.parents[1] / f"out-{kind}").read_text() == "of another program"
+
+
 def test_failed_export_leaves_nothing(filed: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in the middle leaves neither the folder nor a temporary one."""
-    monkeypatch.setattr("sortd.commands.export.shutil.copyfileobj", _full)
+    monkeypatch.setattr("sortd.commands.export_formats.shutil.copyfileobj", _full)
     with pytest.raises(Exception, match="No space left"):
         export(filed, ExportFormat.IMAGEFOLDER, tiny_clip)
     assert not [path.name for path in filed.parents[1].iterdir() if "out" in path.name or "export" in path.name]

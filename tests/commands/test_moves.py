@@ -13,6 +13,7 @@ import pytest
 from sortd.commands.moves import journals
 from sortd.config import read_config
 from sortd.core.guard import GuardState
+from sortd.daemon.corrections import record_places
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.files import stamp_of
 from sortd.layout import Layout
@@ -366,12 +367,25 @@ def test_rebuild_without_a_running_sortd_is_an_error(site: Path) -> None:
 
 
 def test_history_as_csv_is_read_by_the_csv_module(tmp_path: Path) -> None:
-    """Each move is a row under a header; commas, quotes and newlines in names break no row."""
+    """Each move is a row under a header, with its names as they are: commas, quotes, newlines and rare blanks."""
     write_config(tmp_path)
     dataset = make_dataset(tmp_path / "Data")
-    file_images(dataset, tmp_path / "state", {'a,"b".png': "red", "two\nlines.png": "blue"})
+    names = ['a,"b".png', "two\nlines.png", "at 9.41\u202fAM.png", "cr\r.png"]
+    file_images(dataset, tmp_path / "state", dict.fromkeys(names, "red"))
     done = sortd("history", "--format", "csv", "-c", str(tmp_path / "config.yaml"))
-    rows = list(csv.DictReader(io.StringIO(done.out)))
-    assert [row["label"] for row in rows] == ["blue", "red"]
-    assert [row["outcome"] for row in rows] == ["filed", "filed"]
-    assert [Path(row["to"]).name for row in rows] == ["two\\nlines.png", 'a,"b".png']
+    rows = list(csv.DictReader(io.StringIO(done.out, newline="")))
+    assert [(row["label"], row["outcome"]) for row in rows] == [("red", "filed")] * 4
+    assert sorted(Path(row["to"]).name for row in rows) == sorted(names)
+
+
+def test_history_as_csv_has_one_header(site: Path) -> None:
+    """The columns are the same without a move, and with one that a person made; a limit is told."""
+    empty = run(site, "history", "--format", "csv", "--label", "none")
+    os.rename(site / "Dataset/red/a.png", site / "Dataset/blue/a.png")
+    with lock_dataset(Layout(site), site.parents[1] / "state") as opened:
+        record_places(Layout(site), opened.journal, [str(site / "Dataset/blue/a.png")])
+    some = run(site, "history", "--format", "csv", "--limit", "2")
+    assert len(empty.out.splitlines()) == 1
+    assert len(some.out.splitlines()) == 3
+    assert some.out.splitlines()[0] == empty.out.splitlines()[0]
+    assert "--limit 0 shows all" in some.err
