@@ -127,7 +127,7 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
     resume: Annotated[bool, typer.Option("--resume", help="Resume the newest unfinished training.")] = False,
     effort: Annotated[
         Effort, typer.Option(help="quick and standard train the last blocks of the network, thorough all.")
-    ] = Effort.STANDARD,
+    ] = Effort.THOROUGH,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: 20, or more for at least 300 steps.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per training step.")] = RECIPE.batch_size,
     learning_rate: Annotated[
