@@ -8,9 +8,9 @@ from typing import Any, Self
 
 from sortd.api.classifier import Classifier
 from sortd.api.images import LoadedEncoder
-from sortd.commands.assign import assign_to_class
+from sortd.commands.assign import assign_to_class, facts_at
 from sortd.commands.explain import why_kept
-from sortd.commands.moves import JournalPlace, record_facts, undo_records_of
+from sortd.commands.moves import JournalPlace, dataset_at, record_facts, undo_records_of
 from sortd.commands.status import settings_with_corrections
 from sortd.config import Config, read_config
 from sortd.core.sorter import order_for
@@ -95,14 +95,8 @@ class DatasetHandle:
         """
         path = f"{self.layout.root}/{self._relative(image)}"
         known = [one["id"] for one in self.history(path=path, limit=1)]  # the file may have the name of a moved one
-        try:
-            version = stamp(path)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
-        if version is None:
-            raise DataError(f"{path} is not a file")
+        facts = facts_at(path)
         if label is not None:
-            facts = {"path": path, "size": version.size, "mtime_ns": version.mtime_ns}
             done = assign_to_class(self.config, self.layout, label, [facts])["assigned"][0]
             if done["destination"] is None:
                 raise DataError(f"{path} was not moved: {done['message']}")
@@ -146,7 +140,7 @@ class DatasetHandle:
         """
         if self._classifier is None:
             config = self.config
-            backend = {"onnx": "onnx", "torch": "torch"}.get(config.backend, "auto")
+            backend = config.backend if config.encoder_socket is None else "auto"
             encoder = LoadedEncoder(
                 load_with_backend(config, backend), cache_dir=config.cache_dir, jpeg=config.decoding.jpeg
             )
@@ -217,11 +211,10 @@ class DatasetHandle:
 
     def _relative(self, path: str | os.PathLike[str]) -> str:
         """Return a path relative to the dataset; raise DataError if it lies elsewhere."""
-        absolute = os.path.abspath(os.fspath(path))
-        for root in (os.fspath(self.layout.root), os.path.realpath(self.layout.root)):
-            if absolute.startswith(root + os.sep):
-                return absolute.removeprefix(root + os.sep)
-        raise DataError(f"{path} lies outside of the dataset {self.layout.root}")
+        found = dataset_at(self.config, Path(path))
+        if found is None or found[0] != self.layout:
+            raise DataError(f"{path} lies outside of the dataset {self.layout.root}")
+        return found[1]
 
 
 def open_dataset(folder: str | os.PathLike[str], *, config: str | os.PathLike[str] | None = None) -> DatasetHandle:

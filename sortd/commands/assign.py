@@ -104,19 +104,23 @@ def _images_at(config: Config, paths: Sequence[Path]) -> tuple[Layout, list[dict
             raise DataError(f"{path} lies in no dataset below {config.root}")
         layout, relative = found
         layouts[layout.root] = layout
-        place = f"{layout.root}/{relative}"
-        try:
-            version = stamp(place)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
-        if version is None:
-            raise DataError(f"{path} is not a file")
-        images.append(image_facts(place, version))
+        images.append(facts_at(f"{layout.root}/{relative}"))
     if len(layouts) > 1:
         names = ", ".join(sorted(layout.name for layout in layouts.values()))
         raise DataError(f"the images are in several datasets ({names}); assign those of each one in a call of its own")
     (layout,) = layouts.values()
     return layout, images
+
+
+def facts_at(path: str) -> dict[str, object]:
+    """Return a file as a request has it; raise DataError if it cannot be read or is none."""
+    try:
+        version = stamp(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if version is None:
+        raise DataError(f"{path} is not a file")
+    return image_facts(path, version)
 
 
 def print_assigned(reply: Mapping[str, Any]) -> None:
