@@ -1,0 +1,1 @@
+"""Decide on millions of images with Ray Data or in shards, and move them afterwards."""
