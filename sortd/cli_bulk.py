@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sortd.bulk import require_bulk_packages
-from sortd.commands.console import Command, Group, JsonOption, bar, show
+from sortd.commands.console import Command, ConfigOption, Group, JsonOption, bar, load_config, show
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run, which `bulk plan` made.")]
 
@@ -31,3 +31,29 @@ def plan(
     with bar("listing") as tell:
         facts = make_plan(source, out.absolute(), tell=tell)
     show(facts, print_planned, as_json=as_json)
+
+
+@bulk.command("apply", cls=Command)
+def apply(
+    run: RunArgument,
+    config: ConfigOption = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="URL", help="Objects: where Dataset/ is. Default: the parent of …/Images.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, and move nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Move the decided images to their classes. Can be repeated; only what is as it was decided on is moved."""
+    require_bulk_packages()
+    from sortd.bulk.apply import show_applied
+
+    show_applied(load_config(config), run, to=to, dry_run=dry_run, as_json=as_json)
+
+
+@bulk.command("undo", cls=Command)
+def undo(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Move what `bulk apply` moved back to where it was."""
+    require_bulk_packages()
+    from sortd.bulk.apply import show_undone
+
+    show_undone(load_config(config), run, as_json=as_json)
