@@ -18,7 +18,7 @@ from typing import Any
 import typer
 
 from sortd.bulk.plan import decided_parts, read_plan
-from sortd.bulk.storage import local_path, open_store
+from sortd.bulk.storage import local_path, store_of
 from sortd.bulk.transfers import (
     APPLY,
     AT_ONCE,
@@ -122,7 +122,7 @@ def apply_run(
     to: str | None = None,
     dry_run: bool = False,
     tell: Tell = lambda *_: None,
-    make_store: Callable[[str], ObjectStore] = lambda uri: ObjectStore(open_store(uri)[0]),
+    make_store: Callable[[str], ObjectStore] = lambda scheme: ObjectStore(store_of(scheme)),
 ) -> dict[str, Any]:
     """Move the assigned images of a run, and return what became of each, counted, as plain values.
 
@@ -132,7 +132,7 @@ def apply_run(
         to: the prefix of objects, below which ``Dataset/`` is; None: the parent of the run's source ``…/Images``.
         dry_run: check everything, and move nothing.
         tell: called with what is done.
-        make_store: connects to the store of an object.
+        make_store: connects to the store of a scheme.
 
     Raises:
         DataError: the run has no decisions, or ``to`` is missing or of another store.
@@ -287,7 +287,7 @@ class _Objects:
         if not images:
             return
         prefix = self._prefix()
-        store = self._make_store(prefix)
+        store = self._make_store(prefix.partition("://")[0])
         wanted = []
         for image in images:
             scheme, _, path = image.uri.partition("://")
@@ -342,7 +342,7 @@ def undo_run(
     run: Path,
     *,
     tell: Tell = lambda *_: None,
-    make_store: Callable[[str], ObjectStore] = lambda uri: ObjectStore(open_store(uri)[0]),
+    make_store: Callable[[str], ObjectStore] = lambda scheme: ObjectStore(store_of(scheme)),
 ) -> dict[str, Any]:
     """Move the images that ``apply_run`` moved back, and return the outcome as plain values; raises as it."""
     undone, scheme = Applied(), ""
@@ -365,7 +365,7 @@ def undo_run(
                 else:
                     undone.moved[layout.name] += 1
     if scheme:
-        _undo_transfers(run, make_store(f"{scheme}://"), scheme, undone)
+        _undo_transfers(run, make_store(scheme), scheme, undone)
     return {"run": os.fspath(run), **undone.facts()}
 
 

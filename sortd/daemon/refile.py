@@ -112,7 +112,7 @@ def _not_refiled(layout: Layout, history: History, path: str, found: Stamp, labe
 
 def _not_filed(layout: Layout, history: History, path: str, found: Stamp) -> str | None:
     """Return why an image of Images/ is not filed; None if it is."""
-    if history.guard().reason is not None:
+    if history.guard().reason:
         return "the dataset is held; see `sortd status` and `sortd release`"
     held = history.held_version(path.removeprefix(f"{layout.root}/"))
     if held is not None and held.is_same_version(found):

@@ -1,0 +1,94 @@
+"""The folder of a bulk run with its plan and decisions, written without deciding; and an S3 server on loopback."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+from moto.server import ThreadedMotoServer
+
+from sortd.bulk.storage import local_path, store_of
+
+BUCKET = "photos"
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "tests",
+    "AWS_SECRET_ACCESS_KEY": "tests",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+def write_run(
+    folder: Path, source: str, labels: Mapping[str, str | None], contents: Mapping[str, bytes] | None = None
+) -> Path:
+    """Write a run and return its folder.
+
+    Args:
+        folder: of the run.
+        source: what was planned.
+        labels: by URI, the class that was decided on; None: it was abstained from.
+        contents: by URI; without it, those of the files on this disk.
+    """
+    rows = []
+    for uri, label in labels.items():
+        content = Path(local_path(uri) or "").read_bytes() if contents is None else contents[uri]
+        row: dict[str, Any] = {
+            "id": hashlib.sha256(uri.encode()).hexdigest()[:32],
+            "uri": uri,
+            "label": label,
+            "probability": 0.9,
+            "margin": 0.5,
+            "familiarity": 0.0,
+            "reason": None if label else "margin",
+            "encoder_id": "fake-48",
+            "mode": "best",
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+        rows.append(row)
+    (folder / "decisions").mkdir(parents=True)
+    numbers = dict.fromkeys(("probability", "margin", "familiarity"), pa.float64())
+    schema = pa.schema([(name, numbers.get(name, pa.string())) for name in (rows[0] if rows else ())])
+    for number, row in enumerate(sorted(rows, key=lambda one: str(one["id"]))):  # several parts, of one row each
+        pq.write_table(pa.Table.from_pylist([row], schema), folder / "decisions" / f"part-{number:05}.parquet")
+    plan = {"version": 1, "source": source, "created": "2026-03-01T00:00:00+00:00", "count": len(rows)}
+    (folder / "plan.json").write_text(json.dumps(plan), "utf-8")
+    return folder
+
+
+@contextmanager
+def s3_server() -> Iterator[tuple[Any, dict[str, str]]]:
+    """Run moto's server with one bucket; yield a client, and the environment by which pyarrow finds it."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    with redirect_stdout(StringIO()):
+        server.start()
+    try:
+        host, port = server.get_host_and_port()
+        environment = {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+        client = boto3.client(
+            "s3",
+            endpoint_url=environment["AWS_ENDPOINT_URL"],
+            aws_access_key_id="tests",
+            aws_secret_access_key="tests",  # noqa: S106 -- of the server on loopback
+            region_name="us-east-1",
+        )
+        client.create_bucket(Bucket=BUCKET)
+        store_of.cache_clear()  # it may be of another server
+        yield client, environment
+        client.close()
+    finally:
+        server.stop()
+
+
+def objects(client: Any) -> dict[str, bytes]:
+    """Return every object of the bucket by its key, but for the empty ones that pyarrow writes for folders."""
+    found = client.list_objects_v2(Bucket=BUCKET).get("Contents", [])
+    keys = [str(one["Key"]) for one in found if not one["Key"].endswith("/")]
+    return {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
