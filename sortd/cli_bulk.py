@@ -1,5 +1,7 @@
 """The commands of ``sortd bulk``, each of which imports its module when it runs."""
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -57,3 +59,55 @@ def undo(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = Fa
     from sortd.bulk.apply import show_undone
 
     show_undone(load_config(config), run, as_json=as_json)
+
+
+@bulk.command("decide", cls=Command)
+def decide(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
+    run: RunArgument,
+    classifier: Annotated[Path, typer.Option("--classifier", help="Folder that `sortd.Classifier.save` wrote.")],
+    config: ConfigOption = None,
+    model: Annotated[str | None, typer.Option(help="Model. Default: the configured one.")] = None,
+    actors: Annotated[
+        int | None, typer.Option(min=1, help="Actors of Ray. Default: one for each --cpus processors here.")
+    ] = None,
+    cpus: Annotated[
+        int, typer.Option("--cpus", min=1, max=256, help="Threads and decoding processes of an actor or shard.")
+    ] = 1,
+    gpus: Annotated[float, typer.Option("--num-gpus", min=0, help="GPUs of an actor, which may be 0.5.")] = 0.0,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, `auto` or HOST:PORT. Default: one for this command, here.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Decide the I-th of N shards here, without Ray.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images of a forward pass.")] = 32,
+    as_json: JsonOption = False,
+) -> None:
+    """Decide on the images of a run. Repeat the same command to resume it."""
+    if shard is not None and (actors or gpus or address):
+        raise typer.BadParameter("--actors, --num-gpus and --address are of Ray; give none of them with --shard")
+    part = shard_of(shard)
+    require_bulk_packages(with_ray=part is None)
+    from sortd.bulk.decide import DecideSettings
+    from sortd.bulk.engines import RayOptions, decide_shard, decide_with_ray, print_decided
+
+    settings = DecideSettings.of(
+        load_config(config), classifier.absolute(), model=model, processors=cpus, batch_size=batch_size
+    )
+    with bar("deciding") as tell:
+        if part is not None:
+            facts = decide_shard(run.absolute(), settings, part, tell=tell)
+        else:
+            options = RayOptions(actors or max(1, len(os.sched_getaffinity(0)) // cpus), gpus, address)
+            facts = decide_with_ray(run.absolute(), settings, options, tell=tell)
+    show(facts, print_decided, as_json=as_json)
+
+
+def shard_of(text: str | None) -> tuple[int, int] | None:
+    """Return the numbers of ``3/8``; raise BadParameter for anything else but None."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise typer.BadParameter("must be I/N, from 1/N to N/N", param_hint="--shard")
+    return int(found[1]), int(found[2])

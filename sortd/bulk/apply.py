@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,24 +48,25 @@ from sortd.watch.scan import stamp
 THREADS = 16  # that read files and ask a store at the same time
 MOST_LISTED = 1_000  # refusals that are kept with their messages
 MOST_REASONS = 50  # that are counted apart
-COLUMNS = ("id", "uri", "label", "probability", "margin", "reason", "encoder_id", "sha256", "mode")
 
 Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class DecidedImage:
-    """One row of the decisions of a run; without a label the image stays, for ``reason``."""
+class AssignedImage:
+    """One image of a run that goes to a class."""
 
     id: str
     uri: str
-    label: str | None
+    label: str
     probability: float
     margin: float
-    reason: str
     encoder_id: str
     sha256: str
     mode: str
+
+
+COLUMNS = tuple(field.name for field in fields(AssignedImage))
 
 
 @dataclass
@@ -100,16 +101,33 @@ class Applied:
         }
 
 
-def decided_images(run: Path, *, tell: Tell) -> Iterator[list[DecidedImage]]:
-    """Yield the decisions of a run in groups; raise DataError if they are damaged or there are none."""
+def assigned_images(
+    run: Path, *, tell: Tell, count_abstained: Callable[[str], None] = lambda _: None
+) -> Iterator[list[AssignedImage]]:
+    """Yield the assigned images of a run in groups, each image once.
+
+    Args:
+        run: the folder of the run.
+        tell: called with the number of decisions that were read, and that of the images of the run.
+        count_abstained: called with the reason of each image that is left where it is.
+
+    Raises:
+        DataError: the decisions are damaged, or there are none.
+    """
     done, count = 0, int(read_plan(run)["count"])
     for part in decided_parts(run):
-        if missing := set(COLUMNS) - set(part.schema_arrow.names):
+        if missing := {"reason", *COLUMNS} - set(part.schema_arrow.names):
             raise DataError(f"the decisions in {run} have no {', '.join(sorted(missing))}; decide again")
-        for batch in part.iter_batches(batch_size=MOST_IN_A_REQUEST, columns=list(COLUMNS), use_threads=False):
-            rows = batch.to_pylist()
-            yield [DecidedImage(**row | {"reason": row["reason"] or "", "sha256": row["sha256"] or ""}) for row in rows]
-            done += len(rows)
+        for batch in part.iter_batches(MOST_IN_A_REQUEST, columns=["reason", *COLUMNS], use_threads=False):
+            found: dict[str, AssignedImage] = {}
+            for row in batch.to_pylist():
+                reason = row.pop("reason") or "unknown"
+                if None in row.values():
+                    count_abstained(reason.partition(":")[0] if row["label"] is None else "incomplete row")
+                else:
+                    found[row["id"]] = AssignedImage(**row)
+            yield list(found.values())
+            done += batch.num_rows
             tell("images", done, count)
     if not done:
         raise DataError(f"{run} has no decisions; make them: sortd bulk decide {run} --classifier FILE")
@@ -144,11 +162,13 @@ def apply_run(
         pool = stack.enter_context(ThreadPoolExecutor(THREADS, "bulk"))
         files = _Files(config, stack, pool, applied, is_dry=dry_run)
         objects = _Objects(run, to, stack, pool, applied, make_store, is_dry=dry_run)
-        for group in decided_images(run, tell=tell):
-            assigned = list({one.id: one for one in group if one.label is not None}.values())
-            applied.abstained.update(one.reason for one in group if one.label is None)
-            files.apply([one for one in assigned if local_path(one.uri) is not None])
-            objects.apply([one for one in assigned if local_path(one.uri) is None])
+
+        def count_abstained(reason: str) -> None:
+            applied.abstained[reason] += 1
+
+        for group in assigned_images(run, tell=tell, count_abstained=count_abstained):
+            files.apply([one for one in group if local_path(one.uri) is not None])
+            objects.apply([one for one in group if local_path(one.uri) is None])
     return {"run": os.fspath(run), "dry_run": dry_run, **applied.facts()}
 
 
@@ -164,9 +184,9 @@ class _Files:
         self._config, self._stack, self._pool, self._applied, self._is_dry = config, stack, pool, applied, is_dry
         self._refile: dict[Layout, Refile] = {}
 
-    def apply(self, images: Sequence[DecidedImage]) -> None:
+    def apply(self, images: Sequence[AssignedImage]) -> None:
         """Move one group."""
-        by_layout: dict[Layout, list[tuple[DecidedImage, str]]] = {}
+        by_layout: dict[Layout, list[tuple[AssignedImage, str]]] = {}
         for image in images:
             path = local_path(image.uri) or ""
             layout = _dataset_of(os.path.dirname(path))
@@ -181,7 +201,7 @@ class _Files:
                 for _, path in of_dataset:
                     self._applied.refuse(path, str(error))
 
-    def _apply(self, layout: Layout, images: Sequence[tuple[DecidedImage, str]]) -> None:
+    def _apply(self, layout: Layout, images: Sequence[tuple[AssignedImage, str]]) -> None:
         config = _config_of(self._config, layout)
         found = list(self._pool.map(_request_or_problem, images))
         ready = [one for one in found if not isinstance(one, str)]
@@ -197,7 +217,7 @@ class _Files:
             return
         if layout not in self._refile:
             self._refile[layout] = self._stack.enter_context(refiling(config, layout, dry_run=self._is_dry))
-        labels = {path: str(image.label) for image, path in images}
+        labels = {path: image.label for image, path in images}
         reply = self._refile[layout](ready)
         self._applied.later += reply["later"]
         for one in reply["refiled"]:
@@ -218,7 +238,7 @@ def _config_of(config: Config, layout: Layout) -> Config:
     return config.model_copy(update={"root": layout.root.parent})
 
 
-def _request_or_problem(image_and_path: tuple[DecidedImage, str]) -> dict[str, object] | str:
+def _request_or_problem(image_and_path: tuple[AssignedImage, str]) -> dict[str, object] | str:
     """Return an image as a request has it, if its file is the one that was decided on; else why not."""
     image, path = image_and_path
     try:
@@ -227,11 +247,12 @@ def _request_or_problem(image_and_path: tuple[DecidedImage, str]) -> dict[str, o
             return "the file is gone"
         if sha256_of(path) != image.sha256 or stamp(path) != before:
             return "the file changed since it was decided"
+        mode = Mode(image.mode)
     except OSError as error:
         return str(error.strerror)
-    decision = Assigned(
-        str(image.label), image.probability, image.margin, None, Mode(image.mode), confidence=image.probability
-    )
+    except ValueError as error:
+        return str(error)
+    decision = Assigned(image.label, image.probability, image.margin, None, mode, confidence=image.probability)
     return refile_facts(
         path,
         before.size,
@@ -251,7 +272,7 @@ def _history(config: Config, layout: Layout) -> Iterator[History | None]:
         yield history
 
 
-def _filing(history: History | None, layout: Layout, path: str, image: DecidedImage) -> Record | None:
+def _filing(history: History | None, layout: Layout, path: str, image: AssignedImage) -> Record | None:
     """Return the move, unless it was undone, by which the decided content left its path for a class."""
     if history is None:
         return None
@@ -282,7 +303,7 @@ class _Objects:
         self._make_store, self._is_dry = make_store, is_dry
         self._journal: TransferJournal | None = None
 
-    def apply(self, images: Sequence[DecidedImage]) -> None:
+    def apply(self, images: Sequence[AssignedImage]) -> None:
         """Move one group."""
         if not images:
             return
@@ -291,7 +312,7 @@ class _Objects:
         wanted = []
         for image in images:
             scheme, _, path = image.uri.partition("://")
-            label, name = str(image.label), path.rpartition("/")[2]
+            label, name = image.label, path.rpartition("/")[2]
             problem = class_name_problem(label)
             if scheme != prefix.partition("://")[0]:
                 self._applied.refuse(image.uri, f"it is not in the store of {prefix}")
@@ -346,9 +367,9 @@ def undo_run(
 ) -> dict[str, Any]:
     """Move the images that ``apply_run`` moved back, and return the outcome as plain values; raises as it."""
     undone, scheme = Applied(), ""
-    for group in decided_images(run, tell=tell):
-        by_layout: dict[Layout, list[tuple[str, DecidedImage]]] = {}
-        for image in (one for one in group if one.label is not None):
+    for group in assigned_images(run, tell=tell):
+        by_layout: dict[Layout, list[tuple[str, AssignedImage]]] = {}
+        for image in group:
             if (path := local_path(image.uri)) is None:
                 scheme = image.uri.partition("://")[0]
             elif (layout := _dataset_of(os.path.dirname(path))) is not None:

@@ -27,6 +27,7 @@ from sortd.watch.scan import scan, stamp, why_unfinished
 
 FILE_URL = "file://"
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)", re.DOTALL)
+_BLOCK_BYTES = 1 << 20
 _WILDCARD = re.compile(r"[*?\[]")
 
 Report = Callable[[OSError], None]
@@ -91,14 +92,18 @@ def read_bytes(uri: str, *, limit: int) -> bytes:
         OSError: it is missing, larger than ``limit`` bytes, no regular file, or cannot be read.
     """
     path = local_path(uri)
-    if path is not None:
-        return read_regular(path, limit=limit)
+    return read_regular(path, limit=limit) if path is not None else b"".join(read_blocks(uri, limit=limit))
+
+
+def read_blocks(uri: str, *, limit: int) -> Iterator[bytes]:
+    """Yield the content of an object in a store, block by block; raise as ``read_bytes``."""
     store, path = open_store(uri)
     with store.open_input_stream(path, compression=None) as stream:
-        content: bytes = stream.read(limit + 1)
-    if len(content) > limit:
-        raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
-    return content
+        while block := stream.read(_BLOCK_BYTES):
+            limit -= len(block)
+            if limit < 0:
+                raise OSError(errno.EFBIG, "it is larger than the limit on bytes")
+            yield block
 
 
 def list_images(source: str, *, report: Report) -> Iterator[StoredFile]:
