@@ -203,6 +203,9 @@ class _Files:
 
     def _apply(self, layout: Layout, images: Sequence[tuple[AssignedImage, str]]) -> None:
         config = _config_of(self._config, layout)
+        if layout not in self._refile:
+            self._refile[layout] = self._stack.enter_context(refiling(config, layout, dry_run=self._is_dry))
+            self._refile[layout]([])  # recovers moves that did not end: their images are not where they were decided on
         found = list(self._pool.map(_request_or_problem, images))
         ready = [one for one in found if not isinstance(one, str)]
         failed = [(*image, one) for image, one in zip(images, found, strict=True) if isinstance(one, str)]
@@ -215,8 +218,6 @@ class _Files:
                         self._applied.before += 1
         if not ready:
             return
-        if layout not in self._refile:
-            self._refile[layout] = self._stack.enter_context(refiling(config, layout, dry_run=self._is_dry))
         labels = {path: image.label for image, path in images}
         reply = self._refile[layout](ready)
         self._applied.later += reply["later"]

@@ -26,7 +26,12 @@ CREDENTIALS = {
 
 
 def write_run(
-    folder: Path, source: str, labels: Mapping[str, str | None], contents: Mapping[str, bytes] | None = None
+    folder: Path,
+    source: str,
+    labels: Mapping[str, str | None],
+    contents: Mapping[str, bytes] | None = None,
+    *,
+    rows_in_a_part: int = 1,
 ) -> Path:
     """Write a run and return its folder.
 
@@ -35,6 +40,7 @@ def write_run(
         source: what was planned.
         labels: by URI, the class that was decided on; None: it was abstained from.
         contents: by URI; without it, those of the files on this disk.
+        rows_in_a_part: of the decisions.
     """
     rows = []
     for uri, label in labels.items():
@@ -55,8 +61,10 @@ def write_run(
     (folder / "decisions").mkdir(parents=True)
     numbers = dict.fromkeys(("probability", "margin", "familiarity"), pa.float64())
     schema = pa.schema([(name, numbers.get(name, pa.string())) for name in (rows[0] if rows else ())])
-    for number, row in enumerate(sorted(rows, key=lambda one: str(one["id"]))):  # several parts, of one row each
-        pq.write_table(pa.Table.from_pylist([row], schema), folder / "decisions" / f"part-{number:05}.parquet")
+    rows.sort(key=lambda one: str(one["id"]))
+    for start in range(0, len(rows), rows_in_a_part):
+        part = pa.Table.from_pylist(rows[start : start + rows_in_a_part], schema)
+        pq.write_table(part, folder / "decisions" / f"part-{start:05}.parquet")
     plan = {"version": 1, "source": source, "created": "2026-03-01T00:00:00+00:00", "count": len(rows)}
     (folder / "plan.json").write_text(json.dumps(plan), "utf-8")
     return folder
@@ -72,19 +80,24 @@ def s3_server() -> Iterator[tuple[Any, dict[str, str]]]:
     try:
         host, port = server.get_host_and_port()
         environment = {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
-        client = boto3.client(
-            "s3",
-            endpoint_url=environment["AWS_ENDPOINT_URL"],
-            aws_access_key_id="tests",
-            aws_secret_access_key="tests",  # noqa: S106 -- of the server on loopback
-            region_name="us-east-1",
-        )
+        client = client_of(environment)
         client.create_bucket(Bucket=BUCKET)
         store_of.cache_clear()  # it may be of another server
         yield client, environment
         client.close()
     finally:
         server.stop()
+
+
+def client_of(environment: Mapping[str, str]) -> Any:
+    """Return a client of the server."""
+    return boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        region_name=environment["AWS_DEFAULT_REGION"],
+    )
 
 
 def objects(client: Any) -> dict[str, bytes]:
