@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from moto.server import ThreadedMotoServer
 
-from sortd.bulk.storage import local_path, store_of
+from sortd.bulk.plan import MANIFEST_SCHEMA, image_id
+from sortd.bulk.storage import StoredFile, local_path, store_of
 
 BUCKET = "photos"
 CREDENTIALS = {
@@ -42,11 +44,14 @@ def write_run(
         contents: by URI; without it, those of the files on this disk.
         rows_in_a_part: of the decisions.
     """
-    rows = []
+    rows, planned = [], []
     for uri, label in labels.items():
-        content = Path(local_path(uri) or "").read_bytes() if contents is None else contents[uri]
+        path = Path(local_path(uri) or "")
+        content = path.read_bytes() if contents is None else contents[uri]
+        image = StoredFile(uri, len(content), path.lstat().st_mtime_ns if contents is None else 0)
+        planned.append({"id": image_id(image), **asdict(image)})
         row: dict[str, Any] = {
-            "id": hashlib.sha256(uri.encode()).hexdigest()[:32],
+            "id": image_id(image),
             "uri": uri,
             "label": label,
             "probability": 0.9,
@@ -58,7 +63,9 @@ def write_run(
             "sha256": hashlib.sha256(content).hexdigest(),
         }
         rows.append(row)
-    (folder / "decisions").mkdir(parents=True)
+    for name in ("decisions", "manifest"):
+        (folder / name).mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(planned, MANIFEST_SCHEMA), folder / "manifest" / "part-00000.parquet")
     numbers = dict.fromkeys(("probability", "margin", "familiarity"), pa.float64())
     schema = pa.schema([(name, numbers.get(name, pa.string())) for name in (rows[0] if rows else ())])
     rows.sort(key=lambda one: str(one["id"]))
@@ -84,6 +91,7 @@ def s3_server() -> Iterator[tuple[Any, dict[str, str]]]:
         client.create_bucket(Bucket=BUCKET)
         store_of.cache_clear()  # it may be of another server
         yield client, environment
+        delete_all(client)  # another server of this process would have the same objects
         client.close()
     finally:
         server.stop()
@@ -98,6 +106,12 @@ def client_of(environment: Mapping[str, str]) -> Any:
         aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
         region_name=environment["AWS_DEFAULT_REGION"],
     )
+
+
+def delete_all(client: Any) -> None:
+    """Delete every object of the bucket."""
+    for one in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+        client.delete_object(Bucket=BUCKET, Key=one["Key"])
 
 
 def objects(client: Any) -> dict[str, bytes]:

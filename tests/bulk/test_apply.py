@@ -10,7 +10,7 @@ import pytest
 from sortd.api.dataset import open_dataset
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.layout import Layout
-from tests.bulk.decided_run import BUCKET, objects, s3_server, write_run
+from tests.bulk.decided_run import BUCKET, delete_all, objects, s3_server, write_run
 from tests.command_line import Ran, sortd, write_config
 from tests.daemon_process import make_dataset, picture, running, tree
 
@@ -181,8 +181,7 @@ class TestObjects:
             {uris[name]: content for name, content in CONTENTS.items()},
         )
         yield client
-        for one in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
-            client.delete_object(Bucket=BUCKET, Key=one["Key"])
+        delete_all(client)
 
     @staticmethod
     def bulk(folder: Path, command: str, *arguments: object) -> Ran:
