@@ -8,6 +8,7 @@ batches are formed again.
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -119,8 +120,11 @@ def _result_of(text: str) -> Result | None:
 @contextmanager
 def _started_ray(options: RayOptions, *, processors: int) -> Iterator[Any]:
     """Yield the module of Ray, connected to a cluster, or to processes of its own that end with the block."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    if options.address is None:  # its ports run what they are sent, so only this process may use them
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
     import ray
     import ray.data
 
