@@ -10,10 +10,11 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ def _started_ray(options: RayOptions, *, processors: int) -> Iterator[Any]:
             ray.init("local", _temp_dir=own, **here, **quiet)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        yield ray
+        with redirect_stdout(sys.stderr):  # where Ray reports processes that have ended
+            yield ray
     except ConnectionError as error:
         raise DataError(f"there is no cluster at {options.address}: {error}") from error
     finally:

@@ -1,7 +1,7 @@
 """A bulk run of small images in small parts, and ``bulk decide`` with the fake encoder in a process of its own.
 
 ``python -m tests.bulk.bulk_run RUN CLASSIFIER ENGINE`` decides, and prints the facts as JSON; ENGINE is ``I/N`` or a
-number of actors. If ``$SORTD_TEST_PIDS`` names a folder, each process that encodes leaves a file there whose name is
+number of actors. If ``$BULK_PIDS`` names a folder, each process that encodes leaves a file there whose name is
 its number, and takes its time, so that it can be killed.
 """
 
@@ -29,7 +29,7 @@ from sortd.exits import exit_on_error
 from tests.daemon_process import COLOURS, make_dataset, picture, teach
 from tests.fake_encoder import FakeEncoder
 
-PIDS = "SORTD_TEST_PIDS"
+PIDS = "BULK_PIDS"
 FORWARD_SECONDS = 0.1
 """Of a slow encoder."""
 

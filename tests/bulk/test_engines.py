@@ -77,7 +77,8 @@ def deciding(run: Path, classifier: Path, engine: str, pids: Path) -> Iterator["
         yield process
     finally:
         process.kill()
-        process.communicate()
+        _, err = process.communicate()
+        assert process.returncode in {0, -signal.SIGKILL}, err
 
 
 def wait_until(is_true: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
