@@ -133,8 +133,9 @@ def _parts_of_glob(pattern: str) -> tuple[str, re.Pattern[str]]:
 
 
 def _list_disk(source: str, report: Report) -> Iterator[StoredFile]:
-    root, pattern = (source, None) if os.path.lexists(source) else _parts_of_glob(source)
-    if not os.path.isdir(root) or (pattern is None and not os.path.isdir(source)):
+    is_glob = _WILDCARD.search(source) and not os.path.lexists(source)
+    root, pattern = _parts_of_glob(source) if is_glob else (source, None)
+    if not os.path.isdir(root):
         raise DataError(f"{source} is no folder; name a folder, a glob or a URL")
     for path, version in scan(root, report=report):
         try:
