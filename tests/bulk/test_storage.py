@@ -93,11 +93,11 @@ def test_store_of_fsspec_is_read() -> None:
 def test_folder_is_listed_by_the_rules_of_the_daemon(tmp_path: Path) -> None:
     """Links, hidden and unfinished files, and what is no image by name and content, are left out."""
     folder = tmp_path / "photos"
-    for place in (folder / "deep" / "er", folder / ".hidden"):
+    for place in (folder / "deep" / "er", folder / ".hidden", folder / "half" / "way"):
         place.mkdir(parents=True)
         (place / "a.jpg").write_bytes(b"x")
     (folder / "nameless").write_bytes(b"\xff\xd8\xff\xe0")
-    for name in ("words.txt", "b.jpg.part", ".c.jpg", "d.jpg", "d.jpg.aria2", "raw.cr2"):
+    for name in ("words.txt", "b.jpg.part", ".c.jpg", "d.jpg", "d.jpg.aria2", "half.aria2", "raw.cr2"):
         (folder / name).write_bytes(b"x")
     (folder / "link.jpg").symlink_to("nameless")
     (folder / "around").symlink_to(folder)
