@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sortd.bulk import require_bulk_packages
-from sortd.commands.console import Command, ConfigOption, Group, JsonOption, bar, load_config, show
+from sortd.commands.console import Command, ConfigOption, Group, HtmlOption, JsonOption, bar, load_config, show
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run, which `bulk plan` made.")]
 
@@ -111,3 +111,21 @@ def shard_of(text: str | None) -> tuple[int, int] | None:
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise typer.BadParameter("must be I/N, from 1/N to N/N", param_hint="--shard")
     return int(found[1]), int(found[2])
+
+
+@bulk.command("report", cls=Command)
+def report(
+    run: RunArgument,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="CSV file with the columns uri and label: the true classes.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, max=10_000, help="Images of the page, drawn at random.")] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sample.")] = 0,
+    html: HtmlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Count the decisions of a run, state how many are right, and write a page with a sample."""
+    require_bulk_packages()
+    from sortd.bulk.report import show_report
+
+    show_report(run.absolute(), labels=labels, sample=sample, seed=seed, page=html, as_json=as_json)

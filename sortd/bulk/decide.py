@@ -156,7 +156,6 @@ class PartDecider:
             config.decoding.timeout_seconds,
             jpeg=config.decoding.jpeg,
         )
-        self._readers = ThreadPoolExecutor(READERS, "reader")
         self._scratch = tempfile.TemporaryDirectory(prefix="sortd-bulk-", ignore_cleanup_errors=True)
         self.seconds = dict.fromkeys(STAGES, 0.0)  # that each stage was busy, in all processes and threads together
 
@@ -166,7 +165,6 @@ class PartDecider:
 
     def __exit__(self, *_: object) -> None:
         """End the decoding processes."""
-        self._readers.shutdown(cancel_futures=True)
         self._pool.close()
         self._scratch.cleanup()
 
@@ -182,11 +180,13 @@ class PartDecider:
             return None
         source = run / MANIFEST / part_name(number)
         try:
-            rows = pq.read_table(source, schema=MANIFEST_SCHEMA, use_threads=False).to_pylist()
+            manifest = pq.read_table(source, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{source} cannot be read: {error}; plan the run again") from error
+        if not manifest.schema.equals(MANIFEST_SCHEMA):
+            raise DataError(f"{source} has other columns than a manifest; plan the run again")
         self.seconds, began = dict.fromkeys(STAGES, 0.0), time.time()
-        table = self.decide(rows)
+        table = self.decide(manifest.to_pylist())
         decided = time.perf_counter()
         write_table(target, table)
         self.seconds["write"] += time.perf_counter() - decided
@@ -220,12 +220,13 @@ class PartDecider:
     def _read_ahead(self, batches: Sequence[Sequence[Row]]) -> Iterator[tuple[Sequence[Row], list["_Read"]]]:
         """Yield each batch with its files, while the files of the next one are read."""
         waiting: deque[tuple[Sequence[Row], list[Future[_Read]]]] = deque()
-        for batch in batches:
-            waiting.append((batch, [self._readers.submit(self._read, row) for row in batch]))
-            if len(waiting) > 1:
-                yield self._wait(*waiting.popleft())
-        for one in waiting:
-            yield self._wait(*one)
+        with ThreadPoolExecutor(READERS, "reader") as readers:
+            for batch in batches:
+                waiting.append((batch, [readers.submit(self._read, row) for row in batch]))
+                if len(waiting) > 1:
+                    yield self._wait(*waiting.popleft())
+            for one in waiting:
+                yield self._wait(*one)
 
     def _wait(self, batch: Sequence[Row], files: Sequence["Future[_Read]"]) -> tuple[Sequence[Row], list["_Read"]]:
         reads = [file.result() for file in files]
@@ -235,10 +236,10 @@ class PartDecider:
     def _read(self, row: Row) -> "_Read":
         """Return the file of a row: on this disk, or a copy of an object; or why it cannot be read."""
         began = time.perf_counter()
+        path, is_copy = local_path(row["uri"]), False
         try:
-            path = local_path(row["uri"])
-            is_copy = path is None
-            path = path or self._copied(row)
+            if path is None:
+                path, is_copy = self._copied(row), True
             version = stamp(path)
         except OSError as error:
             if error.errno in RESOURCE_ERRORS | _FULL_DISK:
@@ -247,9 +248,11 @@ class PartDecider:
         seconds = time.perf_counter() - began
         if version is None:
             return _Unread("it does not exist any more", seconds)
-        if version.size != row["size"] or (not is_copy and version.mtime_ns != row["mtime_ns"]):
-            return _Unread("it has changed since it was planned", seconds)
-        return _Image(path, version, is_copy, seconds)
+        if version.size == row["size"] and (is_copy or version.mtime_ns == row["mtime_ns"]):
+            return _Image(path, version, is_copy, seconds)
+        if is_copy:
+            os.unlink(path)
+        return _Unread("it has changed since it was planned", seconds)
 
     def _copied(self, row: Row) -> str:
         """Copy an object to a file, and return its path."""
@@ -257,8 +260,12 @@ class PartDecider:
             raise OSError(errno.EFBIG, f"{row['size']:,} bytes are over the limit of {self._limits.max_bytes:,}")
         suffix = os.path.splitext(row["uri"])[1].lower()
         descriptor, path = tempfile.mkstemp(suffix if suffix in SUFFIXES else "", dir=self._scratch.name)
-        with open(descriptor, "wb") as file:
-            file.writelines(read_blocks(row["uri"], limit=self._limits.max_bytes))
+        try:
+            with open(descriptor, "wb") as file:
+                file.writelines(read_blocks(row["uri"], limit=self._limits.max_bytes))
+        except OSError:
+            os.unlink(path)
+            raise
         return path
 
     def _finish(self, batch: Sequence[Row], reads: Sequence["_Read"], pixels: Batch) -> list[dict[str, Any]]:

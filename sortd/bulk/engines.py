@@ -8,11 +8,13 @@ batches are formed again.
 import json
 import logging
 import os
+import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,8 +121,11 @@ def _result_of(text: str) -> Result | None:
 @contextmanager
 def _started_ray(options: RayOptions, *, processors: int) -> Iterator[Any]:
     """Yield the module of Ray, connected to a cluster, or to processes of its own that end with the block."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    if options.address is None:  # its ports run what they are sent, so only this process may use them
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
     import ray
     import ray.data
 
@@ -134,7 +139,8 @@ def _started_ray(options: RayOptions, *, processors: int) -> Iterator[Any]:
             ray.init("local", _temp_dir=own, **here, **quiet)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False
-        yield ray
+        with redirect_stdout(sys.stderr):  # where Ray reports processes that have ended
+            yield ray
     except ConnectionError as error:
         raise DataError(f"there is no cluster at {options.address}: {error}") from error
     finally:

@@ -1,1 +1,1 @@
-"""Tests of sortd as a library."""
+"""Tests of bulk work."""
