@@ -53,7 +53,7 @@ def apply(
 
 
 @bulk.command("undo", cls=Command)
-def undo(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+def undo_command(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Move what `bulk apply` moved back to where it was."""
     require_bulk_packages()
     from sortd.bulk.apply import show_undone

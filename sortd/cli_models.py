@@ -194,9 +194,9 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
     with ExitStack() as stack:
         if manifest is not None and not resume and is_first_process():
             require_bulk_packages()
-            from sortd.bulk.labelled import labelled_images
+            from sortd.bulk.labelled import training_images
 
-            images = stack.enter_context(labelled_images(manifest.absolute(), labels, loaded))
+            images = stack.enter_context(training_images(manifest.absolute(), labels, loaded))
             request = replace(request, images=images)
         fine_tune(
             loaded,

@@ -46,6 +46,8 @@ from sortd.store.records import Record, Selection
 from sortd.watch.scan import stamp
 
 THREADS = 16  # that read files and ask a store at the same time
+WRITABLE = ("s3", "gs", "gcs")
+"""The schemes of the stores in which objects can be copied and deleted; hf:// is only read."""
 MOST_LISTED = 1_000  # refusals that are kept with their messages
 MOST_REASONS = 50  # that are counted apart
 
@@ -315,7 +317,9 @@ class _Objects:
             scheme, _, path = image.uri.partition("://")
             label, name = image.label, path.rpartition("/")[2]
             problem = class_name_problem(label)
-            if scheme != prefix.partition("://")[0]:
+            if scheme not in WRITABLE:
+                self._applied.refuse(image.uri, f"objects are moved in {' and '.join(WRITABLE)} only")
+            elif scheme != prefix.partition("://")[0]:
                 self._applied.refuse(image.uri, f"it is not in the store of {prefix}")
             elif problem is not None or not name:
                 self._applied.refuse(image.uri, f"{label!r} cannot be a class: {problem}" if name else "it has no name")

@@ -25,7 +25,7 @@ THREADS = 16
 
 
 @contextmanager
-def labelled_images(run: Path, labels: LabelSource, config: Config) -> Iterator[tuple[LabelledImage, ...]]:
+def training_images(run: Path, labels: LabelSource, config: Config) -> Iterator[tuple[LabelledImage, ...]]:
     """Yield the images of a run that have a class; objects of a store are on this disk until the block ends.
 
     Images that are gone, changed or unreadable are left out; their number is printed.

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from sortd.api.dataset import open_dataset
+from sortd.bulk.engines import decide_shard
+from sortd.bulk.plan import make_plan
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.layout import Layout
+from tests.bulk.bulk_run import decisions_of, draw_images, load_fake, save_classifier, settings_for
 from tests.bulk.decided_run import BUCKET, delete_all, objects, s3_server, write_run
 from tests.command_line import Ran, sortd, write_config
 from tests.daemon_process import make_dataset, picture, running, tree
@@ -138,6 +141,24 @@ class TestFiles:
             assert places(site) == FILED
             assert sortd("undo", site / "Images" / "b.png", "--config", config).code == 0
             assert places(site)["b.png"] == "Images"
+
+
+def test_apply_after_plan_and_decide_files_what_was_assigned(tmp_path: Path) -> None:
+    """The three commands fit together, and the journal names the mode and the encoder that decided."""
+    write_config(tmp_path)
+    classifier = save_classifier(tmp_path)
+    dataset = tmp_path / "Data" / "Colours"
+    Layout(dataset).make()
+    draw_images(dataset / "Images", 12)
+    make_plan(str(dataset / "Images"), tmp_path / "run")
+    decide_shard(tmp_path / "run", settings_for(classifier), (1, 1), load=load_fake)
+    labels = {Path(row["uri"]).name: row["label"] for row in decisions_of(tmp_path / "run").to_pylist()}
+    ran = bulk(dataset, "apply")
+    assert ran.code == 0, ran.facts
+    assert len(set(labels.values())) > 2
+    assert places(dataset) == {name: f"Dataset/{label}" if label else "Images" for name, label in labels.items()}
+    with open_dataset(dataset, config=tmp_path / "config.yaml") as opened:
+        assert {(one["mode"], one["encoder_id"]) for one in opened.history()} == {("mixed", "fake-48")}
 
 
 def test_apply_of_a_run_without_decisions_says_what_to_do(tmp_path: Path) -> None:

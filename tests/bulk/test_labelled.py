@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.bulk.labelled import labelled_images
+from sortd.bulk.labelled import training_images
 from sortd.bulk.plan import make_plan
 from sortd.config import Config, read_config
 from sortd.errors import DataError
@@ -27,11 +27,11 @@ def config(tmp_path: Path) -> Config:
 
 def labelled(run: Path, labels: LabelSource, config: Config) -> dict[str, LabelledImage]:
     """Return the labelled images by their path."""
-    with labelled_images(run, labels, config) as images:
+    with training_images(run, labels, config) as images:
         return {one.path: one for one in images}
 
 
-def test_labelled_images_are_those_with_a_class_that_did_not_change(
+def test_training_images_are_those_with_a_class_that_did_not_change(
     tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The classes of decisions are sortd's, those of folders a person's; how many were left out is printed."""
@@ -54,7 +54,7 @@ def test_labelled_images_are_those_with_a_class_that_did_not_change(
     assert all(one.is_placed for one in by_folder.values())
 
 
-def test_labelled_images_of_a_plan_alone_have_folders_and_no_decisions(tmp_path: Path, config: Config) -> None:
+def test_training_images_of_a_plan_alone_have_folders_and_no_decisions(tmp_path: Path, config: Config) -> None:
     """A run need not be decided on to be trained on."""
     make_photos(tmp_path, {"red": 2})
     make_plan(str(tmp_path / "Shapes" / "Clases"), tmp_path / "run")
@@ -63,7 +63,7 @@ def test_labelled_images_of_a_plan_alone_have_folders_and_no_decisions(tmp_path:
         labelled(tmp_path / "run", LabelSource.DECISIONS, config)
 
 
-def test_labelled_images_of_a_store_are_downloaded_for_the_block(
+def test_training_images_of_a_store_are_downloaded_for_the_block(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the decided bytes; nothing is left of them afterwards."""
@@ -74,7 +74,7 @@ def test_labelled_images_of_a_store_are_downloaded_for_the_block(
             monkeypatch.setenv(name, value)
         client.put_object(Bucket=BUCKET, Key="a/same.png", Body=b"image")
         client.put_object(Bucket=BUCKET, Key="a/changed.png", Body=b"IMAGE")
-        with labelled_images(run, LabelSource.DECISIONS, config) as images:
+        with training_images(run, LabelSource.DECISIONS, config) as images:
             assert [(Path(one.path).read_bytes(), one.label) for one in images] == [(b"image", "red")]
     assert list(config.state_dir.iterdir()) == []
 
@@ -90,7 +90,7 @@ def test_prepare_uses_decided_images_for_training_only(tmp_path: Path, config: C
     recipe = Recipe(test=0.25, validation=0.25)
     held_out = {}
     for labels in LabelSource:
-        with labelled_images(run, labels, config) as images:
+        with training_images(run, labels, config) as images:
             request = TrainingRequest(Layout(dataset), base=str(base), recipe=recipe, images=images)
             work = tmp_path / labels
             work.mkdir()
