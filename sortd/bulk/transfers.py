@@ -74,10 +74,10 @@ class ObjectStore:
         try:
             with self._files.open_input_stream(path, compression=None) as stream:
                 facts = {_text(key): _text(value) for key, value in (stream.metadata() or {}).items()}
-                size = int(facts["Content-Length"]) if "Content-Length" in facts else stream.size()
         except FileNotFoundError:
             return None
-        return ObjectVersion(size, facts.get("ETag", ""))
+        size = facts.get("Content-Length")
+        return ObjectVersion(self._files.get_file_info(path).size if size is None else int(size), facts.get("ETag", ""))
 
     def chunks(self, path: str) -> Iterator[bytes]:
         """Yield the bytes of an object."""

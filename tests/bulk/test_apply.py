@@ -10,6 +10,7 @@ import pytest
 from sortd.api.dataset import open_dataset
 from sortd.bulk.engines import decide_shard
 from sortd.bulk.plan import make_plan
+from sortd.core.guard import GuardState
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.layout import Layout
 from tests.bulk.bulk_run import decisions_of, draw_images, load_fake, save_classifier, settings_for
@@ -122,6 +123,15 @@ class TestFiles:
         assert again.code == 65
         assert again.facts["refused"] == {"its last move was undone; `sortd release` lets it be filed again": 3}
         assert bulk(site, "undo").facts["moved"] == {}
+
+    def test_apply_in_a_dataset_that_the_guard_holds_moves_nothing(self, site: Path) -> None:
+        """It says so in the dry run already."""
+        with lock_dataset(Layout(site), site.parents[1] / "state") as opened:
+            opened.journal.note_guard(GuardState(reason="9 of 10 images would be filed as red"))
+        expected = {"the dataset is held; see `sortd status` and `sortd release`": 3}
+        assert bulk(site, "apply", "--dry-run").facts["refused"] == expected
+        ran = bulk(site, "apply")
+        assert (ran.code, ran.facts["refused"], ran.facts["moved"]) == (65, expected, {})
 
     def test_apply_by_another_process_with_the_lock_is_refused(self, site: Path) -> None:
         """No image is moved by two."""
