@@ -132,21 +132,21 @@ def _started_ray(options: RayOptions, *, processors: int) -> Iterator[Any]:
     own = tempfile.mkdtemp(prefix="r-") if options.address is None else None  # paths of sockets have 107 bytes
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     here = {"num_cpus": processors, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-    try:
-        if own is None:
-            ray.init(options.address, **quiet)
-        else:
-            ray.init("local", _temp_dir=own, **here, **quiet)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        with redirect_stdout(sys.stderr):  # where Ray reports processes that have ended
+    with redirect_stdout(sys.stderr):  # Ray prints there which processes have ended, some of it at the shutdown
+        try:
+            if own is None:
+                ray.init(options.address, **quiet)
+            else:
+                ray.init("local", _temp_dir=own, **here, **quiet)
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            ray.data.DataContext.get_current().enable_progress_bars = False
             yield ray
-    except ConnectionError as error:
-        raise DataError(f"there is no cluster at {options.address}: {error}") from error
-    finally:
-        ray.shutdown()
-        if own is not None:
-            shutil.rmtree(own, ignore_errors=True)
+        except ConnectionError as error:
+            raise DataError(f"there is no cluster at {options.address}: {error}") from error
+        finally:
+            ray.shutdown()
+            if own is not None:
+                shutil.rmtree(own, ignore_errors=True)
 
 
 def _parts(run: Path, settings: DecideSettings, shard: tuple[int, int] = (1, 1)) -> tuple[list[int], int]:
