@@ -85,7 +85,9 @@ def write_table(file: Path, table: pa.Table) -> None:
         raise DestinationError(f"{file} cannot be written: {error.strerror}; free space or name another run") from error
 
 
-def make_plan(source: str, run: Path, *, tell: Tell = lambda *_: None) -> dict[str, Any]:
+def make_plan(
+    source: str, run: Path, *, fewest_rows: int = FEWEST_ROWS, tell: Tell = lambda *_: None
+) -> dict[str, Any]:
     """List the images of a source into the manifest of a new run; return its facts and what could not be read.
 
     No more names than those of one part are held in memory.
@@ -111,7 +113,7 @@ def make_plan(source: str, run: Path, *, tell: Tell = lambda *_: None) -> dict[s
 
     images = list_images(source, report=report)
     count = parts = 0
-    while rows := list(islice(images, min(MOST_ROWS, max(FEWEST_ROWS, count // PARTS_BEFORE)))):
+    while rows := list(islice(images, min(MOST_ROWS, max(fewest_rows, count // PARTS_BEFORE)))):
         write_table(run / MANIFEST / part_name(parts), _manifest_table(rows))
         count, parts = count + len(rows), parts + 1
         tell("listing", count, 0)
