@@ -36,7 +36,7 @@ def plan(
 
 
 @bulk.command("decide", cls=Command)
-def decide(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
+def decide_command(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     run: RunArgument,
     classifier: Annotated[Path, typer.Option("--classifier", help="Folder that `sortd.Classifier.save` wrote.")],
     config: ConfigOption = None,

@@ -37,7 +37,7 @@ _PART = re.compile(r"part-(\d{5,})\.parquet")
 Tell = Callable[[str, int, int], None]
 
 
-def image_id(image: StoredFile) -> str:
+def version_id(image: StoredFile) -> str:
     """Return the id of one version of an image: 128 bits of the hash of its URI, size and mtime or etag."""
     facts = json.dumps([image.uri, image.size, image.mtime_ns, image.etag])
     return hashlib.sha256(facts.encode()).hexdigest()[:32]
@@ -54,7 +54,7 @@ def parts_of(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(found[1]), folder / name) for name in names if (found := _PART.fullmatch(name))))
 
 
-def read_plan(run: Path) -> dict[str, Any]:
+def read_run(run: Path) -> dict[str, Any]:
     """Return the facts of a run: version, source, time and number of images.
 
     Raises:
@@ -131,7 +131,7 @@ def make_plan(
 
 def _manifest_table(images: list[StoredFile]) -> pa.Table:
     rows = [
-        {"id": image_id(one), "uri": one.uri, "size": one.size, "mtime_ns": one.mtime_ns, "etag": one.etag}
+        {"id": version_id(one), "uri": one.uri, "size": one.size, "mtime_ns": one.mtime_ns, "etag": one.etag}
         for one in images
     ]
     return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
