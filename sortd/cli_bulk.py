@@ -62,7 +62,7 @@ def undo_command(run: RunArgument, config: ConfigOption = None, as_json: JsonOpt
 
 
 @bulk.command("decide", cls=Command)
-def decide(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
+def decide_command(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     run: RunArgument,
     classifier: Annotated[Path, typer.Option("--classifier", help="Folder that `sortd.Classifier.save` wrote.")],
     config: ConfigOption = None,

@@ -21,7 +21,7 @@ from typing import Any
 
 from sortd import errors
 from sortd.bulk.decide import STAGES, DecideSettings, Load, PartDecider, Result, require_equal_settings
-from sortd.bulk.plan import DECISIONS, MANIFEST, Tell, parts_of, read_plan
+from sortd.bulk.plan import DECISIONS, MANIFEST, Tell, parts_of, read_run
 from sortd.commands.console import counted, print_table, say
 from sortd.errors import DataError, SortdError
 
@@ -132,21 +132,21 @@ def _started_ray(options: RayOptions, *, processors: int) -> Iterator[Any]:
     own = tempfile.mkdtemp(prefix="r-") if options.address is None else None  # paths of sockets have 107 bytes
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     here = {"num_cpus": processors, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-    try:
-        if own is None:
-            ray.init(options.address, **quiet)
-        else:
-            ray.init("local", _temp_dir=own, **here, **quiet)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        with redirect_stdout(sys.stderr):  # where Ray reports processes that have ended
+    with redirect_stdout(sys.stderr):  # Ray prints there which processes have ended, some of it at the shutdown
+        try:
+            if own is None:
+                ray.init(options.address, **quiet)
+            else:
+                ray.init("local", _temp_dir=own, **here, **quiet)
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            ray.data.DataContext.get_current().enable_progress_bars = False
             yield ray
-    except ConnectionError as error:
-        raise DataError(f"there is no cluster at {options.address}: {error}") from error
-    finally:
-        ray.shutdown()
-        if own is not None:
-            shutil.rmtree(own, ignore_errors=True)
+        except ConnectionError as error:
+            raise DataError(f"there is no cluster at {options.address}: {error}") from error
+        finally:
+            ray.shutdown()
+            if own is not None:
+                shutil.rmtree(own, ignore_errors=True)
 
 
 def _parts(run: Path, settings: DecideSettings, shard: tuple[int, int] = (1, 1)) -> tuple[list[int], int]:
@@ -158,7 +158,7 @@ def _parts(run: Path, settings: DecideSettings, shard: tuple[int, int] = (1, 1))
     number, shards = shard
     if not 1 <= number <= shards:
         raise DataError(f"there is no shard {number} of {shards}; --shard is 1/{shards} to {shards}/{shards}")
-    read_plan(run)
+    read_run(run)
     require_equal_settings(run, settings)
     all_parts = [part for part in parts_of(run / MANIFEST) if part % shards == number - 1]
     decided = parts_of(run / DECISIONS).keys()
@@ -189,8 +189,8 @@ def _sums(
         "working_seconds": round(working, 3),  # without the start of the engine and the model
         "images_per_second": round(images / working, 3) if working else None,
         "stages": {
-            stage: {"seconds": round(spent, 3), "images_per_second": round(images / spent, 1) if spent else None}
-            for stage, spent in stages.items()
+            stage: {"seconds": round(busy, 3), "images_per_second": round(images / busy, 1) if busy else None}
+            for stage, busy in stages.items()
         },
     }
 

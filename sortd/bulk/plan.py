@@ -37,7 +37,7 @@ _PART = re.compile(r"part-(\d{5,})\.parquet")
 Tell = Callable[[str, int, int], None]
 
 
-def image_id(image: StoredFile) -> str:
+def version_id(image: StoredFile) -> str:
     """Return the id of one version of an image: 128 bits of the hash of its URI, size and mtime or etag."""
     facts = json.dumps([image.uri, image.size, image.mtime_ns, image.etag])
     return hashlib.sha256(facts.encode()).hexdigest()[:32]
@@ -54,7 +54,7 @@ def parts_of(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(found[1]), folder / name) for name in names if (found := _PART.fullmatch(name))))
 
 
-def read_plan(run: Path) -> dict[str, Any]:
+def read_run(run: Path) -> dict[str, Any]:
     """Return the facts of a run: version, source, time and number of images.
 
     Raises:
@@ -85,7 +85,9 @@ def write_table(file: Path, table: pa.Table) -> None:
         raise DestinationError(f"{file} cannot be written: {error.strerror}; free space or name another run") from error
 
 
-def make_plan(source: str, run: Path, *, tell: Tell = lambda *_: None) -> dict[str, Any]:
+def make_plan(
+    source: str, run: Path, *, fewest_rows: int = FEWEST_ROWS, tell: Tell = lambda *_: None
+) -> dict[str, Any]:
     """List the images of a source into the manifest of a new run; return its facts and what could not be read.
 
     No more names than those of one part are held in memory.
@@ -111,7 +113,7 @@ def make_plan(source: str, run: Path, *, tell: Tell = lambda *_: None) -> dict[s
 
     images = list_images(source, report=report)
     count = parts = 0
-    while rows := list(islice(images, min(MOST_ROWS, max(FEWEST_ROWS, count // PARTS_BEFORE)))):
+    while rows := list(islice(images, min(MOST_ROWS, max(fewest_rows, count // PARTS_BEFORE)))):
         write_table(run / MANIFEST / part_name(parts), _manifest_table(rows))
         count, parts = count + len(rows), parts + 1
         tell("listing", count, 0)
@@ -129,7 +131,7 @@ def make_plan(source: str, run: Path, *, tell: Tell = lambda *_: None) -> dict[s
 
 def _manifest_table(images: list[StoredFile]) -> pa.Table:
     rows = [
-        {"id": image_id(one), "uri": one.uri, "size": one.size, "mtime_ns": one.mtime_ns, "etag": one.etag}
+        {"id": version_id(one), "uri": one.uri, "size": one.size, "mtime_ns": one.mtime_ns, "etag": one.etag}
         for one in images
     ]
     return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from sortd.bulk.decide import UNREADABLE
-from sortd.bulk.plan import decided_parts, read_plan
+from sortd.bulk.plan import decided_parts, read_run
 from sortd.bulk.storage import local_path, read_blocks
 from sortd.classify.proportions import out_of, proportion
 from sortd.commands.console import counted, print_line, print_table, printable, say, show
@@ -59,7 +59,7 @@ def make_report(
     Raises:
         DataError: the run has no plan, or its decisions are damaged.
     """
-    plan, counts = read_plan(run), _Counts(labels or {})
+    plan, counts = read_run(run), _Counts(labels or {})
     drawn = heapq.nsmallest(
         sample,
         (row for row in counts.counted(_rows(run)) if not (row["reason"] or "").startswith(UNREADABLE)),

@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset
-import pyarrow.parquet as pq
 
 from sortd.api.classifier import Classifier
 from sortd.api.images import LoadedEncoder
 from sortd.bulk.decide import DecideSettings
 from sortd.bulk.engines import RayOptions, decide_shard, decide_with_ray
-from sortd.bulk.plan import DECISIONS, MANIFEST, make_plan, part_name, write_table
+from sortd.bulk.plan import DECISIONS, make_plan
 from sortd.commands.console import load_config
 from sortd.config import Config
 from sortd.exits import exit_on_error
@@ -78,14 +77,8 @@ def draw_images(folder: Path, count: int) -> None:
 
 
 def plan_in_parts(source: Path, run: Path, rows: int) -> Path:
-    """Plan a run whose parts have so many rows, fewer than those of ``make_plan``; return its folder."""
-    make_plan(str(source), run)
-    parts = sorted((run / MANIFEST).iterdir())
-    manifest = pa.concat_tables([pq.read_table(part) for part in parts])
-    for part in parts:
-        part.unlink()
-    for number in range(-(-manifest.num_rows // rows)):
-        write_table(run / MANIFEST / part_name(number), manifest.slice(number * rows, rows))
+    """Plan a run whose parts have so few rows; return its folder."""
+    make_plan(str(source), run, fewest_rows=rows)
     return run
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from sortd.api.classifier import Classifier
 from sortd.api.images import LoadedEncoder
 from sortd.bulk.decide import DECISIONS_SCHEMA, DecideSettings, PartDecider
-from sortd.bulk.plan import MANIFEST, image_id, make_plan, part_name, parts_of
+from sortd.bulk.plan import MANIFEST, make_plan, part_name, parts_of, version_id
 from sortd.bulk.storage import StoredFile, list_images, read_bytes, uri_of
 from sortd.commands.console import load_config
 from sortd.config import Config
@@ -52,7 +52,7 @@ def planned(*sources: object) -> list[dict[str, Any]]:
 
 def row_of(image: StoredFile) -> dict[str, Any]:
     """Return the row of an image in a manifest."""
-    return {"id": image_id(image), "uri": image.uri, "size": image.size, "mtime_ns": image.mtime_ns}
+    return {"id": version_id(image), "uri": image.uri, "size": image.size, "mtime_ns": image.mtime_ns}
 
 
 def by_name(decided: pa.Table) -> dict[str, dict[str, Any]]:

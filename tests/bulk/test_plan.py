@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from sortd.bulk.plan import MANIFEST, MANIFEST_SCHEMA, make_plan, parts_of, read_plan
+from sortd.bulk.plan import MANIFEST, MANIFEST_SCHEMA, make_plan, parts_of, read_run
 from sortd.errors import DataError
 from tests.command_line import sortd
 from tests.test_architecture import REPOSITORY
@@ -31,7 +31,7 @@ def test_manifest_has_one_row_for_each_version_of_an_image(tmp_path: Path) -> No
     source = images(tmp_path / "photos", 3)
     facts = make_plan(os.fspath(source), tmp_path / "run")
     assert facts["count"] == 3
-    assert read_plan(tmp_path / "run")["source"] == os.fspath(source)
+    assert read_run(tmp_path / "run")["source"] == os.fspath(source)
     first = pq.read_table(parts_of(tmp_path / "run" / MANIFEST)[0])
     assert first.schema.equals(MANIFEST_SCHEMA)
     rows = {row["uri"]: row for row in first.to_pylist()}
@@ -92,7 +92,7 @@ def test_damaged_plan_is_refused(tmp_path: Path, content: str) -> None:
     """The message names the file or the run."""
     (tmp_path / "plan.json").write_text(content)
     with pytest.raises(DataError, match=str(tmp_path)):
-        read_plan(tmp_path)
+        read_run(tmp_path)
 
 
 def test_source_without_images_is_refused(tmp_path: Path) -> None:
