@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from sortd.bulk.plan import decided_parts, read_plan
+from sortd.bulk.plan import decided_parts, read_run
 from sortd.bulk.storage import local_path, store_of
 from sortd.bulk.transfers import (
     APPLY,
@@ -116,7 +116,7 @@ def assigned_images(
     Raises:
         DataError: the decisions are damaged, or there are none.
     """
-    done, count = 0, int(read_plan(run)["count"])
+    done, count = 0, int(read_run(run)["count"])
     for part in decided_parts(run):
         if missing := {"reason", *COLUMNS} - set(part.schema_arrow.names):
             raise DataError(f"the decisions in {run} have no {', '.join(sorted(missing))}; decide again")
@@ -350,7 +350,7 @@ class _Objects:
         if self._to is not None:
             prefix = self._to.rstrip("/")
         else:
-            parent, _, name = str(read_plan(self._run)["source"]).rstrip("/").rpartition("/")
+            parent, _, name = str(read_run(self._run)["source"]).rstrip("/").rpartition("/")
             prefix = parent if name == Area.IMAGES else ""
         if local_path(prefix) is not None:
             raise DataError(

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sortd.bulk.plan import MANIFEST, decided_parts, image_id, parts_of
+from sortd.bulk.plan import MANIFEST, decided_parts, version_id, parts_of
 from sortd.bulk.storage import StoredFile, local_path, read_bytes
 from sortd.commands.console import counted, printable, say
 from sortd.config import Config
@@ -81,7 +81,7 @@ def _file_of(row: Mapping[str, Any], folder: Path, max_bytes: int) -> str | None
     try:
         if path is not None:
             found = stamp(path)
-            is_it: bool = found is not None and image_id(StoredFile(uri, found.size, found.mtime_ns)) == row["id"]
+            is_it: bool = found is not None and version_id(StoredFile(uri, found.size, found.mtime_ns)) == row["id"]
             return path if is_it else None
         content = read_bytes(uri, limit=max_bytes)
     except (OSError, ValueError):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from moto.server import ThreadedMotoServer
 
-from sortd.bulk.plan import MANIFEST_SCHEMA, image_id
+from sortd.bulk.plan import MANIFEST_SCHEMA, version_id
 from sortd.bulk.storage import StoredFile, local_path, store_of
 
 BUCKET = "photos"
@@ -49,9 +49,9 @@ def write_run(
         path = Path(local_path(uri) or "")
         content = path.read_bytes() if contents is None else contents[uri]
         image = StoredFile(uri, len(content), path.lstat().st_mtime_ns if contents is None else 0)
-        planned.append({"id": image_id(image), **asdict(image)})
+        planned.append({"id": version_id(image), **asdict(image)})
         row: dict[str, Any] = {
-            "id": image_id(image),
+            "id": version_id(image),
             "uri": uri,
             "label": label,
             "probability": 0.9,
