@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sortd.bulk.plan import MANIFEST, decided_parts, version_id, parts_of
+from sortd.bulk.plan import MANIFEST, decided_parts, parts_of, version_id
 from sortd.bulk.storage import StoredFile, local_path, read_bytes
 from sortd.commands.console import counted, printable, say
 from sortd.config import Config
