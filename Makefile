@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-repeat slow lint docs bench faults powercuts mutants soak overflow hostile long clean
+.PHONY: help setup run test test-repeat slow lint docs bench faults bulk-faults powercuts mutants soak overflow hostile long clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -62,6 +62,9 @@ bench: setup ## measure: the daemon's start, latency and idling, the encoder, de
 faults: setup ## thousands of kills and errors at every system call of a move (needs strace)
 	$(BIN)/python -m tests.faults.sweep --thin 9 --doubles 25
 
+bulk-faults: setup ## hundreds of kills of `sortd bulk apply`, on files and on a store (needs strace)
+	$(BIN)/python -m tests.faults.bulk_apply
+
 powercuts: setup ## hundreds of power cuts on loop-mounted disks (needs root, xfsprogs)
 	$(BIN)/python -m tests.faults.powercuts
 
@@ -77,7 +80,7 @@ overflow: setup ## 50,000 files arrive while sortd is stopped by SIGSTOP
 hostile: setup ## images that are made to harm, and the memory that they take
 	$(BIN)/python -m tests.faults.hostile
 
-long: setup ## shorter forms of the seven runs above as tests (an hour)
+long: setup ## shorter forms of the eight runs above as tests (an hour)
 	$(BIN)/python -m pytest -m long --timeout 3600
 
 clean: ## remove the virtual environment and caches; your data stays

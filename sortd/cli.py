@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from sortd import __version__
+from sortd.cli_bulk import bulk
 from sortd.cli_models import OPENBLAS_SPIN, encode, finetune, models
 from sortd.commands.console import (
     Command,
@@ -409,6 +410,7 @@ def review(
 app.command(cls=Command)(encode)
 app.command(cls=Command)(finetune)
 app.add_typer(models)
+app.add_typer(bulk)
 
 
 def main() -> None:

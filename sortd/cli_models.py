@@ -1,14 +1,16 @@
 """The commands about models, each of which imports its module when it runs: ``models``, ``encode`` and ``finetune``."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sortd.bulk import require_bulk_packages
 from sortd.commands.console import Command, ConfigOption, DatasetOption, Group, JsonOption, load_config, show
-from sortd.finetune.recipe import Effort, Recipe, Source, TrainingRequest
+from sortd.finetune.recipe import Effort, LabelSource, Recipe, Source, TrainingRequest
 
 OPENBLAS_SPIN = ("OPENBLAS_THREAD_TIMEOUT", "20")
 """Binary logarithm of the cycles that OpenBLAS threads spin after a product (default 26). Spinning took 3 ms of
@@ -147,13 +149,26 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
     side: Annotated[int | None, typer.Option(min=16, help="Input size in pixels. Default: the base's.")] = None,
     lora: Annotated[int | None, typer.Option(min=1, help="Train LoRA layers of this rank (needs peft).")] = None,
     flips: Annotated[bool, typer.Option("--flips/--no-flips", help="Also train on mirrored images.")] = True,
+    manifest: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Also train on the images of this run of `sortd bulk`.")
+    ] = None,
+    labels: Annotated[
+        LabelSource, typer.Option(help="Classes of the images of --manifest: as decided, or their folders' names.")
+    ] = LabelSource.DECISIONS,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that train together on this machine.")] = 1,
     extra: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE of transformers' TrainingArguments; repeatable.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune an image model on a dataset, and compare it with the prototypes."""
-    from sortd.commands.finetuning import fine_tune, require_training_packages
+    from sortd.commands.finetuning import (
+        fine_tune,
+        is_first_process,
+        is_launched,
+        launch_training,
+        require_training_packages,
+    )
     from sortd.commands.status import dataset_named
 
     require_training_packages()
@@ -172,11 +187,22 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
         flips=flips,
     )
     options = [f"--config {config}"] * (config is not None) + [f"--output {output}"] * (output is not None)
-    fine_tune(
-        loaded,
-        TrainingRequest(dataset_named(loaded, dataset), source, base, side, recipe, tuple(extra or ())),
-        output=output,
-        resume=resume,
-        resume_command=" ".join(["sortd finetune", dataset, *options, "--resume"]),
-        as_json=as_json,
-    )
+    options += [f"--processes {processes}"] * (processes > 1)
+    request = TrainingRequest(dataset_named(loaded, dataset), source, base, side, recipe, tuple(extra or ()))
+    if processes > 1 and not is_launched():
+        launch_training(loaded, request, processes, output=output, resume=resume)
+    with ExitStack() as stack:
+        if manifest is not None and not resume and is_first_process():
+            require_bulk_packages()
+            from sortd.bulk.labelled import training_images
+
+            images = stack.enter_context(training_images(manifest.absolute(), labels, loaded))
+            request = replace(request, images=images)
+        fine_tune(
+            loaded,
+            request,
+            output=output,
+            resume=resume,
+            resume_command=" ".join(["sortd finetune", dataset, *options, "--resume"]),
+            as_json=as_json,
+        )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -46,12 +46,7 @@ def fine_tune(
     now = datetime.now(UTC)
     if output is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise typer.BadParameter("several processes need the option --output", param_hint="--output")
-    if output is not None:
-        place = output.absolute()
-    elif resume:
-        place = run.unfinished_of(request, config.state_dir)
-    else:
-        place = run.output_of(request, config.state_dir, now)
+    place = _place_of(config, request, now, output=output, resume=resume)
     with observing() as observer:
         try:
             facts = run.run_finetuning(request, config, place, now=now, resume=resume, observer=observer)
@@ -61,6 +56,35 @@ def fine_tune(
         printed = {key: value for key, value in facts.metrics.items() if key != "log"}
         shown = {"folder": str(place), "model_id": facts.model_id, **printed}
         show(shown, _print_result, as_json=as_json)
+
+
+def _place_of(config: Config, request: TrainingRequest, now: datetime, *, output: Path | None, resume: bool) -> Path:
+    if output is not None:
+        return output.absolute()
+    return run.unfinished_of(request, config.state_dir) if resume else run.output_of(request, config.state_dir, now)
+
+
+def launch_training(
+    config: Config, request: TrainingRequest, processes: int, *, output: Path | None, resume: bool
+) -> NoReturn:
+    """Become accelerate's launcher, which starts this command in so many processes that train together."""
+    given = sys.argv[1:]
+    if output is None:
+        given += ["--output", str(_place_of(config, request, datetime.now(UTC), output=None, resume=resume))]
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--main_process_port=0"]
+    options = [f"--num_processes={processes}", "--mixed_precision=no", "--dynamo_backend=no"]
+    command = [sys.executable, "-m", *launcher, *options, "--module", "sortd", *given]
+    os.execv(command[0], command)  # noqa: S606 -- no shell is wanted
+
+
+def is_launched() -> bool:
+    """Return whether a launcher started this process as one of several."""
+    return "RANK" in os.environ
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the only one, or the first of several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def require_training_packages(find: Callable[[str], object | None] = find_spec) -> None:
@@ -77,7 +101,7 @@ def observing() -> Iterator[Observer]:
     SIGINT, SIGTERM and SIGHUP stop the training after the current step, with a checkpoint; at other times, at once.
     """
     heard: list[Signalled] = []
-    is_first, on_terminal = os.environ.get("RANK", "0") == "0", sys.stderr.isatty()
+    is_first, on_terminal = is_first_process(), sys.stderr.isatty()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -5,6 +5,7 @@ audit, and for which no person took back such a move. Nothing is moved without a
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from sortd.commands.console import counted, print_line, print_table, printable, 
 from sortd.commands.groups import File, chosen_datasets, embed_missing, embedded_rows, models, stored_rows
 from sortd.config import Config
 from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
-from sortd.daemon.dataset_lock import lock_dataset
+from sortd.daemon.dataset_lock import OpenDataset, lock_dataset, simulate_dataset
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import ReferencesAbsentError, class_labels, stored_prototypes
 from sortd.daemon.refile import filed_record, refile_facts, refile_images
@@ -34,6 +35,8 @@ AT_ONCE = 2_000  # images decided in one call
 MOST_IN_A_REQUEST = 1_000
 Filed = dict[File, Record]
 """By file: the record of the move by which sortd filed it."""
+Refile = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+"""Returns ``refiled`` and ``later``, as the answer to a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,23 +209,46 @@ def apply_proposals(config: Config, found: ReconsideredDataset) -> dict[str, Any
     Raises:
         SortdError: the dataset is not there, or another sortd works on it.
     """
-    layout, images = found.layout, found.images
     refiled, later = list[dict[str, Any]](), 0
-    for start in range(0, len(images), MOST_IN_A_REQUEST):
-        part = images[start : start + MOST_IN_A_REQUEST]
-        request = {"do": "refile", "dataset": layout.name, "root": str(layout.root), "images": part}
-        seconds = ANSWER_SECONDS + SECONDS_FOR_EACH * len(part)
-        reply = ask(config.state_dir, request, seconds=seconds) or _refile_here(config, layout, part)
-        refiled, later = refiled + reply["refiled"], later + reply["later"]
+    with refiling(config, found.layout) as refile:
+        for start in range(0, len(found.images), MOST_IN_A_REQUEST):
+            reply = refile(found.images[start : start + MOST_IN_A_REQUEST])
+            refiled, later = refiled + reply["refiled"], later + reply["later"]
     return {"refiled": refiled, "later": later}
 
 
-def _refile_here(config: Config, layout: Layout, images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    with lock_dataset(layout, config.state_dir, companions=config.dataset(layout.name).companions) as opened:
-        if (problem := opened.presence.problem()) is not None:
-            raise LayoutError(problem)
-        steps = list(refile_images(layout, opened.journal.history, opened.mover.move_all, images))
-    return {"refiled": [one for results, _ in steps for one in results], "later": sum(later for _, later in steps)}
+@contextmanager
+def refiling(config: Config, layout: Layout, *, dry_run: bool = False) -> Iterator[Refile]:
+    """Yield a function that moves images, at most ``MOST_IN_A_REQUEST``, to classes; see ``refile_images``.
+
+    It asks the running sortd, and without one takes the dataset's lock, until the block ends. A dry run only answers.
+
+    Raises:
+        SortdError: from the function: the dataset is not there, or another sortd works on it.
+    """
+    opened: OpenDataset | None = None
+    with ExitStack() as stack:
+
+        def refile(images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+            nonlocal opened
+            if opened is None and not dry_run:
+                request = {"do": "refile", "dataset": layout.name, "root": str(layout.root), "images": images}
+                seconds = ANSWER_SECONDS + SECONDS_FOR_EACH * len(images)
+                if (reply := ask(config.state_dir, request, seconds=seconds)) is not None:
+                    return reply
+            if opened is None:
+                companions = config.dataset(layout.name).companions
+                opened = stack.enter_context(
+                    simulate_dataset(layout, config.state_dir, lambda *_: None)
+                    if dry_run
+                    else lock_dataset(layout, config.state_dir, companions=companions)
+                )
+            if (problem := opened.presence.problem()) is not None:
+                raise LayoutError(problem)
+            steps = list(refile_images(layout, opened.journal.history, opened.mover.move_all, images))
+            return {"refiled": [one for results, _ in steps for one in results], "later": sum(n for _, n in steps)}
+
+        yield refile
 
 
 def show_reconsidered(config: Config, dataset: str | None, *, apply: bool, as_json: bool) -> None:

@@ -14,7 +14,7 @@ user of the daemon may write to the directory: whoever can send requests could a
     {"do": "assign", "dataset": name, "root": path, "label": class, "images": [{"path", "size", "mtime_ns"}]}
         -> {"assigned": [{"path", "destination", "id", "message"}], "later": number};
            the class "_none" is no class, and with "example": true the images are examples of it
-    {"do": "refile", "dataset": name, "root": path, "images": as ``refile_facts`` returns them}
+    {"do": "refile", "dataset": name, "root": path, "images": as ``refile_facts`` returns them, also of Images/}
         -> {"refiled": as for assign, "later": number}
     {"do": "check", "dataset": name, "root": path, "answers": [[id of the journal, whether its image is right]]}
         -> {"checked": number}

@@ -334,6 +334,8 @@ class Dataset:
         heard = self.move_queue.carry_out(moves)
         for result in heard:
             self._hear(result)
+            if isinstance(result, Moved):
+                self.receive(ImageGone(result.path))  # it may wait in Images/; the core did not ask for this move
         for correction in self._corrections.look_now([one.destination for one in heard if isinstance(one, Moved)]):
             self.log.corrected(correction)
         return heard

@@ -1,7 +1,8 @@
-"""Refile: images that sortd filed go to the class that a later decision gives them.
+"""Refile: images go to the class that a decision made outside of the loop gives them.
 
-Only an image that is still the one that sortd put there is moved, with its companions; each move is journaled with its
-decision and can be undone.
+An image of Dataset/ goes to another class, if it is still the one that sortd put there (``sortd reconsider``); one of
+Images/ is filed, unless it or the dataset is held (``sortd bulk apply``). Each moves with its companions; the move is
+journaled with its decision and can be undone.
 """
 
 import os
@@ -11,7 +12,7 @@ from typing import Any
 from sortd.daemon.assign import CarryOut, Result, carried_out, distinct, found_version, refused
 from sortd.daemon.references import ReferencesAbsentError, class_labels
 from sortd.errors import DataError
-from sortd.events import Assigned, ClassifierKind, DecidedBy, Mode, Move, Outcome
+from sortd.events import Assigned, ClassifierKind, DecidedBy, Mode, Move, Outcome, Stamp
 from sortd.layout import Area, Layout
 from sortd.store.history import History
 from sortd.store.records import Record, Selection
@@ -23,7 +24,7 @@ BY_SORTD = frozenset({Outcome.FILED.value, Outcome.REFILED.value})
 def refile_images(
     layout: Layout, history: History, carry_out: CarryOut, images: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[list[Result], int]]:
-    """Move filed images into other classes, some at a time.
+    """File images, or move filed ones into other classes, some at a time.
 
     Args:
         layout: the dataset.
@@ -80,24 +81,43 @@ def _move_or_refusal(
     path, label = str(image["path"]), str(image["label"])
     if label not in labels:
         return refused(path, f"there is no class {label!r}")
-    found = found_version(layout, (Area.DATASET,), image)
+    found = found_version(layout, (Area.DATASET, Area.IMAGES), image)
     if isinstance(found, dict):
         return found
-    record = filed_record(layout, history.last_known(found), path)
-    if record is None or history.corrected(Selection(id=record.id)):
-        return refused(path, "it is not an image that sortd filed and nobody moved or corrected")
-    if label == record.move.destination.removeprefix(f"{Area.DATASET}/"):
-        return refused(path, "it is in this class already")
+    is_filed = layout.area_of(path) is Area.DATASET
+    own = (layout, history, path, found)
+    if (problem := _not_refiled(*own, label) if is_filed else _not_filed(*own)) is not None:
+        return refused(path, problem)
     return Move(
         path,
         found,
         f"{Area.DATASET}/{label}",
-        Outcome.REFILED,
+        Outcome.REFILED if is_filed else Outcome.FILED,
         decision=_decision(image),
         content=_text(image["content"]),
         encoder_id=_text(image["encoder_id"]),
         generation=_journaled(int(image["generation"])),
     )
+
+
+def _not_refiled(layout: Layout, history: History, path: str, found: Stamp, label: str) -> str | None:
+    """Return why an image of Dataset/ is not moved to another class; None if it is."""
+    record = filed_record(layout, history.last_known(found), path)
+    if record is None or history.corrected(Selection(id=record.id)):
+        return "it is not an image that sortd filed and nobody moved or corrected"
+    if label == record.move.destination.removeprefix(f"{Area.DATASET}/"):
+        return "it is in this class already"
+    return None
+
+
+def _not_filed(layout: Layout, history: History, path: str, found: Stamp) -> str | None:
+    """Return why an image of Images/ is not filed; None if it is."""
+    if history.guard().reason:
+        return "the dataset is held; see `sortd status` and `sortd release`"
+    held = history.held_version(path.removeprefix(f"{layout.root}/"))
+    if held is not None and held.is_same_version(found):
+        return "its last move was undone; `sortd release` lets it be filed again"
+    return None
 
 
 def _text(value: object) -> str:

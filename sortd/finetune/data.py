@@ -26,9 +26,10 @@ from sortd.daemon.references import STRANGERS_FOLDER, ReferencesAbsentError, cla
 from sortd.errors import DataError, DestinationError
 from sortd.events import EmbeddedImage, ImageRefused, Outcome, Preprocessing, Refusal, Stamp
 from sortd.files import write_json
-from sortd.finetune.recipe import Recipe, Source
+from sortd.finetune.recipe import LabelledImage, Recipe, Source
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.store.history import History
+from sortd.watch.scan import stamp
 
 PLACED, FILED = 1.0, 0.5
 """Weights of images placed by a person and of images filed by sortd."""
@@ -93,10 +94,16 @@ def find_candidates(layout: Layout, source: Source, state: Path) -> tuple[list[C
             raise DataError(f"{error}; correct this, or choose other folders with --from") from error
         if unreadable:
             raise DataError(errors.unreadable(unreadable[0]))
-        files = [Candidate(path, stamp, one.label) for one in folders for path, stamp in one.files]
+        files = [Candidate(path, mark, one.label) for one in folders for path, mark in one.files]
         found += _with_origin(layout, files, state) if area is Area.DATASET else files
     known = [one for one in found if one.label != STRANGERS_FOLDER]
     return known, [one for one in found if one.label == STRANGERS_FOLDER]
+
+
+def candidates_of(images: Sequence[LabelledImage]) -> list[Candidate]:
+    """Return the files of labelled images as candidates; files that are gone are left out."""
+    found = ((one, stamp(one.path)) for one in images)
+    return [Candidate(one.path, mark, one.label, one.is_placed) for one, mark in found if mark is not None]
 
 
 def _with_origin(layout: Layout, candidates: list[Candidate], state: Path) -> list[Candidate]:

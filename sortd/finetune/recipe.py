@@ -82,6 +82,22 @@ class Source(StrEnum):
         return {"clases": (Area.CLASES,), "dataset": (Area.DATASET,), "both": (Area.CLASES, Area.DATASET)}[self.value]
 
 
+class LabelSource(StrEnum):
+    """Where the class of an image of a bulk run comes from."""
+
+    DECISIONS = "decisions"  # of ``sortd bulk decide``
+    FOLDERS = "folders"  # the folder that the image is in, which a person chose
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImage:
+    """A file with a class, outside of the folders of the dataset."""
+
+    path: str
+    label: str
+    is_placed: bool  # whether a person chose the class
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingRequest:
     """The options of ``sortd finetune``."""
@@ -92,6 +108,7 @@ class TrainingRequest:
     side: int | None = None  # side in pixels of the network's input; None: the base's own
     recipe: Recipe = field(default_factory=Recipe)
     extra: tuple[str, ...] = ()  # ``NAME=VALUE`` of transformers' TrainingArguments, in place of the recipe's
+    images: tuple[LabelledImage, ...] = ()  # trained on beside those of the folders
 
 
 @dataclass(frozen=True, slots=True)

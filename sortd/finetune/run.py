@@ -250,6 +250,7 @@ def prepare_training(
     layout, recipe = request.layout, request.recipe
     find_base(request.base, cache_dir=config.cache_dir)  # fails before minutes of reading
     known, strangers = data.find_candidates(layout, request.source, config.state_dir)
+    known += data.candidates_of(request.images)
     resources = Resources(config, load_encoder=load_encoder)
     try:
         embedder, _, _ = resources.load()

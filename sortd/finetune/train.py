@@ -107,16 +107,17 @@ def training_arguments(settings: TrainSettings, *, images: int) -> Any:  # noqa:
 
     recipe, device = settings.recipe, settings.device
     processes = max(1, int(os.environ.get("WORLD_SIZE", "1")))
-    epochs = recipe.epochs_for(images, images_per_step=recipe.batch_size * processes)
-    steps = math.ceil(images / (recipe.batch_size * processes)) * epochs
+    batch = max(1, recipe.batch_size // processes)  # of each process, which have a part of each step
+    epochs = recipe.epochs_for(images, images_per_step=batch * processes)
+    steps = math.ceil(images / (batch * processes)) * epochs
     interval = max(1, math.ceil(steps / recipe.evaluations))
     takes_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and _has_amx()
     said: dict[str, object] = {
         "label_names": "labels",
         "output_dir": os.fspath(settings.folder),
         "num_train_epochs": epochs,
-        "per_device_train_batch_size": recipe.batch_size,
-        "per_device_eval_batch_size": 2 * recipe.batch_size,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 2 * batch,
         "learning_rate": recipe.learning_rate or CLASSIFIER_RATE,
         "weight_decay": recipe.weight_decay,
         "adam_beta2": BETA2,
