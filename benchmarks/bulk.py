@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.dataset
 
 import sortd
-from benchmarks.harness import REPOSITORY, argument_parser, print_json, process_tree, write_config
+from benchmarks.harness import REPOSITORY, argument_parser, print_json, process_tree, used_seconds, write_config
 from benchmarks.photos import photos_of
 from sortd.bulk.plan import DECISIONS, MANIFEST, PLAN_FILE, make_plan, parts_of
 
@@ -186,6 +186,19 @@ def agreement(ours: dict[str, str | None], theirs: dict[str, str | None]) -> dic
     }
 
 
+def processor_seconds_per_image(bench: Bench, images: int) -> float:
+    """Return the processor time of an image in the plain loop, without the start of the command and of the model."""
+    parts = len(parts_of(bench.plan / MANIFEST))
+    used, counts = [], []
+    for name, shard in (("all", "1/1"), ("one part", f"1/{parts}")):
+        before = used_seconds()
+        facts, _ = bench.decide(name, "--shard", shard)
+        used.append(used_seconds() - before)
+        counts.append(facts["images"])
+    assert counts[0] == images
+    return float((used[0] - used[1]) / (counts[0] - counts[1]))
+
+
 def measure(bench: Bench, rounds: int) -> dict[str, Any]:
     """Return all figures of a dataset."""
     sides = {"loop": ("--shard", "1/1"), "one actor": ("--actors", "1"), "two actors": ("--actors", "2")}
@@ -213,6 +226,7 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
         "two_actors_over_one": statistics.median(one / two for one, two in zip(ones, twos, strict=True)),
         "seconds": seconds,
         "start_seconds_of_ray": facts["two actors"]["seconds"] - facts["two actors"]["working_seconds"],
+        "processor_seconds_per_image": processor_seconds_per_image(bench, loop.num_rows),
         "stages": facts["loop"]["stages"],
         "bytes_of_decisions_per_image": sum(
             path.stat().st_size for path in parts_of(bench.folder / "reference" / DECISIONS).values()
