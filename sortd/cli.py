@@ -164,7 +164,7 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     as_json: JsonOption = False,
 ) -> None:
     """Show the moves with their reasons, and what a person corrected or confirmed, newest first."""
-    from sortd.commands.moves import show_history
+    from sortd.commands.history import show_history
 
     if outcome not in {None, *OUTCOMES}:
         raise typer.BadParameter(f"must be one of {', '.join(OUTCOMES)}", param_hint="--outcome")

@@ -1,20 +1,20 @@
-"""Queries of a journal, by sortd or by another process, and what is wrong with a journal that cannot be read."""
+"""Queries of a journal, by sortd or by another process."""
 
 import json
 import os
 import sqlite3
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from sortd import errors
 from sortd.core.guard import GuardState
 from sortd.errors import JournalError
 from sortd.events import NO_CLASS, Stamp
 from sortd.store import checks
 from sortd.store.checks import CheckedImage, FiledImages
+from sortd.store.damage import translated
 from sortd.store.records import (
     EXAMPLE_OF_NO_CLASS,
     MoveProgress,
@@ -39,24 +39,6 @@ _KNOWN_WORDS = (
     ("SELECT id, progress FROM moves WHERE progress NOT IN ('done') AND progress NOT IN ({})", [*MoveProgress]),
     ("SELECT move, role FROM members WHERE role NOT IN ({})", [*Role]),
 )
-_RESTORE = (
-    "restore it, or move it aside with its -wal and -shm; all images stay in their folders, and history, holds and "
-    "undo start empty"
-)
-_DISK = "check that its disk is mounted and works"
-_WRITE = "give sortd write permission for it and its folder, and mount its disk writable"
-_ADVICE = {
-    sqlite3.SQLITE_FULL: "free space on its disk",
-    sqlite3.SQLITE_READONLY: _WRITE,
-    sqlite3.SQLITE_PERM: _WRITE,
-    sqlite3.SQLITE_CANTOPEN: "check its folder and its disk",
-    sqlite3.SQLITE_IOERR: _DISK,
-    sqlite3.SQLITE_NOLFS: _DISK,
-    sqlite3.SQLITE_PROTOCOL: _DISK,
-    sqlite3.SQLITE_NOMEM: "free memory",
-}
-"""By primary result code (https://www.sqlite.org/rescode.html); any other code means damage."""
-
 # This small index contains only unfinished moves.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
 _FILES = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
@@ -105,13 +87,15 @@ class History:
 
     def moves(self, selection: Selection) -> list[Record]:
         """Return the selected finished moves, newest first."""
-        # The plus: read the newest fifty of a million instead of sorting them all; the index of an outcome is sorted.
-        is_by_outcome = selection == Selection(outcome=selection.outcome, undoable=True, limit=selection.limit)
-        chosen = list(conditions_of(selection))
-        done = "progress = 'done'" if selection.outcome and is_by_outcome else "+progress = 'done'"
-        conditions, values = [done, *(one for one, _ in chosen)], [value for _, some in chosen for value in some]
-        limit = -1 if selection.limit is None else min(selection.limit, _MOST_ROWS)
-        return self._records(f"{' AND '.join(conditions)} ORDER BY moves.id DESC LIMIT ?", (*values, limit))
+        where, values = _selected(selection)
+        return self._records(f"{where} ORDER BY moves.id DESC LIMIT ?", values)
+
+    def numbers(self, selection: Selection) -> "array[int]":
+        """Return the numbers of the selected finished moves, the one that ended last first, in 8 bytes each."""
+        where, values = _selected(selection)
+        statement = f"SELECT id FROM moves WHERE {where} ORDER BY ended_at DESC, id DESC LIMIT ?"  # noqa: S608 - as above
+        with translated(self._path):
+            return array("q", (row["id"] for row in self._connection.execute(statement, values)))
 
     def unfinished(self) -> list[Record]:
         """Return the moves that have not ended, oldest first."""
@@ -241,8 +225,8 @@ class History:
                 for row in rows
             ]
 
-    def corrected(self, selection: Selection) -> list[tuple[Record, str, str, float]]:
-        """Return the moves whose images a person gave a class, with that class, the path and the time, newest first.
+    def corrected(self, selection: Selection) -> Iterator[tuple[Record, str, str, float]]:
+        """Yield the moves whose images a person gave a class, with that class, the path and the time, newest first.
 
         Run and path of the selection are not compared; the outcome may be ``corrected`` or ``confirmed``.
         """
@@ -257,12 +241,16 @@ class History:
         limit = -1 if selection.limit is None else min(selection.limit, _MOST_ROWS)
         where = f"{' AND '.join(['TRUE', *chosen])} ORDER BY at DESC LIMIT ?"
         rows = self._rows(f"SELECT * FROM corrections WHERE {where}", (*chosen.values(), limit))  # noqa: S608 - our own words only
-        records = {one.id: one for one in self.finished([row["move"] for row in rows])}
-        with translated(self._path):
-            return [
-                (records[row["move"]], os.fsdecode(row["corrected"]), _relative_path(row["path"]), row["at"])
-                for row in rows
-            ]
+        for chunk in _chunks(rows):
+            records = {one.id: one for one in self.finished([row["move"] for row in chunk])}
+            for row in chunk:
+                with translated(self._path):
+                    found = records[row["move"]], os.fsdecode(row["corrected"]), _relative_path(row["path"]), row["at"]
+                yield found
+
+    def is_corrected(self, identifier: int) -> bool:
+        """Return whether a person gave the image of a move a class."""
+        return bool(self._rows("SELECT 1 FROM corrections WHERE move = ?", (identifier,)))
 
     def assigned(self) -> list[tuple[str | None, str, float]]:
         """Return class, path relative to the dataset, and time of each image that a person assigned and left there.
@@ -362,6 +350,17 @@ class History:
             return self._connection.execute(statement, values).fetchall()
 
 
+def _selected(selection: Selection) -> tuple[str, tuple[Any, ...]]:
+    """Return the condition of the selected finished moves, and its values with the limit."""
+    # The plus: read the newest fifty of a million instead of sorting them all; the index of an outcome is sorted.
+    is_by_outcome = selection == Selection(outcome=selection.outcome, undoable=True, limit=selection.limit)
+    chosen = list(conditions_of(selection))
+    done = "progress = 'done'" if selection.outcome and is_by_outcome else "+progress = 'done'"
+    conditions, values = [done, *(one for one, _ in chosen)], [value for _, some in chosen for value in some]
+    limit = -1 if selection.limit is None else min(selection.limit, _MOST_ROWS)
+    return " AND ".join(conditions), (*values, limit)
+
+
 def _assigned_label(record: Record) -> str | None:
     reason = record.move_reason
     return None if reason.label == NO_CLASS and reason.reason != EXAMPLE_OF_NO_CLASS else reason.label or ""
@@ -426,16 +425,6 @@ def opened(connection: sqlite3.Connection, prepare: Callable[[sqlite3.Connection
     return connection
 
 
-@contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Convert errors of SQLite, the disk and invalid rows to a JournalError with the journal's path."""
-    try:
-        yield
-    except (sqlite3.Error, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
-        problem, advice = _problem_and_advice(error, path)
-        raise JournalError(f"{path}: {problem}; nothing is moved without it: {advice}") from error
-
-
 def check_journal(connection: sqlite3.Connection, path: Path) -> None:
     """Check the journal's integrity, and that this version knows its values of progress and role."""
     with translated(path):
@@ -446,41 +435,6 @@ def check_journal(connection: sqlite3.Connection, path: Path) -> None:
             found = connection.execute(question.format(_marks(words)), words).fetchone()
             if found is not None:
                 raise ValueError(f"record {found[0]} has the unknown value {found[1]!r}")
-
-
-def _problem_and_advice(error: Exception, path: Path) -> tuple[str, str]:
-    """Return what is wrong with the journal, and what to do."""
-    if isinstance(error, OSError):
-        return _refused(error)
-    number = getattr(error, "sqlite_errorcode", 0)
-    if number == sqlite3.SQLITE_READONLY_DBMOVED:
-        return "the journal was removed or replaced while it was open", "do not change it while sortd runs"
-    if number & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
-        return "another program has locked the journal", f"end that program (`fuser -v {path}` shows it)"
-    if number & 0xFF == sqlite3.SQLITE_CANTOPEN and (refusal := _refusal_to_open(path)) is not None:
-        return _refused(refusal)
-    if number & 0xFF in _ADVICE:
-        return f"the journal cannot be used: {error}", _ADVICE[number & 0xFF]
-    return f"the journal is damaged ({error})", _RESTORE
-
-
-def _refused(error: OSError) -> tuple[str, str]:
-    said = error.strerror or error
-    return f"the journal cannot be opened: {said}", errors.advice_for_write(error) or "check its disk"
-
-
-def _refusal_to_open(path: Path) -> OSError | None:
-    """Return the system's error if the journal, or a file that SQLite opens beside it, cannot be opened."""
-    opened: list[int] = []
-    try:
-        opened.append(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
-        opened.extend(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for _ in range(2))
-    except OSError as error:
-        return error
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-    return None
 
 
 def check_version(connection: sqlite3.Connection, path: Path) -> int:

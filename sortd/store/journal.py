@@ -19,6 +19,7 @@ from sortd.errors import JournalError
 from sortd.events import Stamp
 from sortd.files import identity_of, sync_folder_at
 from sortd.store.checks import TABLE
+from sortd.store.damage import translated
 from sortd.store.history import (
     APPLICATION,
     BUSY_SECONDS,
@@ -28,7 +29,6 @@ from sortd.store.history import (
     check_journal,
     check_version,
     opened,
-    translated,
 )
 from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, file_rows, plain
 
