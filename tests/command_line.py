@@ -16,7 +16,7 @@ from jsonschema.exceptions import best_match
 from typer.testing import CliRunner
 
 from sortd.cli import app
-from sortd.commands.documents import FailedDocument
+from sortd.commands.documents import Document, FailedDocument
 from sortd.commands.json_schema import DOCUMENTS, json_schema
 from sortd.errors import SortdError
 
@@ -43,7 +43,8 @@ def _validator(command: str) -> Any:
     schema = json_schema()
     for one in schema["$defs"].values():
         one["additionalProperties"] = False
-    named = [{"$ref": f"#/$defs/{shape.__name__}"} for shape in (*DOCUMENTS[command], FailedDocument)]
+    shapes: tuple[type[Document], ...] = (*DOCUMENTS[command], FailedDocument)
+    named = [{"$ref": f"#/$defs/{shape.__name__}"} for shape in shapes]
     return Draft202012Validator({**schema, "anyOf": named})
 
 

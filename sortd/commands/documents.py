@@ -72,6 +72,13 @@ class CheckedProportion(Document):
     words: str
 
 
+class AuditedProportion(CheckedProportion):
+    """What random samples say of all filed images."""
+
+    images: int
+    """Number of filed images."""
+
+
 class ClassAccuracy(Document):
     """The filed images of one class, and what a person found of them."""
 
@@ -130,7 +137,7 @@ class DatasetStatus(Document):
     """Why the guard holds the dataset."""
     last_move_at: Time | None
     accuracy: dict[str, ClassAccuracy]
-    audit: CheckedProportion | None = None
+    audit: AuditedProportion | None = None
     guesses: CheckedProportion | None = None
     learnt: dict[str, dict[str, int]] | None = None
     in_images: int | None = None

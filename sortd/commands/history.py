@@ -1,4 +1,4 @@
-"""The command ``history``: the moves in the journals, and what a person made of them, newest first.
+"""The command ``history``: the moves in the journals, and what a person made of them, newest first; and ``--prune``.
 
 Records are read and printed one after the other: a journal may have millions.
 """
@@ -11,25 +11,32 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
+from time import time
 from typing import Any
 
 from sortd.commands.console import (
+    counted,
     format_time,
     json_document,
     json_values,
+    megabytes,
     print_line,
     print_table,
     printable,
     say,
+    show,
 )
 from sortd.commands.moves import JournalPlace, journals, narrowed, record_facts, relative_to_dataset
 from sortd.config import Config
+from sortd.daemon.dataset_lock import inspect_dataset, lock_dataset
 from sortd.daemon.learnt import CONFIRMED, CORRECTED, is_reference, learnt_images
-from sortd.errors import JournalError
+from sortd.daemon.upkeep import record_all_places
+from sortd.errors import DataError, JournalError, LayoutError, SortdError
 from sortd.events import LIKE_NO_CLASS
 from sortd.files import readable_json, text_of
 from sortd.layout import Layout
 from sortd.store.history import History
+from sortd.store.prune import Pruning, rewrite
 from sortd.store.records import Record, Selection
 
 CSV_COLUMNS = (
@@ -202,3 +209,54 @@ def _reason(record: Mapping[str, Any]) -> str:
     """Return the reason, with the best guess where no folder names it, and whether something was learnt."""
     guess = f", best guess: {record['label']}" if record["reason"] in LIKE_NO_CLASS and record["label"] else ""
     return f"{record['reason'] or ''}{guess}{', learnt' if record.get('learnt') else ''}"
+
+
+# ---------------------------------------------------------------- prune
+
+
+def prune_history(config: Config, dataset: str | None, *, dry_run: bool, as_json: bool) -> None:
+    """Remove the old moves that nothing needs, or with ``dry_run`` count them, and print how many, by dataset.
+
+    Raises:
+        DataError: the configuration keeps all moves.
+        SortdError: the first error of a dataset, after the others are done; a running sortd has it locked.
+    """
+    keep_seconds = config.journal.keep_seconds
+    if keep_seconds is None:
+        raise DataError("the configuration keeps all moves (`journal: {keep: forever}`); set for how long, such as 2y")
+    before, refusal = time() - keep_seconds, None
+    facts: dict[str, dict[str, int]] = {}
+    for place in journals(config, dataset):
+        if place.is_there and place.root is not None:
+            try:
+                facts[place.dataset] = _pruned(config, place, Layout(place.root), before, removes=not dry_run)
+            except SortdError as error:
+                refusal = refusal or error
+    show({"dry_run": dry_run, "before_at": before, "datasets": facts}, _print_pruned, as_json=as_json)
+    if refusal is not None:
+        raise refusal
+
+
+def _pruned(config: Config, place: JournalPlace, layout: Layout, before: float, *, removes: bool) -> dict[str, int]:
+    size = place.file.stat().st_size
+    with (lock_dataset if removes else inspect_dataset)(layout, config.state_dir) as opened:
+        if (problem := opened.presence.problem()) is not None:
+            raise LayoutError(problem)
+        if removes:
+            record_all_places(layout, opened.journal)
+        pruning = Pruning(opened.journal, layout.root, before, removes=removes)
+        while pruning.step():
+            pass
+        if removes:
+            rewrite(opened.journal)
+    after = place.file.stat().st_size
+    return {"records": pruning.removed, "kept": pruning.kept, "bytes_before": size, "bytes_after": after}
+
+
+def _print_pruned(facts: Mapping[str, Any]) -> None:
+    would = "would be removed" if facts["dry_run"] else "removed"
+    for name, one in facts["datasets"].items():
+        sizes = "" if facts["dry_run"] else f"; {megabytes(one['bytes_before'])} -> {megabytes(one['bytes_after'])}"
+        kept = f"{one['kept']:,} older ones are still needed"
+        print_line(f"{printable(name)}: {counted(one['records'], 'move')} {would}, {kept}{sizes}")
+    say(f"sortd: moves that ended before {format_time(facts['before_at'])}")

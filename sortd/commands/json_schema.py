@@ -181,7 +181,10 @@ def _written(kind: dict[str, Any]) -> str:
 def write(folder: Path) -> None:
     """Write ``json.md`` and ``json.schema.json`` to a folder."""
     (folder / "json.md").write_text(markdown(), encoding="utf-8")
-    (folder / "json.schema.json").write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
+    head = json_schema()
+    lines = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in head.pop("$defs").items()]
+    text = f'{json.dumps(head)[:-1]}, "$defs": {{\n' + ",\n".join(lines) + "\n}}\n"
+    (folder / "json.schema.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from sortd.events import Outcome, Refusal, Stamp
 from sortd.files import open_regular
 from sortd.images.decode import DECODER_VERSION
 from sortd.layout import Area, Layout, rule_below, rule_for, rule_for_folder
-from sortd.moving.plan import PLACES_FACT, images_apart
+from sortd.moving.plan import images_apart
 from sortd.store.journal import Journal
-from sortd.store.records import Record
+from sortd.store.records import PLACES_FACT, Record
 from sortd.watch.scan import Clock, IncrementalScan, looked_at_until, scan_steps, stamp
 
 REJECTS_SCANNED_FACT = "rejects_scanned_at"  # when Rejected/ was last scanned, in nanoseconds since the epoch

@@ -43,6 +43,7 @@ _KNOWN_WORDS = (
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
 _FILES = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
 _CHUNK = 500
+LONGEST_MOVE_SECONDS = 86_400.0  # to another disk
 _MOST_ROWS = 2**63 - 1  # SQLite's largest integer
 _T = TypeVar("_T")
 # The plus keeps the planner from using the index of progress, because nearly all moves are done:
@@ -135,6 +136,12 @@ class History:
         values = (os.fsencode(folder), since, os.fsencode(first), os.fsencode(beyond))
         return self._records(f"{_STANDING} AND source = ? AND ended_at >= ? AND {named} ORDER BY moves.id DESC", values)
 
+    def has_move_out_of(self, folder: str, at: float) -> bool:
+        """Return whether a move out of a folder was under way at a time; file systems record times 10 ms late."""
+        begun = "SELECT 1 FROM moves WHERE ended_at >= ? AND ended_at < ? AND +source = ? AND intended_at <= ? LIMIT 1"
+        late = 0.01
+        return bool(self._rows(begun, (at - late, at + LONGEST_MOVE_SECONDS, os.fsencode(folder), at + late)))
+
     def last_put(self, folder: str, name: str) -> Record | None:
         """Return the last move of an image to this folder and name, if not undone."""
         return self._first(f"destination = ? AND {_NAMED.format('final')}", (os.fsencode(folder), os.fsencode(name)))
@@ -178,7 +185,7 @@ class History:
 
     def counts(self) -> dict[str, int]:
         """Return the number of moves with each outcome, including undone ones."""
-        rows = self._rows("SELECT outcome, count(*) AS n FROM moves WHERE progress = 'done' GROUP BY outcome")
+        rows = self._rows(checks.COUNTS)
         return {row["outcome"]: row["n"] for row in rows}
 
     def counts_by_day(self, since: float) -> list[tuple[str, str, int]]:

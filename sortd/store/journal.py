@@ -18,7 +18,7 @@ from sortd.core.guard import GuardState
 from sortd.errors import JournalError
 from sortd.events import Stamp
 from sortd.files import identity_of, sync_folder_at
-from sortd.store.checks import TABLE
+from sortd.store.checks import PRUNED_TABLE, TABLE
 from sortd.store.damage import translated
 from sortd.store.history import (
     APPLICATION,
@@ -98,11 +98,12 @@ CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 
 LATER = (
     f"CREATE TABLE IF NOT EXISTS {TABLE}",
+    f"CREATE TABLE IF NOT EXISTS {PRUNED_TABLE}",
     "CREATE INDEX IF NOT EXISTS members_by_name ON members (name) WHERE position = 0",
     "CREATE INDEX IF NOT EXISTS members_by_final ON members (final) WHERE position = 0",
     "CREATE INDEX IF NOT EXISTS followed_by_reason ON moves (reason) WHERE outcome = 'followed'",
 )
-"""A table and indices that the first journals of this version lack."""
+"""Tables and indices that the first journals of this version lack."""
 
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _WRITE_FILE = "REPLACE INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
@@ -137,6 +138,11 @@ class Journal:
     def open_tokens(self) -> AbstractSet[str]:
         """The tokens of the moves that may not have ended; ``unfinished`` drops those that another connection ended."""
         return self._open
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """The open connection, for what else writes to the journal."""
+        return self._connection
 
     def unfinished(self) -> list[MoveRecord]:
         """Return the moves that have not ended, oldest first."""
@@ -377,6 +383,7 @@ def committing(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # takes effect only before the first table
     _make_durable(connection)
     version = check_version(connection, path)
     if version == 0:

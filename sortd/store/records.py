@@ -21,6 +21,9 @@ OBSOLETE_FROM = 1_000_000  # the positions of MoveRecord.obsolete start here
 TOPS = frozenset({"Images", "Dataset", "Review", "Rejected"})
 """The only folders of a dataset between which sortd moves files."""
 
+PLACES_FACT = "places:"
+"""Followed by a record's number: a JSON list of where its image was last seen and where companions may remain."""
+
 LONGEST_NAME = 255  # bytes, not characters, in a name on every tested file system
 
 
