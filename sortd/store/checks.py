@@ -29,6 +29,10 @@ PRUNED_TABLE = """pruned (
 ) STRICT, WITHOUT ROWID"""
 """How many moves were removed because of their age; of these, the filed images, and those that count as checked."""
 
+SAME_CONTENT = "substr(content, 1, 16) = substr(?, 1, 16) AND +content = ? AND content != ''"
+"""The condition of a move of a content, which is given twice; the index has the start of each. Without the plus, the
+planner replaces ``content`` in the first term by the value, and scans the table."""
+
 # CROSS JOIN keeps the planner from reading all filed images: https://www.sqlite.org/optoverview.html.
 _FILED = (
     "+moves.progress = 'done' AND +moves.outcome IN ('filed', 'refiled') AND moves.id NOT IN (SELECT id FROM replaced)"
@@ -36,7 +40,8 @@ _FILED = (
 """The condition of a filed image; one that a later decision moved to another class counts there only."""
 _REPLACED = """WITH replaced AS (
     SELECT moves.id AS id FROM moves AS refiled CROSS JOIN moves
-        ON moves.content = refiled.content AND moves.content != '' AND moves.id < refiled.id
+        ON substr(moves.content, 1, 16) = substr(refiled.content, 1, 16) AND moves.content = refiled.content
+        AND moves.content != '' AND moves.id < refiled.id
     WHERE refiled.progress = 'done' AND refiled.outcome = 'refiled' AND refiled.undone_by IS NULL
 )"""
 _LOOKED = f"""{_REPLACED}, acted AS (
@@ -79,8 +84,8 @@ COUNTS = """SELECT outcome, sum(n) AS n FROM (
 ) GROUP BY outcome"""
 LOOKED = f"""{_LOOKED} SELECT label, at FROM looked WHERE label IS NOT NULL"""  # noqa: S608 - our own words only
 """When a person last looked at each class: its images that were filed before count as checked."""
-IS_REPLACED = """SELECT 1 FROM moves WHERE content = ? AND content != '' AND id > ?
-AND +progress = 'done' AND +outcome = 'refiled' AND undone_by IS NULL"""
+IS_REPLACED = f"""SELECT 1 FROM moves WHERE {SAME_CONTENT} AND id > ?
+AND +progress = 'done' AND +outcome = 'refiled' AND undone_by IS NULL"""  # noqa: S608 - our own words only
 ADD_PRUNED = """INSERT INTO pruned VALUES (?, ?, 1, ?, ?) ON CONFLICT (outcome, label) DO UPDATE SET
 images = images + 1, filed = filed + excluded.filed, checked = checked + excluded.checked"""
 NEWEST_CHECKED = f"""{_JUDGED.format(recent="moves AS recent NOT INDEXED", newest=_NEWEST)}

@@ -13,7 +13,7 @@ from sortd.core.guard import GuardState
 from sortd.errors import JournalError
 from sortd.events import NO_CLASS, Stamp
 from sortd.store import checks
-from sortd.store.checks import CheckedImage, FiledImages
+from sortd.store.checks import SAME_CONTENT, CheckedImage, FiledImages
 from sortd.store.damage import translated
 from sortd.store.records import (
     EXAMPLE_OF_NO_CLASS,
@@ -30,7 +30,8 @@ from sortd.store.records import (
 )
 
 APPLICATION = 0x736F7274  # "sort", in the header of the file
-VERSION = 1
+VERSION = 2
+READABLE = range(1, VERSION + 1)  # opening a journal for writing makes the last version of it
 
 BUSY_SECONDS = 5.0  # for which a commit waits for another connection's lock, for example that of a copy's commit
 
@@ -55,7 +56,7 @@ AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT ?"""
 _ELSEWHERE = f"""moves.id IN (SELECT moves.id FROM moves WHERE {_STANDING} AND {_OF_STAMP}) AND NOT EXISTS
 (SELECT 1 FROM members WHERE move = moves.id AND position = 0 AND final = ? AND destination = ?)
 ORDER BY moves.id DESC LIMIT 1"""  # noqa: S608 - our own words only
-_OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
+_OF_CONTENT = f"moves.id IN (SELECT id FROM moves WHERE {SAME_CONTENT}) ORDER BY moves.id DESC LIMIT 1"  # noqa: S608 - our own words only
 
 GENERATION_FACT = "generation"  # the last generation used: numbers are never reused, even if the cache is lost
 GUARD_FACT = "guard"  # the state of the guard as JSON, see GuardState
@@ -113,7 +114,7 @@ class History:
         """
         if stamp is not None and (found := self._first(_OF_STAMP, (*stamp.columns[1:], 1))):
             return found
-        return self._first(_OF_CONTENT, (content,)) if content else None
+        return self._first(_OF_CONTENT, (content, content)) if content else None
 
     def known_before(self, record: Record) -> Record | None:
         """Return the last move, before this one, of the file version that it moved, if not undone."""
@@ -453,7 +454,7 @@ def check_version(connection: sqlite3.Connection, path: Path) -> int:
         return 0
     if application != APPLICATION:
         raise JournalError(f"{path}: not a journal of sortd; set another state_dir or move the file away")
-    if version != VERSION:
+    if version not in READABLE:
         raise JournalError(
             f"{path}: the journal has version {version}, this sortd needs version {VERSION}: install the version of "
             "sortd-images that wrote it, or move the journal aside; the images are not affected"

@@ -61,7 +61,7 @@ CREATE TABLE moves (
 ) STRICT;
 CREATE INDEX moves_by_progress ON moves (progress) WHERE progress NOT IN ('done');
 CREATE INDEX moves_by_time ON moves (ended_at);
-CREATE INDEX moves_by_content ON moves (content) WHERE content != '';
+CREATE INDEX moves_by_content ON moves (substr(content, 1, 16)) WHERE content != '';
 CREATE INDEX moves_by_label ON moves (label, outcome);
 CREATE INDEX moves_by_outcome ON moves (progress, outcome);
 CREATE TABLE members (
@@ -96,6 +96,14 @@ CREATE TABLE corrections (
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
 
+MIGRATIONS: Mapping[int, tuple[str, ...]] = {
+    2: (  # files may leave out their name and content; see ``file_rows``
+        "DROP INDEX moves_by_content",
+        "CREATE INDEX moves_by_content ON moves (substr(content, 1, 16)) WHERE content != ''",
+    ),
+}
+"""What makes each version out of the one before, in one transaction; a new journal has the last one."""
+
 LATER = (
     f"CREATE TABLE IF NOT EXISTS {TABLE}",
     f"CREATE TABLE IF NOT EXISTS {PRUNED_TABLE}",
@@ -108,7 +116,7 @@ LATER = (
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _WRITE_FILE = "REPLACE INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 _UPDATE = """UPDATE moves SET progress = ?, lost = ?, message = ?, ended_at = ? WHERE token = ?
-RETURNING id, outcome, undoes, (SELECT count(*) FROM members WHERE move = moves.id) AS files,
+RETURNING id, outcome, undoes, content, (SELECT count(*) FROM members WHERE move = moves.id) AS files,
 EXISTS (SELECT 1 FROM holds WHERE path = ?) AS held"""
 
 
@@ -296,7 +304,7 @@ class Journal:
         marks = ",".join("?" * len(columns))
         insert = f"INSERT INTO moves ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608 - names of columns only
         move_id = self._connection.execute(insert, tuple(columns.values())).lastrowid or 0
-        self._connection.executemany(_WRITE_FILE, file_rows(move_id, move))
+        self._connection.executemany(_WRITE_FILE, file_rows(move_id, move, reason.content))
 
     def _update(self, move: MoveRecord, ended_at: float | None) -> sqlite3.Row:
         """Write the progress and the files of a move; return what ``_UPDATE`` returns."""
@@ -304,7 +312,7 @@ class Journal:
         values = (move.progress.value, lost, message, ended_at, move.token, _source(move))
         row: sqlite3.Row
         (row,) = self._connection.execute(_UPDATE, values).fetchall()
-        files = file_rows(row["id"], move)
+        files = file_rows(row["id"], move, row["content"])
         if row["files"] > len(files):  # recovery drops files that no longer exist, and never adds one
             self._connection.execute("DELETE FROM members WHERE move = ?", (row["id"],))
         self._connection.executemany(_WRITE_FILE, files)
@@ -391,6 +399,13 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             for statement in SCHEMA.split(";\n"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+    elif version < VERSION:
+        check_journal(connection, path)
+        with committing(connection, path):
+            for one in range(version + 1, VERSION + 1):
+                for statement in MIGRATIONS[one]:
+                    connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {VERSION}")
     check_journal(connection, path)
     with committing(connection, path):

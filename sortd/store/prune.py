@@ -107,7 +107,9 @@ class Pruning:
         reason, label = record.move_reason, label_column(record.move_reason.label) or b""
         is_filed = (
             reason.outcome in {Outcome.FILED, Outcome.REFILED}
-            and not self._journal.connection.execute(checks.IS_REPLACED, (reason.content, record.id)).fetchone()
+            and not self._journal.connection.execute(
+                checks.IS_REPLACED, (reason.content, reason.content, record.id)
+            ).fetchone()
         )
         looked_at = (self._looked or {}).get(label, 0.0)
         return reason.outcome, label, is_filed, is_filed and (record.ended_at or 0.0) <= looked_at
