@@ -76,7 +76,7 @@ ACCURACY = f"""{_JUDGED.format(recent="moves AS recent", newest="TRUE")}
 SELECT label, sum(filed) AS filed, sum(checked) AS checked, sum(audited) AS audited,
     sum(audited_right) AS audited_right, sum(corrected) AS corrected, sum(undone) AS undone,
     sum(found_wrong) AS found_wrong
-FROM ({_ACCURACY} UNION ALL SELECT label, filed, checked, 0, 0, 0, 0, 0 FROM pruned WHERE filed > 0)
+FROM ({_ACCURACY} UNION ALL SELECT nullif(label, x''), filed, checked, 0, 0, 0, 0, 0 FROM pruned WHERE filed > 0)
 GROUP BY label ORDER BY label"""  # noqa: S608 - our own words only
 COUNTS = """SELECT outcome, sum(n) AS n FROM (
     SELECT outcome, count(*) AS n FROM moves WHERE progress = 'done' GROUP BY outcome

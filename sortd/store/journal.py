@@ -391,7 +391,8 @@ def committing(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # takes effect only before the first table
+    if connection.execute("PRAGMA page_count").fetchone() == (0,):
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # takes effect only before the first table
     _make_durable(connection)
     version = check_version(connection, path)
     if version == 0:

@@ -136,7 +136,7 @@ def free_pages(journal: Journal) -> bool:
         (free,) = journal.connection.execute("PRAGMA freelist_count").fetchone()
         if kind != INCREMENTAL or free < FREED_PAGES:
             return False
-        journal.connection.execute(f"PRAGMA incremental_vacuum({FREED_PAGES})").fetchall()
+        journal.connection.executescript(f"PRAGMA incremental_vacuum({FREED_PAGES})")  # ``execute`` frees one
         return bool(free >= 2 * FREED_PAGES)
 
 
@@ -150,6 +150,9 @@ def rewrite(journal: Journal) -> None:
     """
     with translated(journal.path):
         (kind,) = journal.connection.execute("PRAGMA auto_vacuum").fetchone()
-        statement = "PRAGMA incremental_vacuum" if kind == INCREMENTAL else "VACUUM"
-        journal.connection.execute(statement).fetchall()
+        if kind == INCREMENTAL:
+            journal.connection.executescript("PRAGMA incremental_vacuum")
+        else:
+            journal.connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            journal.connection.execute("VACUUM")
         journal.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
