@@ -27,7 +27,7 @@ UPKEEP_FACT = "upkeep_at"  # when it was last completed, in whole seconds since 
 DAY_SECONDS = 86_400.0
 STEP_SECONDS = 0.2  # between two steps, in which whatever else happens is served
 AT_ONCE = 500  # files
-WAIT_SECONDS = 60.0  # until a dataset with other work is asked again
+WAIT_SECONDS = 2.0  # until a dataset that has other work is asked again
 
 _END = object()
 

@@ -133,7 +133,9 @@ class TestCommand:
         assert run(site, "assign", site / "Dataset" / "red" / "filed0.png", "blue").code == 0
         accuracy = run(site, "status", "--json").facts["datasets"]["Colours"]["accuracy"]["red"]
         assert (accuracy["checked"], accuracy["corrected"]) == (2, 1)
-        assert [one["label"] for one in run(site, "history", "--json", "--outcome", "corrected").facts["moves"]] == ["blue"]
+        assert [one["label"] for one in run(site, "history", "--json", "--outcome", "corrected").facts["moves"]] == [
+            "blue"
+        ]
         assert run(site, "undo", site / "Dataset" / "blue" / "filed0.png").code == 0
         assert run(site, "status", "--json").facts["datasets"]["Colours"]["accuracy"]["red"]["checked"] == 0
 
