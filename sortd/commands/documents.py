@@ -107,7 +107,7 @@ class ServingClassifier(Document):
     expected: Figures | None = None
 
 
-class LeftFile(Document):
+class LeftEntry(Document):
     """A file or folder that stays in Images/."""
 
     path: str
@@ -115,12 +115,12 @@ class LeftFile(Document):
     message: str
 
 
-class LeftFiles(Document):
+class LeftEntries(Document):
     """What stays in Images/."""
 
     total: int
     reasons: dict[str, int]
-    files: list[LeftFile]
+    files: list[LeftEntry]
     """At most 1000 of them."""
 
 
@@ -142,7 +142,7 @@ class DatasetStatus(Document):
     learnt: dict[str, dict[str, int]] | None = None
     in_images: int | None = None
     in_review: int | None = None
-    left: LeftFiles | None = None
+    left: LeftEntries | None = None
     problem: str | None = None
     journal_problem: str | None = None
     held_since: Time | None = None
@@ -249,7 +249,7 @@ class PrunedDocument(Document):
     datasets: dict[str, PrunedJournal]
 
 
-class ClassScore(Document):
+class ExplainedScore(Document):
     """The score of a class for one image."""
 
     label: str
@@ -291,7 +291,7 @@ class ExplainDocument(Document):
     confidence: float | None
     precision: float | None
     familiarity: float | None
-    scores: list[ClassScore]
+    scores: list[ExplainedScore]
     neighbours: list[NearReference]
     thresholds: list[Figures]
     text_share: float

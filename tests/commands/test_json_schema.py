@@ -17,8 +17,9 @@ import typer.core
 from sortd import cli
 from sortd.commands.console import json_values
 from sortd.commands.json_schema import DOCUMENTS, write
+from sortd.layout import Layout
 from tests.command_line import require_documented, sortd, write_config
-from tests.daemon_process import make_dataset
+from tests.daemon_process import make_dataset, picture
 from tests.filed_images import file_images
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -103,3 +104,17 @@ def test_json_of_an_error_is_the_last_line_of_stderr(config: Path) -> None:
     assert (failed.stdout, failed.returncode, error["command"], error["exit_code"]) == ("", 65, "models demote", 65)
     assert "there is no dataset 'None'" in error["error"]
     assert run("history", "--dataset", "None").stderr.startswith("sortd: there is no dataset")
+
+
+def test_json_of_commands_with_a_model_matches_the_schema(tmp_path: Path, tiny_clip: Path) -> None:
+    """What is decided, explained and evaluated, and each line of a dry run."""
+    dataset = make_dataset(tmp_path / "Data")
+    Layout(dataset).make()
+    picture("green", 900).save(dataset / "Images" / "new.png")
+    config = write_config(tmp_path, model=tiny_clip, mode="max", abstain="off", settle_seconds=0.1)
+    (line,) = sortd("once", "--dry-run", "-c", config, "--json").out.splitlines()
+    document = json.loads(line)
+    require_documented(document)
+    assert (document["command"], document["path"]) == ("once", str(dataset / "Images" / "new.png"))
+    for command in ("eval", f"explain {dataset}/Clases/red/0.png", "reconsider", "groups"):
+        assert sortd(*command.split(), "-c", config, "--json").facts["command"] == command.split()[0]
