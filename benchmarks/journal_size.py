@@ -6,8 +6,6 @@ The moves are made by the journal itself: an image of 2 MB in eight from a folde
 classes with its content and its scores, one in ten with a companion.
 """
 
-import argparse
-import json
 import sqlite3
 import tempfile
 import time
@@ -17,6 +15,7 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+from benchmarks.harness import argument_parser, print_json
 from sortd.events import Stamp
 from sortd.store.history import History
 from sortd.store.journal import Journal
@@ -118,13 +117,12 @@ def measure(count: int) -> dict[str, object]:
 
 def main() -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--images", type=int, default=50_000)
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     figures = measure(arguments.images)
     if arguments.json:
-        print(json.dumps(figures, indent=1))
+        print_json(figures, n=1)
         return
     print(f"{figures['images']:,} images: {figures['bytes_per_image']} bytes each")
     for key in ("bytes_per_image_by_table", "milliseconds"):

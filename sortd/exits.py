@@ -53,13 +53,14 @@ def report_error(message: str, exit_code: int, defect: Exception | None = None) 
     With an unexpected error, ``defect``, exit if that is JSON; else return, and Python prints the traceback.
     """
     logs: Any = sys.modules.get("sortd.logs")  # imported only by commands that write a log
-    if logs is not None and logs.is_json():
+    command = json_command()
+    if command is not None and defect is None:
+        error = {"command": command, "schema": JSON_VERSION, "error": message, "exit_code": exit_code}
+        print(readable_json(error, encoding=sys.stderr.encoding), file=sys.stderr)
+    elif logs is not None and logs.is_json():
         logs.say_failed(message, exit_code, defect)
         if defect is not None:
             leave(exit_code)
-    elif (command := json_command()) is not None:
-        error = {"command": command, "schema": JSON_VERSION, "error": message, "exit_code": exit_code}
-        print(readable_json(error, encoding=sys.stderr.encoding), file=sys.stderr)
     elif defect is None:
         print(f"sortd: {message}", file=sys.stderr)
 

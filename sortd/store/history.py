@@ -44,7 +44,7 @@ _KNOWN_WORDS = (
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
 _FILES = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
 _CHUNK = 500
-LONGEST_MOVE_SECONDS = 86_400.0  # to another disk
+LONGEST_END_SECONDS = 60.0  # between the removal of a file from its folder and the end of its group of moves
 _MOST_ROWS = 2**63 - 1  # SQLite's largest integer
 _T = TypeVar("_T")
 # The plus keeps the planner from using the index of progress, because nearly all moves are done:
@@ -141,7 +141,7 @@ class History:
         """Return whether a move out of a folder was under way at a time; file systems record times 10 ms late."""
         begun = "SELECT 1 FROM moves WHERE ended_at >= ? AND ended_at < ? AND +source = ? AND intended_at <= ? LIMIT 1"
         late = 0.01
-        return bool(self._rows(begun, (at - late, at + LONGEST_MOVE_SECONDS, os.fsencode(folder), at + late)))
+        return bool(self._rows(begun, (at - late, at + LONGEST_END_SECONDS, os.fsencode(folder), at + late)))
 
     def last_put(self, folder: str, name: str) -> Record | None:
         """Return the last move of an image to this folder and name, if not undone."""
