@@ -138,9 +138,9 @@ class History:
         return self._records(f"{_STANDING} AND source = ? AND ended_at >= ? AND {named} ORDER BY moves.id DESC", values)
 
     def has_move_out_of(self, folder: str, at: float) -> bool:
-        """Return whether a move out of a folder was under way at a time; file systems record times 10 ms late."""
+        """Return whether a move out of a folder was under way at a time; a file system is 10 ms late at most."""
         begun = "SELECT 1 FROM moves WHERE ended_at >= ? AND ended_at < ? AND +source = ? AND intended_at <= ? LIMIT 1"
-        late = 0.01
+        late = 0.02
         return bool(self._rows(begun, (at - late, at + LONGEST_END_SECONDS, os.fsencode(folder), at + late)))
 
     def last_put(self, folder: str, name: str) -> Record | None:
