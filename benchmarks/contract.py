@@ -291,7 +291,7 @@ def scripted(sortd: Sortd, mask: Mask) -> Facts:
     facts["tree"] = sorted(
         mask(str(path.relative_to(sortd.dataset))) for path in sortd.dataset.rglob("*") if not path.is_dir()
     )
-    moved = json.loads(sortd("history", "--json", "--outcome", "filed", config=config).stdout)
+    moved = json.loads(sortd("history", "--json", "--outcome", "filed", config=config).stdout)["moves"]
     filed = min(moved, key=lambda record: record["from"])
     undo = sortd("undo", filed["to"], "--json", config=config)
     facts["undo --json"] = _json(undo, mask)
@@ -365,8 +365,8 @@ def _json(done: "subprocess.CompletedProcess[str]", mask: Mask) -> Facts:
         told = {"stdout": done.stdout, "stderr": done.stderr}
     if isinstance(told, dict) and "findings" in told:
         told["findings"].sort(key=json.dumps)
-    if isinstance(told, list):
-        told.sort(key=lambda one: (str(one.get("from")), json.dumps(one)))
+    if isinstance(told, dict) and "moves" in told:
+        told["moves"].sort(key=lambda one: (str(one.get("from")), json.dumps(one)))
     return {"exit_code": done.returncode, "stdout": told}
 
 

@@ -162,11 +162,20 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     format_name: Annotated[
         Literal["table", "csv", "json"], typer.Option("--format", help="How to print them.")
     ] = "table",
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove the moves that are older than `journal: {keep: …}` and not needed.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --prune: only count them.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show the moves with their reasons, and what a person corrected or confirmed, newest first."""
-    from sortd.commands.moves import show_history
+    from sortd.commands.history import prune_history, show_history
 
+    if dry_run and not prune:
+        raise typer.BadParameter("give --dry-run only with --prune")
+    if prune:
+        prune_history(load_config(config), dataset, dry_run=dry_run, as_json=as_json)
+        return
     if outcome not in {None, *OUTCOMES}:
         raise typer.BadParameter(f"must be one of {', '.join(OUTCOMES)}", param_hint="--outcome")
     begin, end = time_option("--since", since), time_option("--until", until)

@@ -103,6 +103,18 @@ def demote(config: ConfigOption = None, dataset: DatasetOption = None, as_json: 
     show(demote_model(load_config(config), dataset), print_demoted, as_json=as_json)
 
 
+@models.command("prune", cls=Command)
+def prune(
+    config: ConfigOption = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Remove them. Default: only list them.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the exports in sortd's cache whose model is gone, with their sizes, and remove them."""
+    from sortd.commands.models_prune import prune_models
+
+    prune_models(load_config(config), apply=apply, as_json=as_json)
+
+
 def encode(
     config: ConfigOption = None,
     socket: Annotated[Path | None, typer.Option(help="Path of the Unix socket. Default: that of `backend:`.")] = None,

@@ -7,6 +7,7 @@ in a file are relative to its folder, those in variables to the working director
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -35,6 +36,9 @@ ANY = "*"  # in a key's path: any name of a dataset
 OFF = {"off", "no", "false"}
 BACKENDS = ("auto", "torch", "onnx")
 SOCKET = "socket:"  # before the path of the socket of `sortd encode`, in the place of a backend
+FOREVER = "forever"
+_SPAN = re.compile(r"([7-9]|[1-9]\d{1,4})d|[1-9]\d{0,3}w|[1-9]\d{0,2}y")
+_DAY_SECONDS = 86_400.0
 SOCKET_PATH_BYTES = 107  # see unix(7)
 
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -79,6 +83,12 @@ def _textfile(path: Path) -> Path:
     return path
 
 
+def _span(value: str) -> str:
+    if value != FOREVER and not _SPAN.fullmatch(value):
+        raise ValueError(f"{value!r} is not a time such as 90d, 8w or 2y, of at least 7 days, and not forever")
+    return value
+
+
 def _backend(value: str) -> str:
     if value.startswith(SOCKET):
         path = value.removeprefix(SOCKET)
@@ -121,6 +131,18 @@ class Log(_Frozen):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class JournalConfig(_Frozen):
+    """How long moves stay in the journal."""
+
+    keep: Annotated[str, AfterValidator(_span)] = "2y"
+
+    @property
+    def keep_seconds(self) -> float | None:
+        """The time in seconds, with years of 365 days; None: forever."""
+        days = {"d": 1, "w": 7, "y": 365}
+        return None if self.keep == FOREVER else int(self.keep[:-1]) * days[self.keep[-1]] * _DAY_SECONDS
+
+
 class MetricsConfig(_Frozen):
     """Where Prometheus finds the metrics; by default nowhere."""
 
@@ -141,6 +163,7 @@ class DatasetConfig(_Frozen):
     settle_seconds: Seconds = 1.0
     companions: bool = True
     rejected: Literal["move", "leave"] = "move"
+    emptied_folders: Literal["keep", "remove"] = "keep"
     guard: bool = True
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
     backlog_limit: Annotated[int, Field(ge=100, le=10_000_000)] = 100_000
@@ -164,6 +187,7 @@ class Config(DatasetConfig):
     polling_seconds: Annotated[float, Field(ge=0.5, le=86_400, allow_inf_nan=False)] = 5.0
     decoding: Decoding = Decoding()
     log: Log = Log()
+    journal: JournalConfig = JournalConfig()
     metrics: MetricsConfig = MetricsConfig()
 
     @property
@@ -182,16 +206,17 @@ class Config(DatasetConfig):
         return DatasetConfig.model_construct(**(general | own))
 
 
-LIVE_KEYS = frozenset(DatasetConfig.model_fields) | {"datasets", "rescan_seconds", "log.level"}
+LIVE_KEYS = frozenset(DatasetConfig.model_fields) | {"datasets", "rescan_seconds", "journal", "log.level"}
 """The keys that a running sortd applies on reload; the others need a restart."""
 
 _GROUPS: Final[Mapping[str, type[BaseModel]]] = {
     "abstain": AbstainConfig,
     "decoding": Decoding,
     "log": Log,
+    "journal": JournalConfig,
     "metrics": MetricsConfig,
 }
-_MAY_BE_EMPTY = {"state_dir", "cache_dir", "text_model", "datasets", "log", "metrics", "decoding"}
+_MAY_BE_EMPTY = {"state_dir", "cache_dir", "text_model", "datasets", "log", "journal", "metrics", "decoding"}
 
 
 def _keys(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

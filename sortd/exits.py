@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from sortd import errors
-from sortd.commands.console import printable
+from sortd.commands.console import JSON_VERSION, json_command, printable
 from sortd.errors import SortdError
+from sortd.files import readable_json
 
 REFUSED = frozenset({
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE,
@@ -47,12 +48,16 @@ def exit_on_error() -> Iterator[None]:
 
 
 def report_error(message: str, exit_code: int, defect: Exception | None = None) -> None:
-    """Write the error that ends sortd to stderr, in the format of the log.
+    """Write the error that ends sortd to stderr: in the format of the log, or as a line of JSON with ``--json``.
 
     With an unexpected error, ``defect``, exit if that is JSON; else return, and Python prints the traceback.
     """
     logs: Any = sys.modules.get("sortd.logs")  # imported only by commands that write a log
-    if logs is not None and logs.is_json():
+    command = json_command()
+    if command is not None and defect is None:
+        error = {"command": command, "schema": JSON_VERSION, "error": message, "exit_code": exit_code}
+        print(readable_json(error, encoding=sys.stderr.encoding), file=sys.stderr)
+    elif logs is not None and logs.is_json():
         logs.say_failed(message, exit_code, defect)
         if defect is not None:
             leave(exit_code)

@@ -6,13 +6,18 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import structlog
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 from typer.testing import CliRunner
 
 from sortd.cli import app
+from sortd.commands.documents import Document, FailedDocument
+from sortd.commands.json_schema import DOCUMENTS, json_schema
 from sortd.errors import SortdError
 
 
@@ -26,8 +31,27 @@ class Ran:
 
     @property
     def facts(self) -> Any:
-        """Return what ``--json`` printed."""
-        return json.loads(self.out)
+        """Return what ``--json`` printed, after a comparison with its schema."""
+        document = json.loads(self.out)
+        require_documented(document)
+        return document
+
+
+@cache
+def _validator(command: str) -> Any:
+    """Return the validator of a command's documents, which may have no key that the schema lacks."""
+    schema = json_schema()
+    for one in schema["$defs"].values():
+        one["additionalProperties"] = False
+    shapes: tuple[type[Document], ...] = (*DOCUMENTS[command], FailedDocument)
+    named = [{"$ref": f"#/$defs/{shape.__name__}"} for shape in shapes]
+    return Draft202012Validator({**schema, "anyOf": named})
+
+
+def require_documented(document: Mapping[str, Any]) -> None:
+    """Fail if what a command printed is not what docs/json.md says."""
+    error = best_match(_validator(document["command"]).iter_errors(document))
+    assert error is None, f"{document['command']}: {list(error.absolute_path)}: {error.message[:2000]}"
 
 
 @contextmanager

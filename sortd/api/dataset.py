@@ -35,7 +35,8 @@ class DatasetHandle:
     """One dataset; a context manager, which closes the model if ``file`` loaded one.
 
     Nothing here moves a file but through the journal: a running daemon is asked, without one the dataset's lock is
-    taken for as long as a call needs it. Moves are dictionaries with the keys of ``sortd history --json``.
+    taken for as long as a call needs it. Moves are dictionaries with the keys of ``sortd history --json``;
+    ``at`` is in seconds since the epoch.
     """
 
     def __init__(self, layout: Layout, config: Config) -> None:

@@ -1,14 +1,17 @@
 """Shared parts of the commands: options, output, and the format of times and numbers.
 
 Facts go to stdout, as JSON with ``--json``, as tables on a terminal, else as tab-separated lines; messages to stderr.
+The JSON of every command has one shape, see ``json_document`` and docs/json.md.
 """
 
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|hours?|d|days?|w|weeks?)(?:\s+ago)?")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+JSON_VERSION = 1
+"""The ``schema`` of the JSON that commands print. New keys do not change it; removed or changed ones do."""
 
 Facts = TypeVar("Facts")
 
@@ -56,8 +62,16 @@ def load_config(path: Path | None) -> "Config":
     return config
 
 
-class _FlagsWithoutType:
-    """Shows no type after a flag in the help, since a flag takes no value."""
+_called: dict[str, Any] = {"command": "", "is_json": False}
+
+
+def json_command() -> str | None:
+    """Return the command that this process runs, for example ``models list``, if it prints JSON; else None."""
+    return _called["command"] if _called["is_json"] else None
+
+
+class _OwnHelp:
+    """Shows no type after a flag in the help, since a flag takes no value, and notes which command runs."""
 
     def get_params(self, ctx: Any) -> Any:  # noqa: ANN401 -- typer's own click, whose types it does not publish
         """Return the parameters, flags without a type."""
@@ -67,21 +81,63 @@ class _FlagsWithoutType:
                 parameter.metavar = ""
         return parameters
 
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 -- as above
+        """Run the command after noting its name and whether it prints JSON."""
+        names, above = list[str](), ctx
+        while above.parent is not None:  # the outermost is the program
+            names, above = [above.info_name, *names], above.parent
+        is_json = ctx.params.get("as_json") or ctx.params.get("format_name") == "json"
+        _called.update(command=" ".join(names), is_json=bool(is_json))
+        return super().invoke(ctx)  # type: ignore[misc]  # of the other base class
 
-class Command(_FlagsWithoutType, typer.core.TyperCommand):
+
+class Command(_OwnHelp, typer.core.TyperCommand):
     """A command of sortd."""
 
 
-class Group(_FlagsWithoutType, typer.core.TyperGroup):
+class Group(_OwnHelp, typer.core.TyperGroup):
     """A group of commands of sortd."""
 
 
 def show(facts: Facts, render: Callable[[Facts], None], *, as_json: bool) -> None:
-    """Print facts as JSON, with bytes that are not UTF-8 escaped as lone surrogates, or else by ``render``."""
+    """Print facts, a mapping, as one JSON document, or else by ``render``."""
     if as_json:
-        typer.echo(readable_json(facts, encoding=sys.stdout.encoding, indent=2))
+        typer.echo(readable_json(json_document(facts), encoding=sys.stdout.encoding, indent=2))
     else:
         render(facts)
+
+
+def json_document(facts: Any) -> dict[str, Any]:  # noqa: ANN401 -- a mapping of any plain values
+    """Return the document that a command prints: the command, the version of the shape, and its facts.
+
+    Bytes of names that are not UTF-8 are lone surrogates.
+    """
+    return {"command": _called["command"], "schema": JSON_VERSION, **json_values(facts)}
+
+
+def json_values(value: Any, key: str = "") -> Any:  # noqa: ANN401 -- of JSON
+    """Return plain values as JSON has them: times in UTC by ISO 8601, and null for a number that is not finite.
+
+    A time is a float, in seconds since the epoch, whose key is ``at`` or ends with ``_at`` or ``_since``.
+    """
+    match value:
+        case Mapping():
+            return {name: json_values(one, str(name)) for name, one in value.items()}
+        case list() | tuple():
+            return [json_values(one) for one in value]
+        case float() if not math.isfinite(value):
+            return None
+        case float() if key == "at" or key.endswith(("_at", "_since")):
+            return _utc(value)
+    return value
+
+
+def _utc(seconds: float) -> str | None:
+    """Return a time as ``2026-03-01T14:30:00.000Z``; None if it is out of range."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def printable(text: str) -> str:
@@ -112,12 +168,11 @@ def print_line(text: str, *, style: str = "") -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
     """Print rows under a header; columns named by ``right`` are aligned to the right."""
-    cells = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
+    cells = (["" if cell is None else printable(str(cell)) for cell in row] for row in rows)
     if not sys.stdout.isatty():
-        for row in (columns, *cells):
+        for row in chain((columns,), cells):
             typer.echo("\t".join(row))
         return
-    cells = [[written_name(cell) for cell in row] for row in cells]
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -126,7 +181,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, rig
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in cells:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(written_name(cell)) for cell in row))
     Console(highlight=False).print(table)
 
 

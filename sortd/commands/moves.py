@@ -4,17 +4,14 @@ The last three send a request to the running sortd, so only one process moves fi
 ``release`` take the dataset's lock.
 """
 
-import csv
 import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sortd.commands.console import counted, format_time, print_line, print_table, printable, say, show
+from sortd.commands.console import counted, print_line, printable, say, show
 from sortd.config import Config
 from sortd.daemon.assign import forget_made_classes
 from sortd.daemon.control import (
@@ -27,27 +24,13 @@ from sortd.daemon.control import (
     undo_records,
 )
 from sortd.daemon.dataset_lock import inspect_dataset, lock_dataset
-from sortd.daemon.learnt import CONFIRMED, CORRECTED, is_reference, learnt_images
-from sortd.errors import DataError, JournalError, LayoutError, SortdError, StartupError
-from sortd.events import LIKE_NO_CLASS
-from sortd.files import text_of
+from sortd.errors import DataError, LayoutError, SortdError, StartupError
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.store.history import History
 from sortd.store.records import Record, Role, Selection
 
 _STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
 """Form of the names that ``Layout.state_folder`` gives."""
-
-CSV_COLUMNS = (
-    *("id", "dataset", "run", "at", "outcome", "label", "from", "to", "size", "companions", "score", "margin"),
-    *("second_label", "mode", "reason", "generation", "encoder_id", "content", "undoes", "undone_by", "lost", "learnt"),
-)
-"""The keys of ``record_facts``, and whether an image that a person moved is a reference."""
-
-GIVEN = frozenset({CORRECTED, CONFIRMED})
-"""The outcomes of images that a person moved to a class."""
-
-STYLES = {"sent to review": "yellow", "rejected": "red", "undone": "cyan"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,140 +143,7 @@ def narrowed(config: Config, dataset: str | None, path: Path | None) -> tuple[st
     return found[0].name, found[1]
 
 
-# ---------------------------------------------------------------- history
-
-
-def show_history(
-    config: Config,
-    *,
-    dataset: str | None,
-    file: Path | None,
-    limit: int,
-    format_name: str,
-    **conditions: Any,  # noqa: ANN401 -- of Selection
-) -> None:
-    """Print the records that meet the conditions, newest first, as ``table``, ``csv`` or ``json``.
-
-    Raises:
-        JournalError: a journal was unreadable; the records of the others are printed.
-    """
-    refusal, records = None, list[dict[str, Any]]()
-    dataset, relative = narrowed(config, dataset, file)
-    for place in journals(config, dataset):
-        if not place.is_there:
-            continue
-        try:
-            with History.open(place.file) as history:
-                records += _recorded(
-                    config, place, history, Selection(path=relative, limit=limit or None, **conditions)
-                )
-        except JournalError as error:
-            refusal = refusal or error
-    records.sort(key=lambda one: (one["at"], one["id"]), reverse=True)
-    records = records[: limit or None]
-    render = _print_csv if format_name == "csv" else _print_records
-    show(records, partial(render, limit), as_json=format_name == "json")
-    if refusal is not None:
-        raise refusal
-
-
-def _recorded(config: Config, place: JournalPlace, history: History, selection: Selection) -> list[dict[str, Any]]:
-    """Return the selected moves by sortd, and those of images to which a person gave a class."""
-    found = [] if selection.outcome in GIVEN else [record_facts(place, one) for one in history.moves(selection)]
-    if selection.outcome not in {None, *GIVEN} or selection.run is not None:
-        return found
-    learns = config.dataset(place.dataset).learn_from_corrections
-    given = history.corrected(selection if selection.path is None else replace(selection, limit=None))
-    learnt = set[tuple[str, str]]()
-    if given and place.root is not None:
-        images = learnt_images(Layout(place.root), history, with_corrections=learns)
-        learnt = {(one.label, one.path) for one in images}
-    for record, corrected, path, at in given:
-        if selection.path in {None, path, record.destination_path}:
-            facts = _given_facts(place, record, corrected, path)
-            there = place.root is not None and is_reference(Layout(place.root), corrected, f"{place.root}/{path}")
-            found.append(facts | {"at": at, "learnt": there and (corrected, f"{place.root}/{path}") in learnt})
-    return found
-
-
-def _given_facts(place: JournalPlace, record: Record, corrected: str, path: str) -> dict[str, object]:
-    """Return what a person did with an image that sortd moved, as plain values like those of ``record_facts``."""
-    facts = record_facts(place, record)
-    unknown = dict.fromkeys(("score", "margin", "second_label", "mode", "undoes", "undone_by"))
-    guess = facts["label"]
-    return (
-        facts
-        | unknown
-        | {
-            "run": "",
-            "outcome": CONFIRMED if corrected == guess else CORRECTED,
-            "label": corrected,
-            "from": facts["to"],
-            "to": path if place.root is None else f"{place.root}/{path}",
-            "reason": f"by a person; sortd's class: {guess or 'none'}",
-            "companions": [],
-            "lost": [],
-        }
-    )
-
-
-def _print_csv(limit: int, records: Sequence[Mapping[str, Any]]) -> None:
-    """Print records as CSV with a header; several values in one cell are separated by semicolons."""
-    writer = csv.DictWriter(sys.stdout, CSV_COLUMNS)
-    writer.writeheader()
-    clean = printable if sys.stdout.isatty() else text_of  # a file gets the names as they are
-    for record in records:
-        cells = {key: ";".join(cell) if isinstance(cell, list) else cell for key, cell in record.items()}
-        writer.writerow({key: clean(cell) if isinstance(cell, str) else cell for key, cell in cells.items()})
-    _say_limit(limit, records)
-
-
-def _print_records(limit: int, records: Sequence[Mapping[str, Any]]) -> None:
-    rows = [_columns(record) for record in records]
-    if sys.stdout.isatty():  # so many columns would be too wide
-        for row in rows:
-            _print_record(*row)
-    else:
-        print_table(("when", "dataset", "outcome", "from", "to", "score", "margin", "reason", "run"), rows)
-    if not records:
-        say("sortd: the journal has no such move")
-    _say_limit(limit, records)
-
-
-def _say_limit(limit: int, records: Sequence[Mapping[str, Any]]) -> None:
-    if limit and len(records) == limit:
-        say(f"sortd: these are the newest {limit} moves; --limit 0 shows all")
-
-
-def _print_record(when: str, dataset: str, outcome: str, source: str, destination: str, *facts: str) -> None:
-    score, margin, reason, run = facts
-    why = [f"score {score}, margin {margin}"] if score else []
-    shown = ", ".join([*why, *([reason] if reason else []), *([f"run {run}"] if run else [])])
-    line = f"{when}  {dataset}  {outcome}: {source} -> {destination}  ({shown})"
-    print_line(printable(line), style=STYLES.get(outcome, ""))
-
-
-def _columns(record: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        format_time(record["at"]),
-        record["dataset"],
-        record["outcome"].replace("_", " ") + (" (undone)" if record["undone_by"] else ""),
-        _relative(record["from"]),
-        _relative(record["to"]),
-        "" if record["score"] is None else f"{record['score']:.3f}",
-        "" if record["margin"] is None else f"{record['margin']:.3f}",
-        _reason(record),
-        record["run"],
-    )
-
-
-def _reason(record: Mapping[str, Any]) -> str:
-    """Return the reason, with the best guess where no folder names it, and whether something was learnt."""
-    guess = f", best guess: {record['label']}" if record["reason"] in LIKE_NO_CLASS and record["label"] else ""
-    return f"{record['reason'] or ''}{guess}{', learnt' if record.get('learnt') else ''}"
-
-
-def _relative(path: str) -> str:
+def relative_to_dataset(path: str) -> str:
     """Return a path relative to its dataset."""
     for area in ("/Images/", "/Dataset/", "/Review/", "/Rejected/"):
         if area in path:
@@ -404,7 +254,7 @@ def _print_undone(reply: Mapping[str, Any]) -> None:
         say(f"sortd: {images} would be moved back; nothing was changed")
     elif not done:
         say("sortd: no image was moved back" + (" yet" if reply["later"] else ""))
-    elif all(_relative(one["restored"] or "Dataset/").startswith("Dataset/") for one in reply["undone"]):
+    elif all(relative_to_dataset(one["restored"] or "Dataset/").startswith("Dataset/") for one in reply["undone"]):
         say(f"sortd: {images} moved back to the former class")
     else:
         say(f"sortd: {images} moved back, and held until they change or are released: sortd release --all")

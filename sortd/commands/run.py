@@ -13,7 +13,7 @@ import typer
 
 from sortd import logs
 from sortd.classify.prompts import written_name
-from sortd.commands.console import counted, printable, say
+from sortd.commands.console import counted, json_document, printable, say
 from sortd.config import Config, find_config_file, read_config
 from sortd.daemon.daemon import Daemon, simulate
 from sortd.daemon.references import is_class_name
@@ -75,7 +75,7 @@ def show_dry_run(configured: Callable[[], Config], *, as_json: bool, load_encode
         why = decision_facts(move)
         if as_json:
             place = {"dataset": dataset, "path": move.path, "destination": destination, "outcome": move.outcome.value}
-            typer.echo(readable_json({**place, **why}, encoding=sys.stdout.encoding))
+            typer.echo(readable_json(json_document({**place, **why}), encoding=sys.stdout.encoding))
             return
         guess = ("label",) if why.get("reason") in LIKE_NO_CLASS else ()
         shown = [f"{key}={why[key]}" for key in (*guess, "score", "margin", "second_label", "reason") if why.get(key)]

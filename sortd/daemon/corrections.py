@@ -27,9 +27,9 @@ from sortd.events import Outcome, Refusal, Stamp
 from sortd.files import open_regular
 from sortd.images.decode import DECODER_VERSION
 from sortd.layout import Area, Layout, rule_below, rule_for, rule_for_folder
-from sortd.moving.plan import PLACES_FACT, images_apart
+from sortd.moving.plan import images_apart
 from sortd.store.journal import Journal
-from sortd.store.records import Record, Selection
+from sortd.store.records import PLACES_FACT, Record
 from sortd.watch.scan import Clock, IncrementalScan, looked_at_until, scan_steps, stamp
 
 REJECTS_SCANNED_FACT = "rejects_scanned_at"  # when Rejected/ was last scanned, in nanoseconds since the epoch
@@ -416,7 +416,7 @@ class CorrectionScanner:
         """Return whether the user moved an image from where sortd had put it, perhaps there and back."""
         if record.destination_path == place:
             history = self._journal.history
-            return bool(history.fact(f"{PLACES_FACT}{record.id}") or history.corrected(Selection(id=record.id)))
+            return bool(history.fact(f"{PLACES_FACT}{record.id}") or history.is_corrected(record.id))
         return _is_gone(os.path.join(self._layout.root, record.destination_path))  # else it is a copy or a second link
 
     def record(self, misplaced: Sequence[Misplaced]) -> list[Correction]:

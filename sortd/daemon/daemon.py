@@ -32,6 +32,7 @@ from sortd.daemon.datasets import Datasets
 from sortd.daemon.inbox import Inbox, Reported
 from sortd.daemon.reporting import Metrics, log_availability
 from sortd.daemon.resources import LoadEncoder, Resources
+from sortd.daemon.upkeep import Upkeep
 from sortd.daemon.worker import Answer, EncoderAvailability, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.encoder.remote import COMMAND_SECONDS
 from sortd.layout import Area
@@ -97,6 +98,7 @@ class Daemon:
         self._is_stopping = False
         self._turned_at = monotonic()
         self._timer = PeriodicTimer()
+        self._upkeep = Upkeep()
         self._served = 0
         self._longest_turn_seconds = 0.0
         self._closing = ExitStack()
@@ -215,7 +217,13 @@ class Daemon:
     def _sleep_seconds(self, now: float) -> float:
         if self._requests.is_due:
             return 0.0
-        return max(0.0, min(self.datasets.next_deadline, self._timer.next_deadline()) - now)
+        upkeep = self._upkeep.next_deadline(self.datasets) if self._keeps_up else float("inf")
+        return max(0.0, min(self.datasets.next_deadline, self._timer.next_deadline(), upkeep) - now)
+
+    @property
+    def _keeps_up(self) -> bool:
+        """Whether the daily upkeep may run."""
+        return self._is_ready and not self._is_stopping and not self._once
 
     def _file_event(self, event: FileEvent | EventsDropped) -> None:
         if isinstance(event, FileEvent):
@@ -264,6 +272,9 @@ class Daemon:
             self._become_ready(self.model)
         if due("start", now, START_SECONDS / 3) and not self._is_ready and self._makes_progress(now):
             self._notifier.extend(START_SECONDS)
+        for dataset in self.datasets if self._keeps_up else ():
+            with self.datasets.isolated(dataset):
+                self._upkeep.turn(dataset, self.config, now)
         if due("status", now, STATUS_SECONDS):
             self._write_status(running=True)
         if due("metrics", now, METRICS_SECONDS):

@@ -24,7 +24,8 @@ from sortd.layout import JOURNAL_FILE, MARKER, Area, Layout
 from sortd.moving.copy import never
 from sortd.moving.copy_queue import Submit
 from sortd.moving.mover import MoveAnswer, Mover
-from sortd.store.history import open_for_reading, translated
+from sortd.store.damage import translated
+from sortd.store.history import open_for_reading
 from sortd.store.journal import Journal
 from sortd.store.records import MoveRecord
 

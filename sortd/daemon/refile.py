@@ -15,7 +15,7 @@ from sortd.errors import DataError
 from sortd.events import Assigned, ClassifierKind, DecidedBy, Mode, Move, Outcome, Stamp
 from sortd.layout import Area, Layout
 from sortd.store.history import History
-from sortd.store.records import Record, Selection
+from sortd.store.records import Record
 
 BY_SORTD = frozenset({Outcome.FILED.value, Outcome.REFILED.value})
 """Outcomes of moves into a class that no person chose."""
@@ -103,7 +103,7 @@ def _move_or_refusal(
 def _not_refiled(layout: Layout, history: History, path: str, found: Stamp, label: str) -> str | None:
     """Return why an image of Dataset/ is not moved to another class; None if it is."""
     record = filed_record(layout, history.last_known(found), path)
-    if record is None or history.corrected(Selection(id=record.id)):
+    if record is None or history.is_corrected(record.id):
         return "it is not an image that sortd filed and nobody moved or corrected"
     if label == record.move.destination.removeprefix(f"{Area.DATASET}/"):
         return "it is in this class already"

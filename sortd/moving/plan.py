@@ -37,6 +37,7 @@ from sortd.store.history import History
 from sortd.store.journal import Journal
 from sortd.store.records import (
     LONGEST_NAME,
+    PLACES_FACT,
     FolderNameError,
     MoveFile,
     MoveReason,
@@ -52,9 +53,6 @@ _MOST_FOLDERS = 4096
 
 LATE_SECONDS = 86_400.0
 """How long after its image a companion may arrive: slow uploads take hours, cameras reuse names after weeks."""
-
-PLACES_FACT = "places:"
-"""Followed by a record's number: a JSON list of where its image was last seen and where companions may remain."""
 
 
 def new_token() -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sortd.layout import JOURNAL_FILE, Layout
-from sortd.store.history import History, open_for_reading, translated
+from sortd.store.damage import translated
+from sortd.store.history import History, open_for_reading
 from sortd.store.records import label_from
 
 RUNS_SHOWN = 20

@@ -19,6 +19,19 @@ TABLE = """checks (
     at REAL NOT NULL
 ) STRICT"""
 """The answers of audits, of filed images."""
+PRUNED_TABLE = """pruned (
+    outcome TEXT NOT NULL,
+    label BLOB NOT NULL,
+    images INTEGER NOT NULL,
+    filed INTEGER NOT NULL,
+    checked INTEGER NOT NULL,
+    PRIMARY KEY (outcome, label)
+) STRICT, WITHOUT ROWID"""
+"""How many moves were removed because of their age; of these, the filed images, and those that count as checked."""
+
+SAME_CONTENT = "substr(content, 1, 16) = substr(?, 1, 16) AND +content = ? AND content != ''"
+"""The condition of a move of a content, which is given twice; the index has the start of each. Without the plus, the
+planner replaces ``content`` in the first term by the value, and scans the table."""
 
 # CROSS JOIN keeps the planner from reading all filed images: https://www.sqlite.org/optoverview.html.
 _FILED = (
@@ -27,10 +40,11 @@ _FILED = (
 """The condition of a filed image; one that a later decision moved to another class counts there only."""
 _REPLACED = """WITH replaced AS (
     SELECT moves.id AS id FROM moves AS refiled CROSS JOIN moves
-        ON moves.content = refiled.content AND moves.content != '' AND moves.id < refiled.id
+        ON substr(moves.content, 1, 16) = substr(refiled.content, 1, 16) AND moves.content = refiled.content
+        AND moves.content != '' AND moves.id < refiled.id
     WHERE refiled.progress = 'done' AND refiled.outcome = 'refiled' AND refiled.undone_by IS NULL
 )"""
-_JUDGED = f"""{_REPLACED}, acted AS (
+_LOOKED = f"""{_REPLACED}, acted AS (
     SELECT corrections.move AS move, corrections.at AS at, 1 AS is_corrected FROM corrections
     UNION ALL
     SELECT undoes, ended_at, 0 FROM moves WHERE progress = 'done' AND outcome = 'undone'
@@ -38,7 +52,8 @@ _JUDGED = f"""{_REPLACED}, acted AS (
 ), looked AS (
     SELECT moves.label AS label, max(acted.at) AS at FROM acted CROSS JOIN moves ON moves.id = acted.move
     WHERE {_FILED} AND moves.id NOT IN (SELECT move FROM checks) GROUP BY moves.label
-), checked AS (
+)"""  # noqa: S608 - our own words only
+_JUDGED = f"""{_LOOKED}, checked AS (
     SELECT move AS id FROM checks UNION SELECT move FROM acted UNION
     SELECT recent.id FROM {{recent}} JOIN looked ON looked.label = recent.label
     WHERE {{newest}} AND recent.progress = 'done' AND recent.ended_at <= looked.at
@@ -52,12 +67,27 @@ _JUDGED = f"""{_REPLACED}, acted AS (
     WHERE {_FILED}
 ) """  # noqa: S608 - our own words only
 _NEWEST = "recent.id > (SELECT max(id) FROM moves) - 20000"  # the loop of the daemon waits for this query
-ACCURACY = f"""{_JUDGED.format(recent="moves AS recent", newest="TRUE")}
-SELECT label, count(*) - count(id) AS filed, count(id) AS checked, total(audited) AS audited,
+_ACCURACY = f"""SELECT label, count(*) - count(id) AS filed, count(id) AS checked, total(audited) AS audited,
     total(audited AND corrected + undone + found_wrong = 0) AS audited_right,
     total(corrected) AS corrected, total(undone) AS undone, total(found_wrong) AS found_wrong
 FROM (SELECT * FROM judged UNION ALL SELECT NULL, label, NULL, NULL, 0, 0, 0, 0 FROM moves WHERE {_FILED})
+GROUP BY label"""  # noqa: S608 - our own words only
+ACCURACY = f"""{_JUDGED.format(recent="moves AS recent", newest="TRUE")}
+SELECT label, sum(filed) AS filed, sum(checked) AS checked, sum(audited) AS audited,
+    sum(audited_right) AS audited_right, sum(corrected) AS corrected, sum(undone) AS undone,
+    sum(found_wrong) AS found_wrong
+FROM ({_ACCURACY} UNION ALL SELECT nullif(label, x''), filed, checked, 0, 0, 0, 0, 0 FROM pruned WHERE filed > 0)
 GROUP BY label ORDER BY label"""  # noqa: S608 - our own words only
+COUNTS = """SELECT outcome, sum(n) AS n FROM (
+    SELECT outcome, count(*) AS n FROM moves WHERE progress = 'done' GROUP BY outcome
+    UNION ALL SELECT outcome, images FROM pruned
+) GROUP BY outcome"""
+LOOKED = f"""{_LOOKED} SELECT label, at FROM looked WHERE label IS NOT NULL"""  # noqa: S608 - our own words only
+"""When a person last looked at each class: its images that were filed before count as checked."""
+IS_REPLACED = f"""SELECT 1 FROM moves WHERE {SAME_CONTENT} AND id > ?
+AND +progress = 'done' AND +outcome = 'refiled' AND undone_by IS NULL"""  # noqa: S608 - our own words only
+ADD_PRUNED = """INSERT INTO pruned VALUES (?, ?, 1, ?, ?) ON CONFLICT (outcome, label) DO UPDATE SET
+images = images + 1, filed = filed + excluded.filed, checked = checked + excluded.checked"""
 NEWEST_CHECKED = f"""{_JUDGED.format(recent="moves AS recent NOT INDEXED", newest=_NEWEST)}
 SELECT score, audited, corrected + undone > 0 AS acted, corrected + undone + found_wrong = 0 AS is_right
 FROM judged WHERE mode = ? AND score IS NOT NULL ORDER BY id DESC LIMIT ?"""  # noqa: S608 - our own words only
@@ -134,7 +164,10 @@ class CheckedImage:
 
 
 def let_read_without_checks(connection: "sqlite3.Connection") -> None:
-    """Let the queries run on a journal that was written before there was the table."""
-    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'checks'").fetchone() is None:
+    """Let the queries run on a journal that was written before there were the tables of this module."""
+    found = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    missing = [table for table in (TABLE, PRUNED_TABLE) if table.partition(" ")[0] not in found]
+    if missing:
         connection.execute("PRAGMA temp_store = MEMORY")
-        connection.execute("CREATE TEMP TABLE checks (move INTEGER PRIMARY KEY, is_right INTEGER, at REAL)")
+    for table in missing:
+        connection.execute(f"CREATE TEMP TABLE {table}")

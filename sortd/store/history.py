@@ -1,20 +1,20 @@
-"""Queries of a journal, by sortd or by another process, and what is wrong with a journal that cannot be read."""
+"""Queries of a journal, by sortd or by another process."""
 
 import json
 import os
 import sqlite3
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from sortd import errors
 from sortd.core.guard import GuardState
 from sortd.errors import JournalError
 from sortd.events import NO_CLASS, Stamp
 from sortd.store import checks
-from sortd.store.checks import CheckedImage, FiledImages
+from sortd.store.checks import SAME_CONTENT, CheckedImage, FiledImages
+from sortd.store.damage import translated
 from sortd.store.records import (
     EXAMPLE_OF_NO_CLASS,
     MoveProgress,
@@ -30,7 +30,8 @@ from sortd.store.records import (
 )
 
 APPLICATION = 0x736F7274  # "sort", in the header of the file
-VERSION = 1
+VERSION = 2
+READABLE = range(1, VERSION + 1)  # opening a journal for writing makes the last version of it
 
 BUSY_SECONDS = 5.0  # for which a commit waits for another connection's lock, for example that of a copy's commit
 
@@ -39,28 +40,11 @@ _KNOWN_WORDS = (
     ("SELECT id, progress FROM moves WHERE progress NOT IN ('done') AND progress NOT IN ({})", [*MoveProgress]),
     ("SELECT move, role FROM members WHERE role NOT IN ({})", [*Role]),
 )
-_RESTORE = (
-    "restore it, or move it aside with its -wal and -shm; all images stay in their folders, and history, holds and "
-    "undo start empty"
-)
-_DISK = "check that its disk is mounted and works"
-_WRITE = "give sortd write permission for it and its folder, and mount its disk writable"
-_ADVICE = {
-    sqlite3.SQLITE_FULL: "free space on its disk",
-    sqlite3.SQLITE_READONLY: _WRITE,
-    sqlite3.SQLITE_PERM: _WRITE,
-    sqlite3.SQLITE_CANTOPEN: "check its folder and its disk",
-    sqlite3.SQLITE_IOERR: _DISK,
-    sqlite3.SQLITE_NOLFS: _DISK,
-    sqlite3.SQLITE_PROTOCOL: _DISK,
-    sqlite3.SQLITE_NOMEM: "free memory",
-}
-"""By primary result code (https://www.sqlite.org/rescode.html); any other code means damage."""
-
 # This small index contains only unfinished moves.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
 _FILES = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
 _CHUNK = 500
+LONGEST_END_SECONDS = 60.0  # between the removal of a file from its folder and the end of its group of moves
 _MOST_ROWS = 2**63 - 1  # SQLite's largest integer
 _T = TypeVar("_T")
 # The plus keeps the planner from using the index of progress, because nearly all moves are done:
@@ -72,7 +56,7 @@ AND moved_size = ? AND moved_mtime_ns = ?) ORDER BY moves.id DESC LIMIT ?"""
 _ELSEWHERE = f"""moves.id IN (SELECT moves.id FROM moves WHERE {_STANDING} AND {_OF_STAMP}) AND NOT EXISTS
 (SELECT 1 FROM members WHERE move = moves.id AND position = 0 AND final = ? AND destination = ?)
 ORDER BY moves.id DESC LIMIT 1"""  # noqa: S608 - our own words only
-_OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
+_OF_CONTENT = f"moves.id IN (SELECT id FROM moves WHERE {SAME_CONTENT}) ORDER BY moves.id DESC LIMIT 1"  # noqa: S608 - our own words only
 
 GENERATION_FACT = "generation"  # the last generation used: numbers are never reused, even if the cache is lost
 GUARD_FACT = "guard"  # the state of the guard as JSON, see GuardState
@@ -105,13 +89,15 @@ class History:
 
     def moves(self, selection: Selection) -> list[Record]:
         """Return the selected finished moves, newest first."""
-        # The plus: read the newest fifty of a million instead of sorting them all; the index of an outcome is sorted.
-        is_by_outcome = selection == Selection(outcome=selection.outcome, undoable=True, limit=selection.limit)
-        chosen = list(conditions_of(selection))
-        done = "progress = 'done'" if selection.outcome and is_by_outcome else "+progress = 'done'"
-        conditions, values = [done, *(one for one, _ in chosen)], [value for _, some in chosen for value in some]
-        limit = -1 if selection.limit is None else min(selection.limit, _MOST_ROWS)
-        return self._records(f"{' AND '.join(conditions)} ORDER BY moves.id DESC LIMIT ?", (*values, limit))
+        where, values = _selected(selection)
+        return self._records(f"{where} ORDER BY moves.id DESC LIMIT ?", values)
+
+    def numbers(self, selection: Selection) -> "array[int]":
+        """Return the numbers of the selected finished moves, the one that ended last first, in 8 bytes each."""
+        where, values = _selected(selection)
+        statement = f"SELECT id FROM moves WHERE {where} ORDER BY ended_at DESC, id DESC LIMIT ?"  # noqa: S608 - as above
+        with translated(self._path):
+            return array("q", (row["id"] for row in self._connection.execute(statement, values)))
 
     def unfinished(self) -> list[Record]:
         """Return the moves that have not ended, oldest first."""
@@ -128,7 +114,7 @@ class History:
         """
         if stamp is not None and (found := self._first(_OF_STAMP, (*stamp.columns[1:], 1))):
             return found
-        return self._first(_OF_CONTENT, (content,)) if content else None
+        return self._first(_OF_CONTENT, (content, content)) if content else None
 
     def known_before(self, record: Record) -> Record | None:
         """Return the last move, before this one, of the file version that it moved, if not undone."""
@@ -150,6 +136,12 @@ class History:
         named = "moves.id IN (SELECT move FROM members WHERE name >= ? AND name < ? AND position = 0)"
         values = (os.fsencode(folder), since, os.fsencode(first), os.fsencode(beyond))
         return self._records(f"{_STANDING} AND source = ? AND ended_at >= ? AND {named} ORDER BY moves.id DESC", values)
+
+    def has_move_out_of(self, folder: str, at: float) -> bool:
+        """Return whether a move out of a folder was under way at a time; a file system is 10 ms late at most."""
+        begun = "SELECT 1 FROM moves WHERE ended_at >= ? AND ended_at < ? AND +source = ? AND intended_at <= ? LIMIT 1"
+        late = 0.02
+        return bool(self._rows(begun, (at - late, at + LONGEST_END_SECONDS, os.fsencode(folder), at + late)))
 
     def last_put(self, folder: str, name: str) -> Record | None:
         """Return the last move of an image to this folder and name, if not undone."""
@@ -194,7 +186,7 @@ class History:
 
     def counts(self) -> dict[str, int]:
         """Return the number of moves with each outcome, including undone ones."""
-        rows = self._rows("SELECT outcome, count(*) AS n FROM moves WHERE progress = 'done' GROUP BY outcome")
+        rows = self._rows(checks.COUNTS)
         return {row["outcome"]: row["n"] for row in rows}
 
     def counts_by_day(self, since: float) -> list[tuple[str, str, int]]:
@@ -241,8 +233,8 @@ class History:
                 for row in rows
             ]
 
-    def corrected(self, selection: Selection) -> list[tuple[Record, str, str, float]]:
-        """Return the moves whose images a person gave a class, with that class, the path and the time, newest first.
+    def corrected(self, selection: Selection) -> Iterator[tuple[Record, str, str, float]]:
+        """Yield the moves whose images a person gave a class, with that class, the path and the time, newest first.
 
         Run and path of the selection are not compared; the outcome may be ``corrected`` or ``confirmed``.
         """
@@ -257,12 +249,16 @@ class History:
         limit = -1 if selection.limit is None else min(selection.limit, _MOST_ROWS)
         where = f"{' AND '.join(['TRUE', *chosen])} ORDER BY at DESC LIMIT ?"
         rows = self._rows(f"SELECT * FROM corrections WHERE {where}", (*chosen.values(), limit))  # noqa: S608 - our own words only
-        records = {one.id: one for one in self.finished([row["move"] for row in rows])}
-        with translated(self._path):
-            return [
-                (records[row["move"]], os.fsdecode(row["corrected"]), _relative_path(row["path"]), row["at"])
-                for row in rows
-            ]
+        for chunk in _chunks(rows):
+            records = {one.id: one for one in self.finished([row["move"] for row in chunk])}
+            for row in chunk:
+                with translated(self._path):
+                    found = records[row["move"]], os.fsdecode(row["corrected"]), _relative_path(row["path"]), row["at"]
+                yield found
+
+    def is_corrected(self, identifier: int) -> bool:
+        """Return whether a person gave the image of a move a class."""
+        return bool(self._rows("SELECT 1 FROM corrections WHERE move = ?", (identifier,)))
 
     def assigned(self) -> list[tuple[str | None, str, float]]:
         """Return class, path relative to the dataset, and time of each image that a person assigned and left there.
@@ -362,6 +358,17 @@ class History:
             return self._connection.execute(statement, values).fetchall()
 
 
+def _selected(selection: Selection) -> tuple[str, tuple[Any, ...]]:
+    """Return the condition of the selected finished moves, and its values with the limit."""
+    # The plus: read the newest fifty of a million instead of sorting them all; the index of an outcome is sorted.
+    is_by_outcome = selection == Selection(outcome=selection.outcome, undoable=True, limit=selection.limit)
+    chosen = list(conditions_of(selection))
+    done = "progress = 'done'" if selection.outcome and is_by_outcome else "+progress = 'done'"
+    conditions, values = [done, *(one for one, _ in chosen)], [value for _, some in chosen for value in some]
+    limit = -1 if selection.limit is None else min(selection.limit, _MOST_ROWS)
+    return " AND ".join(conditions), (*values, limit)
+
+
 def _assigned_label(record: Record) -> str | None:
     reason = record.move_reason
     return None if reason.label == NO_CLASS and reason.reason != EXAMPLE_OF_NO_CLASS else reason.label or ""
@@ -426,16 +433,6 @@ def opened(connection: sqlite3.Connection, prepare: Callable[[sqlite3.Connection
     return connection
 
 
-@contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Convert errors of SQLite, the disk and invalid rows to a JournalError with the journal's path."""
-    try:
-        yield
-    except (sqlite3.Error, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
-        problem, advice = _problem_and_advice(error, path)
-        raise JournalError(f"{path}: {problem}; nothing is moved without it: {advice}") from error
-
-
 def check_journal(connection: sqlite3.Connection, path: Path) -> None:
     """Check the journal's integrity, and that this version knows its values of progress and role."""
     with translated(path):
@@ -448,41 +445,6 @@ def check_journal(connection: sqlite3.Connection, path: Path) -> None:
                 raise ValueError(f"record {found[0]} has the unknown value {found[1]!r}")
 
 
-def _problem_and_advice(error: Exception, path: Path) -> tuple[str, str]:
-    """Return what is wrong with the journal, and what to do."""
-    if isinstance(error, OSError):
-        return _refused(error)
-    number = getattr(error, "sqlite_errorcode", 0)
-    if number == sqlite3.SQLITE_READONLY_DBMOVED:
-        return "the journal was removed or replaced while it was open", "do not change it while sortd runs"
-    if number & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
-        return "another program has locked the journal", f"end that program (`fuser -v {path}` shows it)"
-    if number & 0xFF == sqlite3.SQLITE_CANTOPEN and (refusal := _refusal_to_open(path)) is not None:
-        return _refused(refusal)
-    if number & 0xFF in _ADVICE:
-        return f"the journal cannot be used: {error}", _ADVICE[number & 0xFF]
-    return f"the journal is damaged ({error})", _RESTORE
-
-
-def _refused(error: OSError) -> tuple[str, str]:
-    said = error.strerror or error
-    return f"the journal cannot be opened: {said}", errors.advice_for_write(error) or "check its disk"
-
-
-def _refusal_to_open(path: Path) -> OSError | None:
-    """Return the system's error if the journal, or a file that SQLite opens beside it, cannot be opened."""
-    opened: list[int] = []
-    try:
-        opened.append(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
-        opened.extend(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for _ in range(2))
-    except OSError as error:
-        return error
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-    return None
-
-
 def check_version(connection: sqlite3.Connection, path: Path) -> int:
     """Return the version of a journal, 0 for an empty file, after checking that this sortd can use it."""
     (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -492,7 +454,7 @@ def check_version(connection: sqlite3.Connection, path: Path) -> int:
         return 0
     if application != APPLICATION:
         raise JournalError(f"{path}: not a journal of sortd; set another state_dir or move the file away")
-    if version != VERSION:
+    if version not in READABLE:
         raise JournalError(
             f"{path}: the journal has version {version}, this sortd needs version {VERSION}: install the version of "
             "sortd-images that wrote it, or move the journal aside; the images are not affected"

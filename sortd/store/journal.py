@@ -18,7 +18,8 @@ from sortd.core.guard import GuardState
 from sortd.errors import JournalError
 from sortd.events import Stamp
 from sortd.files import identity_of, sync_folder_at
-from sortd.store.checks import TABLE
+from sortd.store.checks import PRUNED_TABLE, TABLE
+from sortd.store.damage import translated
 from sortd.store.history import (
     APPLICATION,
     BUSY_SECONDS,
@@ -28,7 +29,6 @@ from sortd.store.history import (
     check_journal,
     check_version,
     opened,
-    translated,
 )
 from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, file_rows, plain
 
@@ -61,7 +61,7 @@ CREATE TABLE moves (
 ) STRICT;
 CREATE INDEX moves_by_progress ON moves (progress) WHERE progress NOT IN ('done');
 CREATE INDEX moves_by_time ON moves (ended_at);
-CREATE INDEX moves_by_content ON moves (content) WHERE content != '';
+CREATE INDEX moves_by_content ON moves (substr(content, 1, 16)) WHERE content != '';
 CREATE INDEX moves_by_label ON moves (label, outcome);
 CREATE INDEX moves_by_outcome ON moves (progress, outcome);
 CREATE TABLE members (
@@ -96,18 +96,27 @@ CREATE TABLE corrections (
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
 
+MIGRATIONS: Mapping[int, tuple[str, ...]] = {
+    2: (  # files may leave out their name and content; see ``file_rows``
+        "DROP INDEX moves_by_content",
+        "CREATE INDEX moves_by_content ON moves (substr(content, 1, 16)) WHERE content != ''",
+    ),
+}
+"""What makes each version out of the one before, in one transaction; a new journal has the last one."""
+
 LATER = (
     f"CREATE TABLE IF NOT EXISTS {TABLE}",
+    f"CREATE TABLE IF NOT EXISTS {PRUNED_TABLE}",
     "CREATE INDEX IF NOT EXISTS members_by_name ON members (name) WHERE position = 0",
     "CREATE INDEX IF NOT EXISTS members_by_final ON members (final) WHERE position = 0",
     "CREATE INDEX IF NOT EXISTS followed_by_reason ON moves (reason) WHERE outcome = 'followed'",
 )
-"""A table and indices that the first journals of this version lack."""
+"""Tables and indices that the first journals of this version lack."""
 
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _WRITE_FILE = "REPLACE INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 _UPDATE = """UPDATE moves SET progress = ?, lost = ?, message = ?, ended_at = ? WHERE token = ?
-RETURNING id, outcome, undoes, (SELECT count(*) FROM members WHERE move = moves.id) AS files,
+RETURNING id, outcome, undoes, content, (SELECT count(*) FROM members WHERE move = moves.id) AS files,
 EXISTS (SELECT 1 FROM holds WHERE path = ?) AS held"""
 
 
@@ -137,6 +146,11 @@ class Journal:
     def open_tokens(self) -> AbstractSet[str]:
         """The tokens of the moves that may not have ended; ``unfinished`` drops those that another connection ended."""
         return self._open
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """The open connection, for what else writes to the journal."""
+        return self._connection
 
     def unfinished(self) -> list[MoveRecord]:
         """Return the moves that have not ended, oldest first."""
@@ -290,7 +304,7 @@ class Journal:
         marks = ",".join("?" * len(columns))
         insert = f"INSERT INTO moves ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608 - names of columns only
         move_id = self._connection.execute(insert, tuple(columns.values())).lastrowid or 0
-        self._connection.executemany(_WRITE_FILE, file_rows(move_id, move))
+        self._connection.executemany(_WRITE_FILE, file_rows(move_id, move, reason.content))
 
     def _update(self, move: MoveRecord, ended_at: float | None) -> sqlite3.Row:
         """Write the progress and the files of a move; return what ``_UPDATE`` returns."""
@@ -298,7 +312,7 @@ class Journal:
         values = (move.progress.value, lost, message, ended_at, move.token, _source(move))
         row: sqlite3.Row
         (row,) = self._connection.execute(_UPDATE, values).fetchall()
-        files = file_rows(row["id"], move)
+        files = file_rows(row["id"], move, row["content"])
         if row["files"] > len(files):  # recovery drops files that no longer exist, and never adds one
             self._connection.execute("DELETE FROM members WHERE move = ?", (row["id"],))
         self._connection.executemany(_WRITE_FILE, files)
@@ -377,6 +391,8 @@ def committing(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    if connection.execute("PRAGMA page_count").fetchone() == (0,):
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # takes effect only before the first table
     _make_durable(connection)
     version = check_version(connection, path)
     if version == 0:
@@ -384,6 +400,13 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
             for statement in SCHEMA.split(";\n"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+    elif version < VERSION:
+        check_journal(connection, path)
+        with committing(connection, path):
+            for one in range(version + 1, VERSION + 1):
+                for statement in MIGRATIONS[one]:
+                    connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {VERSION}")
     check_journal(connection, path)
     with committing(connection, path):

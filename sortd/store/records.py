@@ -18,8 +18,14 @@ EXAMPLE_OF_NO_CLASS = "assigned to no class by a person, as an example"
 """The reason of a move of an image that is an example of no class from then on."""
 OBSOLETE_FROM = 1_000_000  # the positions of MoveRecord.obsolete start here
 
+SAME_CONTENT = "="
+"""The content of a file in the table of files, if it is that of its move."""
+
 TOPS = frozenset({"Images", "Dataset", "Review", "Rejected"})
 """The only folders of a dataset between which sortd moves files."""
+
+PLACES_FACT = "places:"
+"""Followed by a record's number: a JSON list of where its image was last seen and where companions may remain."""
 
 LONGEST_NAME = 255  # bytes, not characters, in a name on every tested file system
 
@@ -218,8 +224,11 @@ def stamp_from(columns: tuple[int, int, int, int]) -> Stamp:
     return Stamp(columns[0] % 2**64, columns[1] % 2**64, columns[2], columns[3])
 
 
-def file_rows(move_id: int, move: MoveRecord) -> list[tuple[Any, ...]]:
-    """Return the rows of a move's files, the obsolete ones last, for the table ``members``."""
+def file_rows(move_id: int, move: MoveRecord, content: str) -> list[tuple[Any, ...]]:
+    """Return the rows of a move's files, the obsolete ones last, for the table ``members``.
+
+    What most rows would repeat is left out: ``wanted`` if it is the name, and the sha256 if it is ``content``.
+    """
     places = [*enumerate(move.files), *enumerate(move.obsolete, OBSOLETE_FROM)]
     return [
         (
@@ -227,8 +236,8 @@ def file_rows(move_id: int, move: MoveRecord) -> list[tuple[Any, ...]]:
             position,
             file.role.value,
             os.fsencode(file.name),
-            os.fsencode(file.wanted),
-            file.content,
+            b"" if file.wanted == file.name else os.fsencode(file.wanted),
+            SAME_CONTENT if file.content and file.content == content else file.content,
             file.body,
             signed(file.copy_inode),
             os.fsencode(file.final),
@@ -239,7 +248,7 @@ def file_rows(move_id: int, move: MoveRecord) -> list[tuple[Any, ...]]:
     ]
 
 
-def _file_from(row: "sqlite3.Row") -> MoveFile:
+def _file_from(row: "sqlite3.Row", content: str) -> MoveFile:
     """Reverse ``file_rows``; see ``record_from`` for the errors."""
     moved = (row["moved_device"], row["moved_inode"], row["moved_size"], row["moved_mtime_ns"])
     if 0 < moved.count(None) < len(moved):
@@ -248,9 +257,9 @@ def _file_from(row: "sqlite3.Row") -> MoveFile:
     return MoveFile(
         role=Role(row["role"]),
         name=checked_name(os.fsdecode(row["name"])),
-        wanted=checked_name(os.fsdecode(row["wanted"])),
+        wanted=checked_name(os.fsdecode(row["wanted"] or row["name"])),
         stamp=stamp_from((row["device"], row["inode"], row["size"], row["mtime_ns"])),
-        content=row["content"],
+        content=content if row["content"] == SAME_CONTENT else row["content"],
         body=row["body"],
         copy_inode=row["copy_inode"] % 2**64,
         final=checked_name(final) if final else "",
@@ -279,11 +288,11 @@ def _record_from(row: "sqlite3.Row", files: "list[sqlite3.Row]") -> Record:
         token=row["token"],
         source=checked_folder(os.fsdecode(row["source"])),
         destination=checked_folder(os.fsdecode(row["destination"])),
-        files=tuple(_file_from(one) for one in files if one["position"] < OBSOLETE_FROM),
+        files=tuple(_file_from(one, row["content"]) for one in files if one["position"] < OBSOLETE_FROM),
         progress=MoveProgress(row["progress"]),
         lost=tuple(row["lost"].split("\n")) if row["lost"] else (),
         message=row["message"],
-        obsolete=tuple(_file_from(one) for one in files if one["position"] >= OBSOLETE_FROM),
+        obsolete=tuple(_file_from(one, row["content"]) for one in files if one["position"] >= OBSOLETE_FROM),
     )
     columns = {field.name: row[field.name] for field in fields(MoveReason)}
     labels = {"label": label_from(row["label"]), "second_label": label_from(row["second_label"])}

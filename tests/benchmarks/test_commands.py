@@ -130,6 +130,7 @@ def test_review_measures_pages_and_filing() -> None:
         ("scale", ("rebuild", "decide", "--references", "200", "--library", "400", "--classes", "40")),
         ("daemon", ("startup",)),
         ("path", ()),
+        ("journal_size", ("--images", "300")),
         ("finetuning", ("--small", "--images", "20", "--epochs", "1", "--device", "cpu", "--rounds", "1")),
     ],
 )

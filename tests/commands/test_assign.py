@@ -133,7 +133,9 @@ class TestCommand:
         assert run(site, "assign", site / "Dataset" / "red" / "filed0.png", "blue").code == 0
         accuracy = run(site, "status", "--json").facts["datasets"]["Colours"]["accuracy"]["red"]
         assert (accuracy["checked"], accuracy["corrected"]) == (2, 1)
-        assert [one["label"] for one in run(site, "history", "--json", "--outcome", "corrected").facts] == ["blue"]
+        assert [one["label"] for one in run(site, "history", "--json", "--outcome", "corrected").facts["moves"]] == [
+            "blue"
+        ]
         assert run(site, "undo", site / "Dataset" / "blue" / "filed0.png").code == 0
         assert run(site, "status", "--json").facts["datasets"]["Colours"]["accuracy"]["red"]["checked"] == 0
 
@@ -269,7 +271,7 @@ def test_history_says_which_corrections_are_references(tmp_path: Path, learns: s
         os.rename(path, there)
     with lock_dataset(layout, config.state_dir) as opened:
         record_places(layout, opened.journal, [str(one) for one in by_hand])
-    rows = run(dataset, "history", "--json").facts
+    rows = run(dataset, "history", "--json").facts["moves"]
     learnt = {Path(one["to"]).name: one["learnt"] for one in rows if one["outcome"] == "corrected"}
     by_hand_learnt = learns == "true"
     assert learnt == {"a.png": True, "b.png": False, "c.png": True, "d.png": by_hand_learnt, "e.png": by_hand_learnt}

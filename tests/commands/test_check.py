@@ -596,6 +596,6 @@ def test_check_json_is_one_object(look: Check, tmp_path: Path) -> None:
         env={**os.environ, "HOME": str(tmp_path)},
     )
     facts = json.loads(told.stdout)
-    assert set(facts) == {"errors", "warnings", "findings"}
+    assert set(facts) == {"command", "schema", "errors", "warnings", "findings"}
     assert set(facts["findings"][0]) == {"severity", "topic", "subject", "what", "mend"}
     assert told.stderr.split()[-1] == "False"

@@ -163,7 +163,7 @@ class TestAccept:
         )
         assert names_in(site / "Clases" / "yellow") == []
         assert Path(left_out).exists()
-        history = run(site, "history", "--json", "--outcome", "assigned", "--label", "yellow").facts
+        history = run(site, "history", "--json", "--outcome", "assigned", "--label", "yellow").facts["moves"]
         assert len(history) == 7
         yellow(99).save(site / "Images" / "new.png")
         with DaemonProcess(site.parents[1] / "config.yaml", "once") as daemon:

@@ -42,7 +42,7 @@ def run(site: Path, *arguments: object) -> Ran:
 
 def names(ran: Ran) -> list[str]:
     """Return the names of the files in a history, newest first."""
-    return [Path(one["from"]).name for one in ran.facts]
+    return [Path(one["from"]).name for one in ran.facts["moves"]]
 
 
 def damaged_journal(site: Path, name: str) -> None:
@@ -66,7 +66,7 @@ class TestHistory:
         """Each record has its paths, scores, run and model."""
         ran = run(site, "history", "--json")
         assert names(ran) == ["x.png", "d.png", "c.png", "b.png", "a.png"]
-        first = ran.facts[-1]
+        first = ran.facts["moves"][-1]
         assert first["to"] == str(site / "Dataset" / "red" / "a.png")
         assert (first["outcome"], first["label"], first["score"], first["margin"]) == ("filed", "red", 0.9, 0.25)
         assert (first["run"], first["generation"], first["encoder_id"]) == ("first", 3, "fake-48")
@@ -117,15 +117,15 @@ class TestHistory:
         """The journal is in the state directory."""
         site.parent.rename(site.parents[1] / "unmounted")
         ran = run(site, "history", "--json")
-        assert len(ran.facts) == 5
-        assert ran.facts[0]["to"] == "Rejected/x.png"
+        assert len(ran.facts["moves"]) == 5
+        assert ran.facts["moves"][0]["to"] == "Rejected/x.png"
 
     def test_history_journal_that_is_damaged_hides_no_other(self, site: Path) -> None:
         """The other journals are shown, and the damaged one is an error."""
         damaged_journal(site, "Bad")
         ran = run(site, "history", "--json")
         assert ran.code == 74
-        assert len(ran.facts) == 5
+        assert len(ran.facts["moves"]) == 5
         assert "the journal is damaged" in ran.err
 
     def test_history_row_without_a_score_is_shown(self, site: Path) -> None:
@@ -259,9 +259,9 @@ class TestRelease:
     def test_release_of_one_or_all_files(self, site: Path) -> None:
         """A released file is decided again; to release one that is not held is an error."""
         run(site, "undo", "--since", "1h")
-        assert run(site, "release", site / "Images" / "a.png", "--json").facts == {"released": {"Colours": 1}}
+        assert run(site, "release", site / "Images" / "a.png", "--json").facts["released"] == {"Colours": 1}
         assert run(site, "release", site / "Images" / "a.png").code == 65
-        assert run(site, "release", "--all", "--json").facts == {"released": {"Colours": 4}}
+        assert run(site, "release", "--all", "--json").facts["released"] == {"Colours": 4}
 
     def test_release_of_a_file_leaves_a_held_dataset_held(self, site: Path) -> None:
         """The answer reports that the dataset is still held."""
@@ -281,13 +281,14 @@ class TestRelease:
         assert "nothing is held" not in ran.err
         assert guard_of(site) == GuardState(2)
         assert run(site, "release", site).code == 65
-        assert run(site, "release", "--all", "--json").facts == {"released": {"Colours": 5}}
+        assert run(site, "release", "--all", "--json").facts["released"] == {"Colours": 5}
 
     def test_release_of_all_reports_files_and_datasets(self, site: Path) -> None:
         """Released files and datasets are reported, or that nothing is held."""
         hold_dataset(site)
         ran = run(site, "release", "--all", "--json")
-        assert ran.facts == {"released": {"Colours": 0}, "lifted": {"Colours": "all would go to review"}}
+        assert ran.facts["released"] == {"Colours": 0}
+        assert ran.facts["lifted"] == {"Colours": "all would go to review"}
         assert "nothing is held" in run(site, "release", "--all").err
 
     def test_status_without_a_daemon_shows_the_hold(self, site: Path) -> None:
@@ -344,10 +345,10 @@ class TestWhileRunning:
         facts = run(site, "status", "--json").facts
         assert facts["running"]
         assert facts["datasets"]["Colours"]["held"] == 1
-        assert run(site, "rebuild", "--json").facts == {"rebuilding": ["Colours"]}
+        assert run(site, "rebuild", "--json").facts["rebuilding"] == ["Colours"]
         process.wait_for("prototypes.rebuilt", count=2)
         assert len(process.events("image.filed")) == 2  # held: neither a hint nor a rebuild moved it
-        assert run(site, "release", site / "Images" / "a.png", "--json").facts == {"released": {"Colours": 1}}
+        assert run(site, "release", site / "Images" / "a.png", "--json").facts["released"] == {"Colours": 1}
         process.wait_for("image.filed", count=3)
         assert filed.read_bytes() == content
 

@@ -144,7 +144,7 @@ class TestProposals:
         assert [(one["to"], one["mode"]) for one in found.facts()["proposals"]] == [("blue", "finetuned")] * 2
         assert len(apply_proposals(config_of(dataset), found)["refiled"]) == 2
         assert names_in(dataset / "Dataset" / "blue") == ["a.png", "b.png", "c.png"]
-        rows = run(dataset, "history", "--json", "--outcome", "refiled").facts
+        rows = run(dataset, "history", "--json", "--outcome", "refiled").facts["moves"]
         assert {(row["mode"], row["encoder_id"]) for row in rows} == {("finetuned", vit.model_id)}
 
 
@@ -160,7 +160,7 @@ class TestApply:
         assert len(ran.facts["datasets"]["Colours"]["refiled"]) == 4
         assert names_in(site / "Dataset" / "yellow") == sorted([*YELLOWS, "yellow0 (2).png", "yellow2.xmp"])
         assert (site / "Dataset" / "yellow" / "yellow0.png").read_bytes() == b"somebody else's"
-        rows = run(site, "history", "--json", "--outcome", "refiled").facts
+        rows = run(site, "history", "--json", "--outcome", "refiled").facts["moves"]
         assert {row["label"] for row in rows} == {"yellow"}
         assert all(row["score"] > 0.5 and row["content"] and row["encoder_id"] == "fake-48" for row in rows)
         accuracy = run(site, "status", "--json").facts["datasets"]["Colours"]["accuracy"]

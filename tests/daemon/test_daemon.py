@@ -532,7 +532,7 @@ def test_daemon_confirmation_is_noticed_and_learnt(colours: Path, write_config: 
     for one in facts["learnt"].values():
         ways = {how: ways[how] + one[how] for how in ways}
     assert ways == {"corrected": 1, "confirmed": 2}
-    rows = sortd("history", "-c", config, "--json").facts
+    rows = sortd("history", "-c", config, "--json").facts["moves"]
     given = {Path(row["to"]).name: row for row in rows if row["outcome"] in {"confirmed", "corrected"}}
     assert {name: (row["outcome"], row["label"], row["learnt"]) for name, row in given.items()} == {
         "first.png": ("confirmed", first["label"], True),
@@ -543,7 +543,7 @@ def test_daemon_confirmation_is_noticed_and_learnt(colours: Path, write_config: 
     assert "first.png" in found
     assert f"best guess: {first['label']}" in sortd("history", "-c", config, "--outcome", "sent_to_review").out
     assert "corrected" not in found
-    assert len(sortd("history", "-c", config, "--path", first["destination"], "--json").facts) == 2
+    assert len(sortd("history", "-c", config, "--path", first["destination"], "--json").facts["moves"]) == 2
     assert len(tree(colours / "Clases")) == 84
 
 
