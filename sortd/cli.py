@@ -17,6 +17,7 @@ from sortd.cli_models import OPENBLAS_SPIN, encode, finetune, models
 from sortd.commands.console import (
     Command,
     ConfigOption,
+    DatasetCommand,
     DatasetOption,
     Group,
     HtmlOption,
@@ -36,7 +37,6 @@ app = typer.Typer(
     name="sortd",
     cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -51,6 +51,7 @@ def print_version(wanted: bool) -> None:  # noqa: FBT001 -- typer passes it
 
 @app.callback()
 def options(
+    config: ConfigOption = None,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -174,10 +175,10 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     show_history(load_config(config), dataset=dataset, file=path, limit=limit, format_name=kind, **chosen)
 
 
-@app.command("export", cls=Command)
+@app.command("export", cls=DatasetCommand)
 def export_images(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     out: Annotated[Path, typer.Option("--out", help="File or folder to write; it must not exist.")],
-    dataset: Annotated[str | None, typer.Argument(help="Name of the dataset. Default: the only one.")] = None,
+    dataset: DatasetOption = None,
     config: ConfigOption = None,
     format_name: Annotated[
         Literal["csv", "jsonl", "parquet", "imagefolder", "coco", "fiftyone", "datasets"],
@@ -253,9 +254,9 @@ def release(
     release_files(loaded, path, dataset=dataset, as_json=as_json)
 
 
-@app.command(cls=Command)
+@app.command(cls=DatasetCommand)
 def rebuild(
-    dataset: Annotated[str | None, typer.Argument(help="Rebuild only this dataset. Default: all.")] = None,
+    dataset: DatasetOption = None,
     config: ConfigOption = None,
     force: Annotated[bool, typer.Option("--force", help="Use the new prototypes even if they look worse.")] = False,
     as_json: JsonOption = False,
@@ -282,9 +283,9 @@ def bench(
     show(measured, print_measured, as_json=as_json)
 
 
-@app.command("eval", cls=Command)
+@app.command("eval", cls=DatasetCommand)
 def evaluate_command(
-    dataset: Annotated[str | None, typer.Argument(help="Evaluate only this dataset.")] = None,
+    dataset: DatasetOption = None,
     config: ConfigOption = None,
     html: HtmlOption = None,
     as_json: JsonOption = False,
@@ -296,9 +297,9 @@ def evaluate_command(
     show_evaluation(load_config(config), dataset, html, as_json=as_json)
 
 
-@app.command("groups", cls=Command)
+@app.command("groups", cls=DatasetCommand)
 def groups_command(
-    dataset: Annotated[str | None, typer.Argument(help="Group only this dataset. Default: all.")] = None,
+    dataset: DatasetOption = None,
     config: ConfigOption = None,
     page: Annotated[Path | None, typer.Option("--page", "--html", help="Write an HTML page with the pictures.")] = None,
     accepted: Annotated[str | None, typer.Option("--accept", help="Make a class from the group with this id.")] = None,
@@ -345,9 +346,9 @@ def assign(
     assign_paths(load_config(config), [Path(path) for path in paths], label, is_example=example, as_json=as_json)
 
 
-@app.command(cls=Command)
+@app.command(cls=DatasetCommand)
 def reconsider(
-    dataset: Annotated[str | None, typer.Argument(help="Reconsider only this dataset. Default: all.")] = None,
+    dataset: DatasetOption = None,
     config: ConfigOption = None,
     apply: Annotated[bool, typer.Option("--apply", help="Move the images that would be filed elsewhere.")] = False,
     dry_run: Annotated[
@@ -363,9 +364,9 @@ def reconsider(
     show_reconsidered(load_config(config), dataset, apply=apply, as_json=as_json)
 
 
-@app.command(cls=Command)
+@app.command(cls=DatasetCommand)
 def audit(
-    dataset: Annotated[str | None, typer.Argument(help="Name of the dataset. Default: the only one.")] = None,
+    dataset: DatasetOption = None,
     config: ConfigOption = None,
     sample: Annotated[
         int | None, typer.Option(min=1, max=10_000, help="Number of images to draw. Default: 60.")
@@ -407,7 +408,7 @@ def review(
 
 
 app.command(cls=Command)(encode)
-app.command(cls=Command)(finetune)
+app.command(cls=DatasetCommand)(finetune)
 app.add_typer(models)
 
 

@@ -28,11 +28,21 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 Facts = TypeVar("Facts")
 
+
+def config_given(context: typer.Context, path: Path | None) -> Path | None:
+    """Return the value of ``--config``, which may also stand before the command or before its group."""
+    above = context.parent
+    while path is None and above is not None:
+        path, above = above.params.get("config"), above.parent
+    return path
+
+
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config",
         "-c",
+        callback=config_given,
         readable=False,  # read_config reports an unreadable file with its own exit code
         help="Configuration file. Default: config.yaml here, in ~/.config/sortd or /etc/sortd, or built-in values.",
     ),
@@ -43,7 +53,9 @@ SinceOption = Annotated[
 ]
 UntilOption = Annotated[str | None, typer.Option("--until", help="Only moves until this time.")]
 HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write an HTML page to this file.")]
-DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Use only this dataset.")]
+DatasetOption = Annotated[
+    str | None, typer.Option("--dataset", help="Name of the dataset. Default: all, or the only one.")
+]
 
 
 def load_config(path: Path | None) -> "Config":
@@ -70,6 +82,21 @@ class _FlagsWithoutType:
 
 class Command(_FlagsWithoutType, typer.core.TyperCommand):
     """A command of sortd."""
+
+
+class DatasetCommand(Command):
+    """A command with the option ``--dataset``, whose name may also be given without the option, as it once was."""
+
+    allow_extra_args = True
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 -- typer's own click, as above
+        """Take one argument as the name of the dataset, and refuse more."""
+        super().parse_args(ctx, args)
+        if len(ctx.args) == 1 and ctx.params.get("dataset") is None:
+            ctx.params["dataset"] = ctx.args.pop()
+        if ctx.args and not ctx.resilient_parsing:
+            ctx.fail(f"Got unexpected extra argument(s) ({printable(' '.join(ctx.args))})")
+        return list(ctx.args)
 
 
 class Group(_FlagsWithoutType, typer.core.TyperGroup):
