@@ -182,8 +182,8 @@ def promote_model(config: Config, dataset: str | None, folder: Path | None, *, f
     found = finetuning_results(state_folder) if folder is None else [folder.absolute()]
     if not found:
         raise DataError(
-            f"{layout.name} has no fine-tuned model in {state_folder}: run `sortd finetune {layout.name}`, or give the "
-            "folder of a model"
+            f"{layout.name} has no fine-tuned model in {state_folder}: run `sortd finetune --dataset "
+            f"{layout.name}`, or give the folder of a model"
         )
     facts = read_facts(found[0])
     try:
