@@ -6,14 +6,16 @@ torch.
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sortd import __version__
 from sortd.cli_models import OPENBLAS_SPIN, encode, finetune, models
+from sortd.cli_setup import config_command, init, service
 from sortd.commands.console import (
     Command,
     ConfigOption,
@@ -30,6 +32,9 @@ from sortd.commands.console import (
     time_option,
 )
 from sortd.exits import exit_on_error, open_missing_streams
+
+if TYPE_CHECKING:
+    from sortd.config import Config
 
 OUTCOMES = ("filed", "sent_to_review", "rejected", "assigned", "refiled", "undone", "corrected", "confirmed")
 
@@ -59,6 +64,10 @@ def options(
     """Sort the images in a folder into classes that you define by reference images."""
 
 
+app.command(cls=Command)(init)
+app.command("config", cls=Command)(config_command)
+
+
 @app.command(cls=Command)
 def run(config: ConfigOption = None) -> None:
     """Watch the datasets and file new images, until stopped."""
@@ -75,9 +84,14 @@ def once(
     if dry_run:
         from sortd.commands.run import show_dry_run
 
-        show_dry_run(partial(load_config, config), as_json=as_json)
+        show_dry_run(read_quietly(config), as_json=as_json)
     else:
         work(config, once=True)
+
+
+def read_quietly(path: Path | None) -> Callable[[], "Config"]:
+    """Return a function that reads the configuration without messages: the log has them."""
+    return partial(load_config, path, tell=lambda _: None)
 
 
 def work(path: Path | None, *, once: bool) -> None:
@@ -85,20 +99,7 @@ def work(path: Path | None, *, once: bool) -> None:
     os.environ.setdefault(*OPENBLAS_SPIN)  # OpenBLAS reads it when numpy is imported
     from sortd.commands.run import run_daemon
 
-    run_daemon(partial(load_config, path), once=once)
-
-
-@app.command(cls=Command)
-def init(
-    directory: Annotated[Path, typer.Argument(help="Folder of the dataset; missing folders are created.")],
-    classes: Annotated[
-        list[str] | None, typer.Option("--class", help="Create the folder of this class; repeatable.")
-    ] = None,
-) -> None:
-    """Create the folders and the marker of a dataset."""
-    from sortd.commands.run import make_dataset_folders
-
-    make_dataset_folders(directory, classes or ())
+    run_daemon(read_quietly(path), once=once)
 
 
 @app.command(cls=Command)
@@ -410,6 +411,7 @@ def review(
 app.command(cls=Command)(encode)
 app.command(cls=DatasetCommand)(finetune)
 app.add_typer(models)
+app.add_typer(service)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import typer.core
 from sortd.classify.prompts import written_name
 from sortd.errors import ConfigError
 from sortd.files import readable_json
-from sortd.layout import misplaced_root
+from sortd.layout import misplaced_root, nested_datasets
 
 if TYPE_CHECKING:
     from sortd.config import Config
@@ -58,13 +58,23 @@ DatasetOption = Annotated[
 ]
 
 
-def load_config(path: Path | None) -> "Config":
-    """Read the configuration; raise ConfigError if it is not valid, or if its root is or lies in a dataset."""
+def say(message: str) -> None:
+    """Print a message to stderr."""
+    print(message, file=sys.stderr)
+
+
+def load_config(path: Path | None, *, tell: Callable[[str], None] = say) -> "Config":
+    """Read the configuration; raise ConfigError if it is not valid, or if its root is or lies in a dataset.
+
+    ``tell`` is called with a message about each dataset that is ignored since it lies in another.
+    """
     from sortd.config import read_config
 
     config = read_config(path, os.environ)
     if (problem := misplaced_root(config.root)) is not None:
-        raise ConfigError(problem)
+        raise ConfigError(str(problem))
+    for nested in nested_datasets(config.root):
+        tell(f"sortd: {printable(str(nested))}")
     return config
 
 
@@ -119,11 +129,6 @@ def printable(text: str) -> str:
         encoded = text.encode("utf-8", "backslashreplace")
     shown = encoded.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-
-
-def say(message: str) -> None:
-    """Print a message to stderr."""
-    print(message, file=sys.stderr)
 
 
 def print_line(text: str, *, style: str = "") -> None:

@@ -2,28 +2,22 @@
 
 import os
 import resource
-import shlex
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import typer
 
 from sortd import logs
-from sortd.classify.prompts import written_name
 from sortd.commands.console import counted, printable, say
-from sortd.config import Config, find_config_file, read_config
+from sortd.config import Config
 from sortd.daemon.daemon import Daemon, simulate
-from sortd.daemon.references import is_class_name
 from sortd.daemon.reporting import Metrics, decision_facts
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder.models import check_modes, locate_clip
-from sortd.errors import ConfigError, LayoutError, ModelError
+from sortd.errors import ModelError
 from sortd.events import LIKE_NO_CLASS, Move
 from sortd.files import readable_json
-from sortd.layout import Area, Layout, enclosing_dataset
 from sortd.logs import LogFormat
 from sortd.service import Notifier
 
@@ -93,66 +87,3 @@ def format_in_environment() -> LogFormat:
     """Return the log format to use while the configuration is read, since its errors are logged too."""
     named = os.environ.get("SORTD_LOG__FORMAT")
     return "console" if named == "console" else "json" if named == "json" else "auto"
-
-
-def make_dataset_folders(directory: Path, classes: Sequence[str]) -> None:
-    """Create the folders and the marker of a dataset, and print how to run sortd on it.
-
-    Raises:
-        BadParameter: a class cannot have that name.
-        LayoutError: the folder cannot be a dataset, or cannot be created.
-    """
-    for name in classes:
-        if "/" in name or not is_class_name(name) or written_name(name) != name:
-            why = "it must be a visible folder name without /, control characters, and blanks at an end or in a row"
-            raise typer.BadParameter(f"{name!r} cannot be a class: {why}", param_hint="--class")
-    layout = Layout(directory.absolute())
-    real, around = Path(os.path.realpath(layout.root)), enclosing_dataset(layout.root)
-    if real.name.startswith(".") or real == real.parent:
-        raise LayoutError(f"{layout.root} cannot be a dataset: a dataset is a folder below `root` that is not hidden")
-    if around is not None:
-        beside = around.parent / layout.name
-        raise LayoutError(f"{layout.root} lies inside the dataset {around}, where sortd ignores it; create {beside}")
-    try:
-        layout.root.mkdir(parents=True, exist_ok=True)
-        layout.make()
-        for name in classes:
-            (layout.area(Area.CLASES) / name).mkdir(exist_ok=True)
-    except FileExistsError as error:
-        raise LayoutError(f"{error.filename} is no folder; move it away, or name another folder") from error
-    except OSError as error:
-        advice = "correct the permissions, free some space, or name another folder"
-        raise LayoutError(f"{error.filename} cannot be created: {error.strerror}; {advice}") from error
-    root = printable(os.fspath(layout.root))
-    typer.echo(f"{root} is a dataset. Put reference images into {root}/{Area.CLASES}/<class>/")
-    typer.echo(f"Then put the images to sort into {root}/{Area.IMAGES}/ and run")
-    for line in how_to_run(real.parent):
-        typer.echo(line)
-
-
-def how_to_run(root: Path) -> Iterator[str]:
-    """Yield the command, indented, that runs sortd on the datasets below ``root``, and how to shorten it."""
-    file, command, mistakes = find_config_file(os.environ), f"{this_program()} run", ""
-    if file is not None:
-        command += f" -c {shlex.quote(os.path.abspath(file))}"
-        try:
-            if os.path.realpath(read_config(file, os.environ).root) == os.fspath(root):
-                yield f"    {command}"
-                return
-        except ConfigError as error:
-            mistakes = str(error)
-    name = "config.yaml (config.example.yaml lists all keys)" if file is None else printable(os.path.abspath(file))
-    yield f"    SORTD_ROOT={shlex.quote(os.fspath(root))} {command}"
-    yield f"With `root: {printable(os.fspath(root))}` in {name}, SORTD_ROOT is not needed."
-    if mistakes:
-        yield f"First correct that configuration: {printable(mistakes)}"
-
-
-def this_program() -> str:
-    """Return the shell word or words that call the program that runs now."""
-    called = Path(sys.argv[0])
-    if called.name == "__main__.py":
-        return f"{shlex.quote(sys.executable)} -m sortd"
-    found = shutil.which("sortd")
-    is_usual = called.name != "sortd" or (found is not None and os.path.realpath(found) == os.path.realpath(called))
-    return "sortd" if is_usual else shlex.quote(os.path.abspath(called))

@@ -34,7 +34,7 @@ from sortd.daemon.reporting import Metrics, log_availability
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.daemon.worker import Answer, EncoderAvailability, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.encoder.remote import COMMAND_SECONDS
-from sortd.layout import Area
+from sortd.layout import Area, nested_datasets
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.service import Notifier, Status, require_to_be_alone, signals_posted, started_ticks
 from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, FileEvent, Watcher
@@ -137,6 +137,8 @@ class Daemon:
 
     def _start(self) -> None:
         self._log.info(logs.DAEMON_STARTING, root=str(self.config.root), model=self.config.model)
+        for nested in nested_datasets(self.config.root):
+            self._log.warning(logs.DATASET_NESTED, path=str(nested.folder), error=nested.what, advice=nested.advice)
         if not self._is_dry_run:
             self._requests.open()
         self._worker.start()
