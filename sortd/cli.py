@@ -71,35 +71,30 @@ app.command("config", cls=Command)(config_command)
 @app.command(cls=Command)
 def run(config: ConfigOption = None) -> None:
     """Watch the datasets and file new images, until stopped."""
-    work(config, once=False)
+    os.environ.setdefault(*OPENBLAS_SPIN)
+    from sortd.commands.run import run_daemon
+
+    run_daemon(read_quietly(config), once=False)
 
 
 @app.command(cls=Command)
 def once(
     config: ConfigOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen; change nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show each image.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """File the images that are in Images/ now, then exit."""
-    if dry_run:
-        from sortd.commands.run import show_dry_run
+    """File the images that are in Images/ now, print how many went where, and exit."""
+    os.environ.setdefault(*OPENBLAS_SPIN)  # OpenBLAS reads it when numpy is imported
+    from sortd.commands.run import file_once, show_dry_run
 
-        show_dry_run(read_quietly(config), as_json=as_json)
-    else:
-        work(config, once=True)
+    show = show_dry_run if dry_run else file_once
+    show(read_quietly(config), as_json=as_json, verbose=verbose)
 
 
 def read_quietly(path: Path | None) -> Callable[[], "Config"]:
     """Return a function that reads the configuration without messages: the log has them."""
     return partial(load_config, path, tell=lambda _: None)
-
-
-def work(path: Path | None, *, once: bool) -> None:
-    """Run the daemon."""
-    os.environ.setdefault(*OPENBLAS_SPIN)  # OpenBLAS reads it when numpy is imported
-    from sortd.commands.run import run_daemon
-
-    run_daemon(read_quietly(path), once=once)
 
 
 @app.command(cls=Command)

@@ -403,7 +403,7 @@ def test_work_sets_the_openblas_timeout_before_numpy_is_loaded(tmp_path: Path) -
         "import os, sys\n"
         "from sortd import cli, errors\n"
         "assert 'numpy' not in sys.modules\n"
-        f"try: cli.work(cli.Path({str(tmp_path / 'gone.yaml')!r}), once=True)\n"
+        f"try: cli.once(cli.Path({str(tmp_path / 'gone.yaml')!r}))\n"
         "except errors.ConfigError: print(os.environ['OPENBLAS_THREAD_TIMEOUT'])"
     )
     for chosen, wanted in (({}, "20"), ({"OPENBLAS_THREAD_TIMEOUT": "5"}, "5")):

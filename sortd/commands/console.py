@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|hours?|d|days?|w|weeks?)(?:\s+ago)?")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+LINE_SECONDS = 10.0  # between two lines of progress
 
 Facts = TypeVar("Facts")
 
@@ -239,6 +242,25 @@ def bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda now, done, total: shown.update(
             task, description=printable(now), completed=done, total=total or None
         )
+
+
+@contextmanager
+def progress(what: str, *, clock: Callable[[], float] = monotonic) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a progress bar on a terminal, else a line for each new text and then every ten seconds; yield as ``bar``."""
+    if sys.stderr.isatty():
+        with bar(what) as tell:
+            yield tell
+        return
+    last, due = "", 0.0
+
+    def tell_line(now: str, done: int, total: int) -> None:
+        nonlocal last, due
+        if now == last and clock() < due:
+            return
+        last, due = now, clock() + LINE_SECONDS
+        say(f"sortd: {printable(now)}: {done:,} of {total:,}" if total else f"sortd: {printable(now)}")
+
+    yield tell_line
 
 
 def counted(number: int, noun: str) -> str:
