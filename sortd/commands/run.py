@@ -121,6 +121,8 @@ def show_dry_run(
             typer.echo(readable_json({**place, **why}, encoding=sys.stdout.encoding))
         elif verbose:
             source, target = (os.path.relpath(path, config.root) for path in (move.path, destination))
+            folder, name = os.path.split(target)
+            target = f"{folder}/" if name == os.path.basename(source) else target
             reason = logs.SHORT_REASONS.get(str(why["reason"]), why["reason"]) if why.get("reason") else ""
             rows.append((source, target, why.get("label"), why.get("score"), why.get("second_label"), reason))
 

@@ -430,7 +430,7 @@ def test_daemon_dry_run_touches_nothing(colours: Path, write_config: Write, tmp_
         said = daemon.process.stdout.read()
         assert daemon.wait() == 0
     assert snapshot() == before
-    assert "Colours/Images/a.png\tColours/Dataset/green/a.png" in said
+    assert "Colours/Images/a.png\tColours/Dataset/green/\t" in said
     assert "Colours: 1 would be filed, 0 would go to Review" in said
     assert not (colours / ".sortd").exists()
 
