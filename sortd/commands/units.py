@@ -120,7 +120,7 @@ def _require(*, is_of_user: bool, dry_run: bool, needs_config: bool = True) -> N
     if os.geteuid() != 0 and not dry_run:
         raise ConfigError("only root can change the services of the machine: use sudo, or --user for your own")
     if needs_config and (hidden := next((place for place in _places() if place.startswith(HIDDEN)), None)):
-        raise ConfigError(f"the unit hides {hidden}: install sortd outside of {', '.join(HIDDEN)}, or use --user")
+        raise ConfigError(f"the unit hides {hidden}: move the installation out of {', '.join(HIDDEN)}, or use --user")
 
 
 def _places() -> Iterator[str]:
