@@ -574,11 +574,22 @@ def test_service_install_starts_it_and_keeps_edited_units(lab: Lab) -> None:
     assert "stays" in lab.run(*SERVICE, "uninstall").stdout
     assert lab.property("ActiveState") == "inactive"
     lab.run("sh", "-ec", f"sed -i '/^# mine$/d' {unit}")
-    lab.run(*SERVICE, "install")
     lab.run(*SERVICE, "uninstall")
     assert lab.run("test", "-e", unit, check=False).returncode == 1
     assert lab.run("test", "-e", "/etc/sortd/config.yaml", check=False).returncode == 0
     assert "not installed" in lab.run(*SERVICE, "uninstall", check=False).stderr
+
+
+def test_service_install_of_a_user_is_that_of_the_manager_of_the_user(lab: Lab, alice: tuple[str, ...]) -> None:
+    """It needs no root, and the unit calls the installation that wrote it."""
+    said = lab.run(*alice, *SERVICE, "install", "--user").stdout
+    unit = "/home/alice/.config/systemd/user/sortd.service"
+    assert f"write {unit}" in said
+    assert "ExecStart=/opt/sortd/.venv/bin/sortd run" in lab.run("cat", unit).stdout
+    shown = lab.run(*alice, "systemctl", "--user", "is-enabled", "sortd").stdout
+    assert shown.strip() == "enabled"
+    lab.run(*alice, *SERVICE, "uninstall", "--user")
+    assert lab.run("test", "-e", unit, check=False).returncode == 1
 
 
 @pytest.mark.skipif(os.path.isdir("/run/systemd/system"), reason="systemd runs here")
