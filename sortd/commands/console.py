@@ -245,22 +245,27 @@ def bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def progress(what: str, *, clock: Callable[[], float] = monotonic) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar on a terminal, else a line for each new text and then every ten seconds; yield as ``bar``."""
+def progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a progress bar on a terminal, else ``progress_lines``; yield as ``bar``."""
     if sys.stderr.isatty():
         with bar(what) as tell:
             yield tell
-        return
+    else:
+        yield progress_lines()
+
+
+def progress_lines(*, clock: Callable[[], float] = monotonic) -> Callable[[str, int, int], None]:
+    """Return a function, as ``bar`` yields, that prints a line for each new text, and then every ten seconds."""
     last, due = "", 0.0
 
-    def tell_line(now: str, done: int, total: int) -> None:
+    def tell(now: str, done: int, total: int) -> None:
         nonlocal last, due
         if now == last and clock() < due:
             return
         last, due = now, clock() + LINE_SECONDS
         say(f"sortd: {printable(now)}: {done:,} of {total:,}" if total else f"sortd: {printable(now)}")
 
-    yield tell_line
+    return tell
 
 
 def counted(number: int, noun: str) -> str:
