@@ -43,7 +43,10 @@ class Terminal:
         program.parent.mkdir()
         fast = f'case "$1" in once|run) exec {shlex.quote(sys.executable)} -m tests.fast_sortd "$@";; esac\n'
         program.write_text(f'#!/bin/sh\n{fast * is_fast}exec {shlex.quote(sys.executable)} -m sortd "$@"\n')
-        program.chmod(0o755)
+        python = program.with_name("python")
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        for file in (program, python):
+            file.chmod(0o755)
         environment = {
             "HOME": os.fspath(home),
             "PATH": f"{program.parent}:{os.environ['PATH']}",
@@ -74,7 +77,7 @@ class Terminal:
 
     def begin(self, command: str) -> None:
         """Type a command that does not end by itself."""
-        self.typed += [command] if command.split()[0] in {"sortd", "python"} else []
+        self.typed += [command] if command.split(maxsplit=1)[0] in {"sortd", "python"} else []
         self._shell.sendline(command)
 
     def wait_for(self, text: str) -> None:
@@ -207,7 +210,6 @@ def test_production_line_calls_it_from_a_program(terminal: Terminal) -> None:
 
 def test_distribution_packages_it(terminal: Terminal) -> None:
     """Man pages, completions, the annotated configuration and the units come from the program itself."""
-    (terminal.home / "bin" / "python").symlink_to(sys.executable)
     terminal.type(f"cd {shlex.quote(os.fspath(REPOSITORY))}")
     terminal.type(f"python packaging/generate.py {terminal.home}/out")
     terminal.type("cd")
