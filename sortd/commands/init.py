@@ -51,7 +51,7 @@ def create_dataset(directory: Path, classes: Sequence[str], config: Path | None)
     folder = printable(os.fspath(layout.root))
     typer.echo(f"{folder} is a dataset.")
     environment = {name: value for name, value in os.environ.items() if name != ROOT_VARIABLE}
-    configured = configure(Path(os.path.realpath(layout.root)).parent, config, environment)
+    configured = write_configuration(Path(os.path.realpath(layout.root)).parent, config, environment)
     typer.echo(f"{printable(os.fspath(configured.file))} {configured.done}.")
     typer.echo(f"Put 5 to 20 images of each class into {folder}/{Area.CLASES}/<class>/,")
     typer.echo(f"and the images to sort into {folder}/{Area.IMAGES}/; then run")
@@ -83,7 +83,7 @@ def make_dataset_folders(directory: Path, classes: Sequence[str]) -> Layout:
     return layout
 
 
-def configure(root: Path, named: Path | None, environment: Mapping[str, str]) -> Configured:
+def write_configuration(root: Path, named: Path | None, environment: Mapping[str, str]) -> Configured:
     """Return a configuration with this root, which is written or completed if needed.
 
     Args:
