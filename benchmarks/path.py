@@ -130,7 +130,7 @@ def measure(folder: Path, model: str, recorder: Recorder) -> dict[str, Any]:
     driver = threading.Thread(target=drive, name="driver")
     driver.start()
     try:
-        cli.work(config, once=False)
+        cli.run(config)
     finally:
         sys.setprofile(None)
         threading.setprofile(None)

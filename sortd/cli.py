@@ -6,18 +6,21 @@ torch.
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sortd import __version__
 from sortd.cli_bulk import bulk
 from sortd.cli_models import OPENBLAS_SPIN, encode, finetune, models
+from sortd.cli_setup import config_command, init, service
 from sortd.commands.console import (
     Command,
     ConfigOption,
+    DatasetCommand,
     DatasetOption,
     Group,
     HtmlOption,
@@ -31,13 +34,15 @@ from sortd.commands.console import (
 )
 from sortd.exits import exit_on_error, open_missing_streams
 
+if TYPE_CHECKING:
+    from sortd.config import Config
+
 OUTCOMES = ("filed", "sent_to_review", "rejected", "assigned", "refiled", "undone", "corrected", "confirmed")
 
 app = typer.Typer(
     name="sortd",
     cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -52,6 +57,7 @@ def print_version(wanted: bool) -> None:  # noqa: FBT001 -- typer passes it
 
 @app.callback()
 def options(
+    config: ConfigOption = None,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -59,46 +65,37 @@ def options(
     """Sort the images in a folder into classes that you define by reference images."""
 
 
+app.command(cls=Command)(init)
+app.command("config", cls=Command)(config_command)
+
+
 @app.command(cls=Command)
 def run(config: ConfigOption = None) -> None:
     """Watch the datasets and file new images, until stopped."""
-    work(config, once=False)
+    os.environ.setdefault(*OPENBLAS_SPIN)
+    from sortd.commands.run import run_daemon
+
+    run_daemon(read_quietly(config), once=False)
 
 
 @app.command(cls=Command)
 def once(
     config: ConfigOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen; change nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show each image.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """File the images that are in Images/ now, then exit."""
-    if dry_run:
-        from sortd.commands.run import show_dry_run
-
-        show_dry_run(partial(load_config, config), as_json=as_json)
-    else:
-        work(config, once=True)
-
-
-def work(path: Path | None, *, once: bool) -> None:
-    """Run the daemon."""
+    """File the images that are in Images/ now, print how many went where, and exit."""
     os.environ.setdefault(*OPENBLAS_SPIN)  # OpenBLAS reads it when numpy is imported
-    from sortd.commands.run import run_daemon
+    from sortd.commands.run import file_once, show_dry_run
 
-    run_daemon(partial(load_config, path), once=once)
+    show = show_dry_run if dry_run else file_once
+    show(read_quietly(config), as_json=as_json, verbose=verbose)
 
 
-@app.command(cls=Command)
-def init(
-    directory: Annotated[Path, typer.Argument(help="Folder of the dataset; missing folders are created.")],
-    classes: Annotated[
-        list[str] | None, typer.Option("--class", help="Create the folder of this class; repeatable.")
-    ] = None,
-) -> None:
-    """Create the folders and the marker of a dataset."""
-    from sortd.commands.run import make_dataset_folders
-
-    make_dataset_folders(directory, classes or ())
+def read_quietly(path: Path | None) -> Callable[[], "Config"]:
+    """Return a function that reads the configuration without messages: the log has them."""
+    return partial(load_config, path, tell=lambda _: None)
 
 
 @app.command(cls=Command)
@@ -184,10 +181,10 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     show_history(load_config(config), dataset=dataset, file=path, limit=limit, format_name=kind, **chosen)
 
 
-@app.command("export", cls=Command)
+@app.command("export", cls=DatasetCommand)
 def export_images(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     out: Annotated[Path, typer.Option("--out", help="File or folder to write; it must not exist.")],
-    dataset: Annotated[str | None, typer.Argument(help="Name of the dataset. Default: the only one.")] = None,
+    dataset: DatasetOption = None,
     config: ConfigOption = None,
     format_name: Annotated[
         Literal["csv", "jsonl", "parquet", "imagefolder", "coco", "fiftyone", "datasets"],
@@ -263,9 +260,9 @@ def release(
     release_files(loaded, path, dataset=dataset, as_json=as_json)
 
 
-@app.command(cls=Command)
+@app.command(cls=DatasetCommand)
 def rebuild(
-    dataset: Annotated[str | None, typer.Argument(help="Rebuild only this dataset. Default: all.")] = None,
+    dataset: DatasetOption = None,
     config: ConfigOption = None,
     force: Annotated[bool, typer.Option("--force", help="Use the new prototypes even if they look worse.")] = False,
     as_json: JsonOption = False,
@@ -292,9 +289,9 @@ def bench(
     show(measured, print_measured, as_json=as_json)
 
 
-@app.command("eval", cls=Command)
+@app.command("eval", cls=DatasetCommand)
 def evaluate_command(
-    dataset: Annotated[str | None, typer.Argument(help="Evaluate only this dataset.")] = None,
+    dataset: DatasetOption = None,
     config: ConfigOption = None,
     html: HtmlOption = None,
     as_json: JsonOption = False,
@@ -306,9 +303,9 @@ def evaluate_command(
     show_evaluation(load_config(config), dataset, html, as_json=as_json)
 
 
-@app.command("groups", cls=Command)
+@app.command("groups", cls=DatasetCommand)
 def groups_command(
-    dataset: Annotated[str | None, typer.Argument(help="Group only this dataset. Default: all.")] = None,
+    dataset: DatasetOption = None,
     config: ConfigOption = None,
     page: Annotated[Path | None, typer.Option("--page", "--html", help="Write an HTML page with the pictures.")] = None,
     accepted: Annotated[str | None, typer.Option("--accept", help="Make a class from the group with this id.")] = None,
@@ -355,9 +352,9 @@ def assign(
     assign_paths(load_config(config), [Path(path) for path in paths], label, is_example=example, as_json=as_json)
 
 
-@app.command(cls=Command)
+@app.command(cls=DatasetCommand)
 def reconsider(
-    dataset: Annotated[str | None, typer.Argument(help="Reconsider only this dataset. Default: all.")] = None,
+    dataset: DatasetOption = None,
     config: ConfigOption = None,
     apply: Annotated[bool, typer.Option("--apply", help="Move the images that would be filed elsewhere.")] = False,
     dry_run: Annotated[
@@ -373,9 +370,9 @@ def reconsider(
     show_reconsidered(load_config(config), dataset, apply=apply, as_json=as_json)
 
 
-@app.command(cls=Command)
+@app.command(cls=DatasetCommand)
 def audit(
-    dataset: Annotated[str | None, typer.Argument(help="Name of the dataset. Default: the only one.")] = None,
+    dataset: DatasetOption = None,
     config: ConfigOption = None,
     sample: Annotated[
         int | None, typer.Option(min=1, max=10_000, help="Number of images to draw. Default: 60.")
@@ -417,9 +414,10 @@ def review(
 
 
 app.command(cls=Command)(encode)
-app.command(cls=Command)(finetune)
+app.command(cls=DatasetCommand)(finetune)
 app.add_typer(models)
 app.add_typer(bulk)
+app.add_typer(service)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The commands about models, each of which imports its module when it runs: ``models``, ``encode`` and ``finetune``."""
 
 import os
+import shlex
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -131,8 +132,8 @@ def encode(
 
 
 def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameters
-    dataset: Annotated[str, typer.Argument(help="Name of the dataset.")],
     config: ConfigOption = None,
+    dataset: DatasetOption = None,
     source: Annotated[Source, typer.Option("--from", help="Folders to train on.")] = Source.CLASES,
     base: Annotated[
         str, typer.Option(help="auto, packaged, or the name or folder of a transformers image model.")
@@ -185,6 +186,7 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
 
     require_training_packages()
     loaded = load_config(config)
+    layout = dataset_named(loaded, dataset)
     recipe = replace(
         effort.recipe,
         epochs=epochs,
@@ -198,9 +200,10 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
         lora_rank=lora,
         flips=flips,
     )
-    options = [f"--config {config}"] * (config is not None) + [f"--output {output}"] * (output is not None)
+    options = [f"--dataset {shlex.quote(layout.name)}"]
+    options += [f"--config {config}"] * (config is not None) + [f"--output {output}"] * (output is not None)
     options += [f"--processes {processes}"] * (processes > 1)
-    request = TrainingRequest(dataset_named(loaded, dataset), source, base, side, recipe, tuple(extra or ()))
+    request = TrainingRequest(layout, source, base, side, recipe, tuple(extra or ()))
     if processes > 1 and not is_launched():
         launch_training(loaded, request, processes, output=output, resume=resume)
     with ExitStack() as stack:
@@ -215,6 +218,6 @@ def finetune(  # noqa: PLR0913, PLR0917 -- a command's options are its parameter
             request,
             output=output,
             resume=resume,
-            resume_command=" ".join(["sortd finetune", dataset, *options, "--resume"]),
+            resume_command=" ".join(["sortd finetune", *options, "--resume"]),
             as_json=as_json,
         )

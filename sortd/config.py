@@ -318,9 +318,14 @@ def _drop_empty(values: dict[str, Any], tree: config_yaml.Tree, above: config_ya
 
 def find_config_file(environment: Mapping[str, str]) -> Path | None:
     """Return the file that is read if none is given: the working directory's, the user's, the machine's or None."""
+    places = (Path("config.yaml"), config_file_of_user(environment), Path("/etc/sortd/config.yaml"))
+    return next((place for place in places if place is not None and os.path.isfile(place)), None)
+
+
+def config_file_of_user(environment: Mapping[str, str]) -> Path | None:
+    """Return the path of the user's configuration, which need not exist; None without a home."""
     own = _folder_of_xdg("XDG_CONFIG_HOME", ".config", environment)
-    places = ["config.yaml", own and f"{own}/config.yaml", "/etc/sortd/config.yaml"]
-    return next((Path(place) for place in places if place and os.path.isfile(place)), None)
+    return None if own is None else Path(own, "config.yaml")
 
 
 def _default_folders(base: Path, environment: Mapping[str, str]) -> dict[str, str]:

@@ -212,3 +212,10 @@ def identity_of(path: Name, *, follow: bool = True) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def shipped(name: str) -> str:
+    """Return the path of a file that is distributed with sortd: in the package, in a checkout beside it."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    inside = os.path.join(package, "shipped", name)
+    return inside if os.path.exists(inside) else os.path.join(os.path.dirname(package), name)

@@ -132,18 +132,53 @@ def enclosing_dataset(folder: Path) -> Path | None:
     return next((above for above in Path(os.path.realpath(folder)).parents if Layout(above).is_dataset), None)
 
 
-def misplaced_root(root: Path) -> str | None:
-    """Return why ``root`` cannot contain datasets, with the folder to set; None: it can."""
-    around = root if Layout(root).is_dataset else enclosing_dataset(root)
-    if around is None:
-        return None
+@dataclass(frozen=True, slots=True)
+class Misplacement:
+    """A root that is a dataset, or a root or a dataset that lies inside one, where sortd ignores it."""
+
+    folder: Path
+    what: str
+    advice: str
+
+    def __str__(self) -> str:
+        """Return both as one message with the path."""
+        return f"{self.folder} {self.what}; {self.advice}"
+
+
+def inside_dataset(folder: Path) -> Misplacement | None:
+    """Return that a root or a dataset lies inside a dataset; None: it does not."""
+    around = enclosing_dataset(folder)
+    return None if around is None else _misplaced(folder, f"lies inside the dataset {around}", around)
+
+
+def root_problem(root: Path) -> Misplacement | None:
+    """Return that a root is a dataset or lies inside one; None: it is neither."""
+    if Layout(root).is_dataset:
+        return _misplaced(root, f"is itself a dataset: it has a {Area.CLASES}/", root)
+    return inside_dataset(root)
+
+
+def misplaced_root(root: Path) -> Misplacement | None:
+    """Return why ``root`` cannot contain datasets; None: it can, or it contains some in spite of ``root_problem``."""
+    problem = root_problem(root)
     try:
-        if find_datasets(root):
-            return None
+        return None if problem is None or find_datasets(root) else problem
     except LayoutError:
         return None  # the caller's own listing fails with this error
-    what = "is itself a dataset: it has a Clases/" if around == root else f"lies inside the dataset {around}"
-    return f"{root} {what}; set `root` to {around.parent}, the folder that contains the datasets"
+
+
+def nested_datasets(root: Path) -> list[Misplacement]:
+    """Return each dataset that is a folder of another dataset."""
+    try:
+        outer = find_datasets(root)
+        inner = [layout.root for around in outer for layout in find_datasets(around.root) if layout.name not in _AREAS]
+    except LayoutError:
+        return []  # the caller's own listing fails with this error
+    return [found for folder in inner if (found := inside_dataset(folder)) is not None]
+
+
+def _misplaced(folder: Path, what: str, around: Path) -> Misplacement:
+    return Misplacement(folder, what, f"set `root` to {around.parent}, with every dataset directly in it")
 
 
 # ---------------------------------------------------------------- ignored names

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from enum import Enum
 from typing import Any, Final, Literal, TextIO
 
@@ -53,6 +53,7 @@ BACKLOG_FULL: Final = "backlog.full"
 DATASET_ADDED: Final = "dataset.added"
 DATASET_GONE: Final = "dataset.gone"
 DATASET_HELD: Final = "dataset.held"
+DATASET_NESTED: Final = "dataset.nested"
 ROOT_ABSENT: Final = "root.absent"
 CONFIG_RELOADED: Final = "config.reloaded"
 CONFIG_REFUSED: Final = "config.refused"
@@ -158,16 +159,24 @@ def configure(
     stream: TextIO | None = None,
     environ: Mapping[str, str] = os.environ,
     lines_per_minute: int = 20,
+    without: Collection[str] = (),
 ) -> None:
     """Send every log line of the process to ``stream`` (default: stderr); replaces an earlier configuration.
 
     ``auto`` is ``console`` on a terminal, else ``json``. ``level`` holds for sortd's lines; other libraries log from
     ``info`` on if it is ``debug``, else from ``warning`` on. ``environ``: ``JOURNAL_STREAM`` and ``NO_COLOR``.
+    Lines of the events in ``without`` are not written.
     """
     stream = stream or sys.stderr
     is_terminal = stream.isatty()
     is_console = format == "console" or (format == "auto" and is_terminal)
     limit = RateLimit(lines_per_minute)
+
+    def drop(_logger: WrappedLogger, _method: str, line: EventDict) -> EventDict:
+        if line.get("event") in without:
+            raise structlog.DropEvent
+        return line
+
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -176,6 +185,7 @@ def configure(
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
+            drop,
             *shared,
             limit,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,

@@ -7,7 +7,7 @@ from pathlib import Path
 from sortd import exits
 from sortd.commands.console import load_config
 from sortd.commands.encode import serve_encoder
-from sortd.commands.run import run_daemon, show_dry_run
+from sortd.commands.run import file_once, run_daemon, show_dry_run
 from sortd.config import Config
 from tests.fake_encoder import FakeEncoder
 
@@ -22,6 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=["run", "once", "encode"])
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("-c", "--config", type=Path)
     parser.add_argument("--encoder-id", default=FakeEncoder().encoder_id)
     parser.add_argument("--socket", type=Path)
@@ -39,10 +41,11 @@ def main() -> None:
                 textfile=arguments.metrics,
                 load_encoder=lambda _: encoder,
             )
-        elif arguments.dry_run:
-            show_dry_run(configured, as_json=False, load_encoder=load_encoder)
+        elif arguments.command == "once":
+            show = show_dry_run if arguments.dry_run else file_once
+            show(configured, as_json=arguments.json, verbose=arguments.verbose, load_encoder=load_encoder)
         else:
-            run_daemon(configured, once=arguments.command == "once", load_encoder=load_encoder)
+            run_daemon(configured, once=False, load_encoder=load_encoder)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tests.filed_images import file_images
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "run", "once", "check", "status", "explain", "eval", "history", "undo", "release", "init", "rebuild", "models",
-    "version",
+    "version", "config", "service",
 }  # fmt: skip
 SLOW = {"torch", "transformers", "sentence_transformers", "sklearn", "scipy", "huggingface_hub"}
 
@@ -48,11 +48,11 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_help_of_each_command_has_usage_and_config(command: str) -> None:
-    """Every command but ``init`` and ``version`` has the option ``--config``."""
+    """Every command but ``version`` and ``service`` has the option ``--config``."""
     ran = sortd(command, "--help")
     assert ran.code == 0
     assert "Usage: " in ran.out
-    if command not in {"init", "version"}:
+    if command not in {"version", "service"}:
         assert "--config" in ran.out
 
 
@@ -198,23 +198,22 @@ def test_init_prints_a_command_that_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("configured", ["nowhere", "here", "elsewhere"])
-def test_init_command_names_the_root_unless_configured(
+def test_init_command_names_the_configuration_unless_it_is_the_users(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, configured: str
 ) -> None:
-    """The command names the configuration file, and the root unless the file has the same one."""
+    """The command names a configuration with the root of the new dataset, or the user's own has it."""
     site, here = tmp_path / "my pictures", tmp_path / "here"
     here.mkdir()
     if configured != "nowhere":
         write_config(here, root=site if configured == "here" else tmp_path / "Data")
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", "")
     words = shlex.split(command_of(sortd("init", site / "Garden").out))
-    environment = dict(word.split("=", 1) for word in words if word.startswith("SORTD_ROOT="))
-    assert (environment == {}) == (configured == "here")
     assert ("-c" in words) == (configured != "nowhere")
     arguments = words[words.index("run") + 1 :]
     monkeypatch.chdir(tmp_path)
-    found = sortd("status", "--json", *arguments, environment=environment).facts["datasets"]
+    found = sortd("status", "--json", *arguments).facts["datasets"]
     assert [one["root"] for one in found.values()] == [str(site / "Garden")]
 
 
@@ -225,8 +224,9 @@ def test_init_with_an_invalid_configuration_reports_its_mistakes(
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path, speed="fast")
     ran = sortd("init", tmp_path / "Data" / "Garden")
-    assert ran.code == 0
-    assert "speed" in ran.out
+    assert ran.code == 78
+    assert "Garden is a dataset" in ran.out
+    assert "speed" in ran.err
 
 
 @pytest.mark.parametrize(
@@ -243,6 +243,36 @@ def test_init_of_a_dataset_that_sortd_would_ignore_is_refused(tmp_path: Path, pl
         ("not hidden" in ran.err) if place == ".Garden" else f"lies inside the dataset {tmp_path / 'Garden'}" in ran.err
     )
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("arguments", ["status", "history", "models list", "check", "once", "once --dry-run"])
+def test_commands_report_a_dataset_inside_another(tmp_path: Path, arguments: str) -> None:
+    """It is ignored, so each command says so, with the sentence of `sortd init`."""
+    inner = make_dataset(tmp_path / "Data") / "Inner"
+    (inner / "Clases").mkdir(parents=True)
+    ran = sortd(*arguments.split(), "-c", write_config(tmp_path))
+    said = " ".join((ran.out + ran.err).split())
+    assert f"lies inside the dataset {inner.parent}" in said
+    assert f"set `root` to {inner.parents[1]}, with every dataset directly in it" in said
+
+
+@pytest.mark.parametrize("arguments", ["status", "history", "models list", "models", "eval", "check"])
+def test_config_option_may_stand_before_the_command(tmp_path: Path, arguments: str) -> None:
+    """Before the command or its group it means the same; after the command it comes first."""
+    gone, *words = tmp_path / "gone.yaml", *arguments.split()
+    for given in (["-c", gone, *words], [*words, "-c", gone], ["-c", "x.yaml", *words, "-c", gone]):
+        ran = sortd(*given)
+        assert (ran.code, f"{gone}" in ran.out + ran.err) == (78, True), given
+
+
+@pytest.mark.parametrize("command", ["eval", "audit", "groups", "rebuild", "reconsider", "export --out x", "finetune"])
+def test_dataset_is_named_by_the_option_or_as_it_once_was(config: Path, command: str) -> None:
+    """Both spellings name the dataset, and two names are a mistake in the usage."""
+    spelled = [sortd(*command.split(), *given, "-c", config) for given in (["--dataset", "No"], ["No"])]
+    assert {ran.code for ran in spelled} <= {65, 75}
+    assert spelled[0] == spelled[1]
+    assert sortd(*command.split(), "--dataset", "No", "No", "-c", config).code == 2
+    assert sortd(*command.split(), "No", "Neither", "-c", config).code == 2
 
 
 @pytest.mark.parametrize("inside", ["", "Clases/roses"])
@@ -373,7 +403,7 @@ def test_work_sets_the_openblas_timeout_before_numpy_is_loaded(tmp_path: Path) -
         "import os, sys\n"
         "from sortd import cli, errors\n"
         "assert 'numpy' not in sys.modules\n"
-        f"try: cli.work(cli.Path({str(tmp_path / 'gone.yaml')!r}), once=True)\n"
+        f"try: cli.once(cli.Path({str(tmp_path / 'gone.yaml')!r}))\n"
         "except errors.ConfigError: print(os.environ['OPENBLAS_THREAD_TIMEOUT'])"
     )
     for chosen, wanted in (({}, "20"), ({"OPENBLAS_THREAD_TIMEOUT": "5"}, "5")):

@@ -159,7 +159,7 @@ class TestFoldersThatComeAndGo:
             drop(colours / "Images", "red", "a.png")
             assert "is the disk mounted?" in daemon.wait_for("prototypes.rebuild_failed")["error"]
             assert (colours / "Images" / "a.png").exists()
-            assert sortd("init", colours).code == 0
+            assert sortd("init", colours, environment={"XDG_CONFIG_HOME": str(outside)}).code == 0
             daemon.wait_for("image.filed")
 
     def test_a_dataset_whose_disk_does_not_answer_is_awaited(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.command_line import sortd
 from tests.daemon_process import PATIENCE_SECONDS, make_dataset, picture
 
 REPOSITORY = Path(__file__).parents[1]
@@ -549,3 +550,50 @@ def test_the_users_review_page_has_a_port_and_a_socket(lab: Lab, alice: tuple[st
             )
             assert ran.stdout == status
     lab.run(*alice, "systemctl", "--user", "stop", "sortd-review.socket", "sortd-review.service")
+
+
+SERVICE = ("/opt/sortd/.venv/bin/sortd", "service")
+
+
+def test_service_install_starts_it_and_keeps_edited_units(lab: Lab) -> None:
+    """It does what docs/service.md describes; an edited unit is neither replaced nor removed."""
+    lab.run("sh", "-ec", "systemctl disable --now sortd; rm -f /etc/systemd/system/sortd.service /etc/*/sortd.conf")
+    unit = "/etc/systemd/system/sortd.service"
+    planned = lab.run(*SERVICE, "install", "--dry-run").stdout
+    assert f"would write {unit}" in planned
+    assert "would run systemctl enable --now sortd" in planned
+    assert lab.run("test", "-e", unit, check=False).returncode == 1
+    for _ in range(2):  # again: the unit is as sortd wrote it
+        lab.run(*SERVICE, "install")
+    assert lab.property("ActiveState") == "active"
+    assert lab.property("UnitFileState") == "enabled"
+    assert lab.run("systemd-analyze", "verify", unit).stderr == ""
+    lab.run("sh", "-ec", f"echo '# mine' >> {unit}")
+    refused = lab.run(*SERVICE, "install", check=False)
+    assert (refused.returncode, "was edited" in refused.stderr) == (78, True)
+    assert "stays" in lab.run(*SERVICE, "uninstall").stdout
+    assert lab.property("ActiveState") == "inactive"
+    lab.run("sh", "-ec", f"sed -i '/^# mine$/d' {unit}")
+    lab.run(*SERVICE, "uninstall")
+    assert lab.run("test", "-e", unit, check=False).returncode == 1
+    assert lab.run("test", "-e", "/etc/sortd/config.yaml", check=False).returncode == 0
+    assert "not installed" in lab.run(*SERVICE, "uninstall", check=False).stderr
+
+
+def test_service_install_of_a_user_is_that_of_the_manager_of_the_user(lab: Lab, alice: tuple[str, ...]) -> None:
+    """It needs no root, and the unit calls the installation that wrote it."""
+    said = lab.run(*alice, *SERVICE, "install", "--user").stdout
+    unit = "/home/alice/.config/systemd/user/sortd.service"
+    assert f"write {unit}" in said
+    assert "ExecStart=/opt/sortd/.venv/bin/sortd run" in lab.run("cat", unit).stdout
+    shown = lab.run(*alice, "systemctl", "--user", "is-enabled", "sortd").stdout
+    assert shown.strip() == "enabled"
+    lab.run(*alice, *SERVICE, "uninstall", "--user")
+    assert lab.run("test", "-e", unit, check=False).returncode == 1
+
+
+@pytest.mark.skipif(os.path.isdir("/run/systemd/system"), reason="systemd runs here")
+def test_service_install_without_systemd_says_so() -> None:
+    """The message names what is missing and what to do instead; a dry run needs no systemd."""
+    refused = sortd("service", "install", "--user")
+    assert (refused.code, "systemd does not run here" in refused.err) == (78, True)

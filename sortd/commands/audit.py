@@ -127,7 +127,7 @@ def answer_sample(config: Config, layout: Layout, wrong: Sequence[Path]) -> dict
     places = {without_links(image["path"]): image["id"] for image in sample.images}
     named = {path: places.get(without_links(path)) for path in wrong}
     if strange := sorted(os.path.abspath(path) for path, found in named.items() if found is None):
-        raise DataError(f"{strange[0]} is not in the sample; `sortd audit {layout.name}` shows it")
+        raise DataError(f"{strange[0]} is not in the sample; `sortd audit --dataset {layout.name}` shows it")
     return answer_sample_by_ids(config, layout, [found for found in named.values() if found is not None])
 
 
@@ -173,7 +173,7 @@ def answer_sample_by_ids(config: Config, layout: Layout, wrong: Sequence[int]) -
 def _required_sample(config: Config, layout: Layout) -> AuditSample:
     sample = open_sample(layout.state_folder(config.state_dir))
     if sample is None:
-        raise DataError(f"{layout.name} has no sample to answer; draw one: sortd audit {layout.name}")
+        raise DataError(f"{layout.name} has no sample to answer; draw one: sortd audit --dataset {layout.name}")
     return sample
 
 
@@ -210,7 +210,8 @@ def _print_sample(facts: Mapping[str, Any]) -> None:
     print_line(f"{name}: {drawn} ({format_time(facts['drawn_at'])})", style="bold")
     print_table(("class", "image"), [(one["label"], one["path"]) for one in facts["images"]])
     say("sortd: look at each of them (--page FILE shows them); then name the wrong ones, and move them to their class:")
-    say(f"sortd: sortd audit {name} --wrong PATH --wrong PATH; or, if none is wrong: sortd audit {name} --all-right")
+    command = f"sortd audit --dataset {name}"
+    say(f"sortd: {command} --wrong PATH --wrong PATH; or, if none is wrong: {command} --all-right")
     say(f"sortd: if none is wrong, that proves {proven(size, size)}")
 
 

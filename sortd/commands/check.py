@@ -40,7 +40,7 @@ from sortd.encoder.onnx_encoder import find_exports, is_installed
 from sortd.errors import ConfigError, JournalError, LayoutError, ModelError, StartupError
 from sortd.files import identity_of
 from sortd.images.decode import load_decoders
-from sortd.layout import Area, Layout, enclosing_dataset, find_datasets
+from sortd.layout import Area, Layout, find_datasets, inside_dataset, nested_datasets, root_problem
 from sortd.service import lock_holder, read_status
 from sortd.watch import inotify
 
@@ -103,12 +103,12 @@ def root_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Finding
     if not os.access(root, READ_AND_ENTER, effective_ids=True):
         yield error(root, "cannot be listed", f"give {user_name()} permission to read and enter it")
         return
-    is_dataset, around = Layout(root).is_dataset, enclosing_dataset(root)
-    if is_dataset:
-        yield error(root, "is itself a dataset; the root is the folder above it", f"set `root` to {root.parent}")
-    if around is not None:
-        yield error(root, f"lies inside the dataset {around}", f"set `root` to {around.parent}, or outside it")
-    if not layouts and not is_dataset and around is None:
+    problem = root_problem(root)
+    if problem is not None:
+        yield error(root, problem.what, problem.advice)
+    for nested in nested_datasets(root):
+        yield warning(nested.folder, nested.what, nested.advice)
+    if not layouts and problem is None:
         yield warning(root, "has no dataset, that is, no folder with a Clases/", f"create one: sortd init {root}/NAME")
     for entry in os.scandir(root):
         if entry.is_symlink() and Layout(Path(entry.path)).is_dataset:
@@ -151,9 +151,9 @@ def overlap_findings(_config: Config, layouts: Sequence[Layout]) -> Iterator[Fin
             yield error(folder, f"is the same folder as {known}", "unmount or move one of them")
     for layout in layouts:
         for entry in [*entries_of(layout.area(Area.IMAGES)), *entries_of(layout.area(Area.DATASET))]:
-            if entry.is_dir(follow_symlinks=False) and Layout(Path(entry.path)).is_dataset:
-                what = f"looks like a dataset but lies in {os.path.dirname(entry.path)}"
-                yield warning(entry.path, what, f"if it is one, move it next to {layout.root}")
+            inner = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False) and Layout(inner).is_dataset and (nested := inside_dataset(inner)):
+                yield warning(nested.folder, nested.what, nested.advice)
 
 
 # ---------------------------------------------------------------- the machine and the processes

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -21,7 +22,7 @@ import typer.core
 from sortd.classify.prompts import written_name
 from sortd.errors import ConfigError
 from sortd.files import readable_json
-from sortd.layout import misplaced_root
+from sortd.layout import misplaced_root, nested_datasets
 
 if TYPE_CHECKING:
     from sortd.config import Config
@@ -31,14 +32,25 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 JSON_VERSION = 1
 """The ``schema`` of the JSON that commands print. New keys do not change it; removed or changed ones do."""
+LINE_SECONDS = 10.0  # between two lines of progress
 
 Facts = TypeVar("Facts")
+
+
+def config_given(context: typer.Context, path: Path | None) -> Path | None:
+    """Return the value of ``--config``, which may also stand before the command or before its group."""
+    above = context.parent
+    while path is None and above is not None:
+        path, above = above.params.get("config"), above.parent
+    return path
+
 
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config",
         "-c",
+        callback=config_given,
         readable=False,  # read_config reports an unreadable file with its own exit code
         help="Configuration file. Default: config.yaml here, in ~/.config/sortd or /etc/sortd, or built-in values.",
     ),
@@ -49,16 +61,28 @@ SinceOption = Annotated[
 ]
 UntilOption = Annotated[str | None, typer.Option("--until", help="Only moves until this time.")]
 HtmlOption = Annotated[Path | None, typer.Option("--html", help="Write an HTML page to this file.")]
-DatasetOption = Annotated[str | None, typer.Option("--dataset", help="Use only this dataset.")]
+DatasetOption = Annotated[
+    str | None, typer.Option("--dataset", help="Name of the dataset. Default: all, or the only one.")
+]
 
 
-def load_config(path: Path | None) -> "Config":
-    """Read the configuration; raise ConfigError if it is not valid, or if its root is or lies in a dataset."""
+def say(message: str) -> None:
+    """Print a message to stderr."""
+    print(message, file=sys.stderr)
+
+
+def load_config(path: Path | None, *, tell: Callable[[str], None] = say) -> "Config":
+    """Read the configuration; raise ConfigError if it is not valid, or if its root is or lies in a dataset.
+
+    ``tell`` is called with a message about each dataset that is ignored since it lies in another.
+    """
     from sortd.config import read_config
 
     config = read_config(path, os.environ)
     if (problem := misplaced_root(config.root)) is not None:
-        raise ConfigError(problem)
+        raise ConfigError(str(problem))
+    for nested in nested_datasets(config.root):
+        tell(f"sortd: {printable(str(nested))}")
     return config
 
 
@@ -93,6 +117,21 @@ class _OwnHelp:
 
 class Command(_OwnHelp, typer.core.TyperCommand):
     """A command of sortd."""
+
+
+class DatasetCommand(Command):
+    """A command with the option ``--dataset``, whose name may also be given without the option, as it once was."""
+
+    allow_extra_args = True
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 -- typer's own click, as above
+        """Take one argument as the name of the dataset, and refuse more."""
+        super().parse_args(ctx, args)
+        if len(ctx.args) == 1 and ctx.params.get("dataset") is None:
+            ctx.params["dataset"] = ctx.args.pop()
+        if ctx.args and not ctx.resilient_parsing:
+            ctx.fail(f"Got unexpected extra argument(s) ({printable(' '.join(ctx.args))})")
+        return list(ctx.args)
 
 
 class Group(_OwnHelp, typer.core.TyperGroup):
@@ -148,11 +187,6 @@ def printable(text: str) -> str:
         encoded = text.encode("utf-8", "backslashreplace")
     shown = encoded.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-
-
-def say(message: str) -> None:
-    """Print a message to stderr."""
-    print(message, file=sys.stderr)
 
 
 def print_line(text: str, *, style: str = "") -> None:
@@ -262,6 +296,30 @@ def bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda now, done, total: shown.update(
             task, description=printable(now), completed=done, total=total or None
         )
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a progress bar on a terminal, else ``progress_lines``; yield as ``bar``."""
+    if sys.stderr.isatty():
+        with bar(what) as tell:
+            yield tell
+    else:
+        yield progress_lines()
+
+
+def progress_lines(*, clock: Callable[[], float] = monotonic) -> Callable[[str, int, int], None]:
+    """Return a function, as ``bar`` yields, that prints a line for each new text, and then every ten seconds."""
+    last, due = "", 0.0
+
+    def tell(now: str, done: int, total: int) -> None:
+        nonlocal last, due
+        if now == last and clock() < due:
+            return
+        last, due = now, clock() + LINE_SECONDS
+        say(f"sortd: {printable(now)}: {done:,} of {total:,}" if total else f"sortd: {printable(now)}")
+
+    return tell
 
 
 def counted(number: int, noun: str) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sortd.classify.proportions import estimated
-from sortd.commands.console import counted, print_line, print_table, printable, say, show
+from sortd.commands.console import counted, print_line, print_table, printable, progress_lines, say, show
 from sortd.commands.status import accuracy_comparison, dataset_named, result_facts
 from sortd.config import Config
 from sortd.daemon.control import AnsweredError, ask
@@ -96,7 +96,7 @@ def require_training_packages(find: Callable[[str], object | None] = find_spec) 
 
 @contextmanager
 def observing() -> Iterator[Observer]:
-    """Show a progress bar on a terminal, else print a line for each part and each evaluation; handle signals.
+    """Show a progress bar on a terminal, else print a line for each part, ten seconds and evaluation; handle signals.
 
     SIGINT, SIGTERM and SIGHUP stop the training after the current step, with a checkpoint; at other times, at once.
     """
@@ -112,7 +112,7 @@ def observing() -> Iterator[Observer]:
         disable=not (on_terminal and is_first),
     )
     task = bar.add_task("reading images", total=None, score="")
-    training = False
+    training, tell = False, progress_lines()
 
     def finished(part: str) -> None:
         nonlocal training
@@ -127,8 +127,12 @@ def observing() -> Iterator[Observer]:
         bar.update(task, description="training", completed=now.step, total=now.steps)
         if now.accuracy is not None:
             bar.update(task, score=f"validation {now.accuracy:.1%}")
-            if is_first and not on_terminal:
-                say(f"sortd: training: step {now.step} of {now.steps}, validation {now.accuracy:.1%}")
+        if not is_first or on_terminal:
+            return
+        if now.accuracy is None:
+            tell("training, step", now.step, now.steps)
+        else:
+            say(f"sortd: training: step {now.step} of {now.steps}, validation {now.accuracy:.1%}")
 
     def hear(signalled: Signalled) -> None:
         if signalled.number == signal.SIGUSR1:
@@ -206,8 +210,8 @@ def promote_model(config: Config, dataset: str | None, folder: Path | None, *, f
     found = finetuning_results(state_folder) if folder is None else [folder.absolute()]
     if not found:
         raise DataError(
-            f"{layout.name} has no fine-tuned model in {state_folder}: run `sortd finetune {layout.name}`, or give the "
-            "folder of a model"
+            f"{layout.name} has no fine-tuned model in {state_folder}: run `sortd finetune --dataset "
+            f"{layout.name}`, or give the folder of a model"
         )
     facts = read_facts(found[0])
     try:

@@ -1,29 +1,24 @@
-"""The commands ``init``, ``run`` and ``once``: create a dataset, and file its images."""
+"""The commands ``run`` and ``once``: file the images, with the log as output or a summary."""
 
 import os
 import resource
-import shlex
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from typing import Any
 
 import typer
 
 from sortd import logs
-from sortd.classify.prompts import written_name
-from sortd.commands.console import counted, json_document, printable, say
-from sortd.config import Config, find_config_file, read_config
+from sortd.commands.console import json_document, print_line, print_table, printable, progress, say, show
+from sortd.config import Config
 from sortd.daemon.daemon import Daemon, simulate
-from sortd.daemon.references import is_class_name
-from sortd.daemon.reporting import Metrics, decision_facts
+from sortd.daemon.reporting import Decisions, Metrics, decision_facts
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder.models import check_modes, locate_clip
-from sortd.errors import ConfigError, LayoutError, ModelError
-from sortd.events import LIKE_NO_CLASS, Move
+from sortd.errors import ModelError
+from sortd.events import Move, Outcome
 from sortd.files import readable_json
-from sortd.layout import Area, Layout, enclosing_dataset
 from sortd.logs import LogFormat
 from sortd.service import Notifier
 
@@ -36,15 +31,21 @@ def run_daemon(configured: Callable[[], Config], *, once: bool, load_encoder: Lo
     logs.configure(format_in_environment())
     config = configured()
     logs.configure(config.log.format, config.log.level)
+    _daemon(config, configured, once=once, load_encoder=load_encoder).run()
+
+
+def _daemon(
+    config: Config, configured: Callable[[], Config], *, once: bool, load_encoder: LoadEncoder | None
+) -> Daemon:
     raise_descriptor_limit()
-    Daemon(
+    return Daemon(
         config,
         resources=Resources(config, load_encoder=load_encoder),
         reload=lambda: _reloaded(configured),
         notifier=Notifier(os.environ),
         metrics=Metrics(),
         once=once,
-    ).run()
+    )
 
 
 def _reloaded(configured: Callable[[], Config]) -> Config:
@@ -62,97 +63,124 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def show_dry_run(configured: Callable[[], Config], *, as_json: bool, load_encoder: LoadEncoder | None = None) -> None:
-    """Print what ``once`` would do; ``configured`` reads the configuration, ``load_encoder`` replaces its model."""
-    logs.configure(format_in_environment())
-    config = configured()
-    logs.configure(config.log.format, "warning")
-    count = 0
-
-    def on_move(dataset: str, move: Move, destination: str) -> None:
-        nonlocal count
-        count += 1
-        why = decision_facts(move)
-        if as_json:
-            place = {"dataset": dataset, "path": move.path, "destination": destination, "outcome": move.outcome.value}
-            typer.echo(readable_json(json_document({**place, **why}), encoding=sys.stdout.encoding))
-            return
-        guess = ("label",) if why.get("reason") in LIKE_NO_CLASS else ()
-        shown = [f"{key}={why[key]}" for key in (*guess, "score", "margin", "second_label", "reason") if why.get(key)]
-        typer.echo(f"{printable(move.path)} -> {printable(destination)}  {' '.join(shown)}")
-
-    if sys.stderr.isatty() and not logs.is_json():
-        say("sortd: loading the model, then deciding the images in Images/; nothing is moved")
-    raise_descriptor_limit()
-    simulate(config, on_move, load_encoder=load_encoder)
-    if not logs.is_json():
-        say(f"sortd: {counted(count, 'image')} would be moved; nothing was changed")
-
-
 def format_in_environment() -> LogFormat:
     """Return the log format to use while the configuration is read, since its errors are logged too."""
     named = os.environ.get("SORTD_LOG__FORMAT")
     return "console" if named == "console" else "json" if named == "json" else "auto"
 
 
-def make_dataset_folders(directory: Path, classes: Sequence[str]) -> None:
-    """Create the folders and the marker of a dataset, and print how to run sortd on it.
+# ---------------------------------------------------------------- once
 
-    Raises:
-        BadParameter: a class cannot have that name.
-        LayoutError: the folder cannot be a dataset, or cannot be created.
+
+def file_once(
+    configured: Callable[[], Config], *, verbose: bool, as_json: bool = False, load_encoder: LoadEncoder | None = None
+) -> None:
+    """File what is in Images/ now, and print a summary, unless the log is JSON: then its lines have all facts.
+
+    ``configured`` and ``load_encoder`` as for ``run_daemon``; with ``verbose``, the log has its line for each image.
     """
-    for name in classes:
-        if "/" in name or not is_class_name(name) or written_name(name) != name:
-            why = "it must be a visible folder name without /, control characters, and blanks at an end or in a row"
-            raise typer.BadParameter(f"{name!r} cannot be a class: {why}", param_hint="--class")
-    layout = Layout(directory.absolute())
-    real, around = Path(os.path.realpath(layout.root)), enclosing_dataset(layout.root)
-    if real.name.startswith(".") or real == real.parent:
-        raise LayoutError(f"{layout.root} cannot be a dataset: a dataset is a folder below `root` that is not hidden")
-    if around is not None:
-        beside = around.parent / layout.name
-        raise LayoutError(f"{layout.root} lies inside the dataset {around}, where sortd ignores it; create {beside}")
+    logs.configure(format_in_environment())
+    config = configured()
+    logs.configure(config.log.format, config.log.level)
+    daemon = _daemon(config, configured, once=True, load_encoder=load_encoder)
+    if logs.is_json():
+        daemon.run()
+        if as_json:
+            show(summary_facts(daemon.decisions()), _print_done, as_json=True)
+        return
     try:
-        layout.root.mkdir(parents=True, exist_ok=True)
-        layout.make()
-        for name in classes:
-            (layout.area(Area.CLASES) / name).mkdir(exist_ok=True)
-    except FileExistsError as error:
-        raise LayoutError(f"{error.filename} is no folder; move it away, or name another folder") from error
-    except OSError as error:
-        advice = "correct the permissions, free some space, or name another folder"
-        raise LayoutError(f"{error.filename} cannot be created: {error.strerror}; {advice}") from error
-    root = printable(os.fspath(layout.root))
-    typer.echo(f"{root} is a dataset. Put reference images into {root}/{Area.CLASES}/<class>/")
-    typer.echo(f"Then put the images to sort into {root}/{Area.IMAGES}/ and run")
-    for line in how_to_run(real.parent):
-        typer.echo(line)
+        with progress("starting") as tell:
+            is_brief = not verbose and config.log.level == "info"
+            without = {logs.IMAGE_REJECTED} if is_brief else ()
+            # Again: on a terminal, stderr is now one that keeps lines and the bar apart.
+            logs.configure("console", "warning" if is_brief else config.log.level, without=without)
+            daemon.run(progress=tell)
+    finally:
+        show(summary_facts(daemon.decisions()), _print_done, as_json=as_json)
 
 
-def how_to_run(root: Path) -> Iterator[str]:
-    """Yield the command, indented, that runs sortd on the datasets below ``root``, and how to shorten it."""
-    file, command, mistakes = find_config_file(os.environ), f"{this_program()} run", ""
-    if file is not None:
-        command += f" -c {shlex.quote(os.path.abspath(file))}"
-        try:
-            if os.path.realpath(read_config(file, os.environ).root) == os.fspath(root):
-                yield f"    {command}"
-                return
-        except ConfigError as error:
-            mistakes = str(error)
-    name = "config.yaml (config.example.yaml lists all keys)" if file is None else printable(os.path.abspath(file))
-    yield f"    SORTD_ROOT={shlex.quote(os.fspath(root))} {command}"
-    yield f"With `root: {printable(os.fspath(root))}` in {name}, SORTD_ROOT is not needed."
-    if mistakes:
-        yield f"First correct that configuration: {printable(mistakes)}"
+def show_dry_run(
+    configured: Callable[[], Config],
+    *,
+    as_json: bool = False,
+    verbose: bool = False,
+    load_encoder: LoadEncoder | None = None,
+) -> None:
+    """Print a summary of what ``once`` would do; with ``verbose`` or ``as_json``, also each move.
+
+    ``configured`` and ``load_encoder`` as for ``run_daemon``.
+    """
+    logs.configure(format_in_environment())
+    config = configured()
+    rows: list[tuple[object, ...]] = []
+
+    def on_move(dataset: str, move: Move, destination: str) -> None:
+        why = decision_facts(move)
+        if as_json:
+            place = {"dataset": dataset, "path": move.path, "destination": destination, "outcome": move.outcome.value}
+            typer.echo(readable_json(json_document({**place, **why}), encoding=sys.stdout.encoding))
+        elif verbose:
+            source, target = (os.path.relpath(path, config.root) for path in (move.path, destination))
+            folder, name = os.path.split(target)
+            target = f"{folder}/" if name == os.path.basename(source) else target
+            reason = logs.SHORT_REASONS.get(str(why["reason"]), why["reason"]) if why.get("reason") else ""
+            rows.append((source, target, why.get("label"), why.get("score"), why.get("second_label"), reason))
+
+    raise_descriptor_limit()
+    # Its messages are for a person, also in a file, unless JSON was asked for.
+    chosen: LogFormat = "console" if config.log.format == "auto" else config.log.format
+    with nullcontext() if chosen == "json" else progress("starting") as tell:
+        logs.configure(chosen, "warning", without={logs.IMAGE_REJECTED})
+        decisions = simulate(config, on_move, load_encoder=load_encoder, progress=tell)
+    if not as_json:
+        if rows:
+            print_table(("image", "destination", "best class", "score", "second class", "reason"), rows)
+        show(summary_facts(decisions), _print_planned, as_json=False)
 
 
-def this_program() -> str:
-    """Return the shell word or words that call the program that runs now."""
-    called = Path(sys.argv[0])
-    if called.name == "__main__.py":
-        return f"{shlex.quote(sys.executable)} -m sortd"
-    found = shutil.which("sortd")
-    is_usual = called.name != "sortd" or (found is not None and os.path.realpath(found) == os.path.realpath(called))
-    return "sortd" if is_usual else shlex.quote(os.path.abspath(called))
+REASONS = {
+    "no_classes": "without classes to compare with",
+    "name_only": "of classes without images",
+    "too_few": "of classes with too few references",
+    "stranger": "like images of no class",
+    "typicality": "unlike the references",
+    "margin": "between two classes",
+}
+"""Texts after a number of images for the reasons to send them to Review/."""
+
+
+def summary_facts(decisions: Mapping[str, Decisions]) -> dict[str, dict[str, Any]]:
+    """Return for each dataset how many images were filed, by class, sent to Review/, by reason, and rejected."""
+
+    def numbers(counts: Decisions, outcome: Outcome) -> dict[str, int]:
+        return {key: number for (what, key), number in counts.most_common() if what is outcome}
+
+    return {
+        name: {
+            "filed": numbers(counts, Outcome.FILED),
+            "review": numbers(counts, Outcome.REVIEW),
+            "rejected": sum(numbers(counts, Outcome.REJECTED).values()),
+        }
+        for name, counts in decisions.items()
+    }
+
+
+def _print_done(facts: Mapping[str, dict[str, Any]]) -> None:
+    _print_summary(facts, filed="filed", sent="sent to Review", rejected="rejected")
+
+
+def _print_planned(facts: Mapping[str, dict[str, Any]]) -> None:
+    _print_summary(facts, filed="would be filed", sent="would go to Review", rejected="would be rejected")
+    say("sortd: nothing was changed")
+
+
+def _print_summary(facts: Mapping[str, dict[str, Any]], *, filed: str, sent: str, rejected: str) -> None:
+    for name, numbers in facts.items():
+        moved, waits = sum(numbers["filed"].values()), sum(numbers["review"].values())
+        reasons = ", ".join(f"{number:,} {REASONS.get(reason, reason)}" for reason, number in numbers["review"].items())
+        parts = [f"{moved:,} {filed}", f"{waits:,} {sent}" + (f": {reasons}" if reasons else "")]
+        refused = f"; {numbers['rejected']:,} {rejected}" if numbers["rejected"] else ""
+        print_line(f"{printable(name)}: {', '.join(parts)}{refused}", style="bold")
+    rows = [(name, label, number) for name, one in facts.items() for label, number in one["filed"].items()]
+    if rows:
+        print_table(("dataset", "class", filed), rows, right=(filed,))

@@ -430,9 +430,8 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
         _print_accuracy(facts["accuracy"])
         audit, guesses = facts["audit"], facts["guesses"]
         drawn = f": {out_of(audit['right'], audit['judged'])} in random samples" if audit["judged"] else ""
-        print_line(
-            f"  right among all filed images: {audit['words']}{drawn}; to check more: sortd audit {printable(name)}"
-        )
+        to_check = f"sortd audit --dataset {printable(name)}"
+        print_line(f"  right among all filed images: {audit['words']}{drawn}; to check more: {to_check}")
         if guesses["judged"]:
             print_line(f"  right guesses of images in Review/: {out_of(guesses['right'], guesses['judged'])}")
 

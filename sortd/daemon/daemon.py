@@ -30,12 +30,12 @@ from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import ReportMove
 from sortd.daemon.datasets import Datasets
 from sortd.daemon.inbox import Inbox, Reported
-from sortd.daemon.reporting import Metrics, log_availability
+from sortd.daemon.reporting import Decisions, Metrics, log_availability
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.daemon.upkeep import Upkeep
 from sortd.daemon.worker import Answer, EncoderAvailability, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.encoder.remote import COMMAND_SECONDS
-from sortd.layout import Area
+from sortd.layout import Area, nested_datasets
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.service import Notifier, Status, require_to_be_alone, signals_posted, started_ticks
 from sortd.watch.watcher import CHECK_SECONDS, DropReason, EventsDropped, FileEvent, Watcher
@@ -51,6 +51,8 @@ STUCK_SECONDS = 300.0
 START_SECONDS = 120.0
 """The start timeout requested while the worker makes progress: reading thousands of references can take longer than
 ``TimeoutStartSec=`` of the unit."""
+
+Progress = Callable[[str, int, int], None]
 
 _T = TypeVar("_T")
 
@@ -103,8 +105,11 @@ class Daemon:
         self._longest_turn_seconds = 0.0
         self._closing = ExitStack()
 
-    def run(self) -> None:
+    def run(self, *, progress: Progress | None = None) -> None:
         """Run until SIGTERM or SIGINT, or with ``once`` until nothing is left to do.
+
+        Args:
+            progress: called in each turn with what is done now, the number of decided images, and that of all.
 
         Raises:
             SortdError: The cause of the end: the state folder, the model; with ``once``, a held dataset.
@@ -117,6 +122,8 @@ class Daemon:
                 self._start()
                 while not self._is_done():
                     self._turn()
+                    if progress is not None:
+                        progress(*self._advance())
                 is_cut_short = self._once and not self._is_drained()
             except Exception as error:
                 self._ended_by = _reason(error)
@@ -139,6 +146,8 @@ class Daemon:
 
     def _start(self) -> None:
         self._log.info(logs.DAEMON_STARTING, root=str(self.config.root), model=self.config.model)
+        for nested in nested_datasets(self.config.root):
+            self._log.warning(logs.DATASET_NESTED, path=str(nested.folder), error=nested.what, advice=nested.advice)
         if not self._is_dry_run:
             self._requests.open()
         self._worker.start()
@@ -198,6 +207,15 @@ class Daemon:
         self._served += 1
         self._periodic(monotonic())
         self._longest_turn_seconds = max(self._longest_turn_seconds, monotonic() - began)
+
+    def _advance(self) -> tuple[str, int, int]:
+        now = "images" if self.model is not None else self._loading or "starting"
+        done = sum(dataset.log.decisions.total() for dataset in self.datasets)
+        return now, done, done + sum(dataset.sorter.images.waiting for dataset in self.datasets)
+
+    def decisions(self) -> dict[str, Decisions]:
+        """Return the moves of this run by dataset, counted by outcome and by class or reason."""
+        return {dataset.name: dataset.log.decisions for dataset in self.datasets}
 
     def _in_turn(self) -> Iterator[Dataset]:
         """Return the datasets, rotated by one in each turn: a turn may be too short for all of them."""
@@ -398,8 +416,12 @@ class Daemon:
         self._notifier.ready()
 
 
-def simulate(config: Config, report: ReportMove, *, load_encoder: LoadEncoder | None = None) -> None:
+def simulate(
+    config: Config, report: ReportMove, *, load_encoder: LoadEncoder | None = None, progress: Progress | None = None
+) -> dict[str, Decisions]:
     """Decide every waiting image and report where it would go; nothing below the root or the state folder is written.
+
+    Returns what ``Daemon.decisions`` returns.
 
     Embeddings go to a temporary cache, and each dataset works with a copy of its journal.
 
@@ -413,7 +435,8 @@ def simulate(config: Config, report: ReportMove, *, load_encoder: LoadEncoder | 
         daemon = Daemon(
             config, resources=resources, reload=lambda: config, notifier=Notifier({}), metrics=Metrics(), dry_run=report
         )
-        daemon.run()
+        daemon.run(progress=progress)
+        return daemon.decisions()
 
 
 def _until_late(do: Callable[[_T], None], each: Iterable[_T]) -> None:

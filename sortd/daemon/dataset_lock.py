@@ -54,7 +54,7 @@ class Presence:
         Raises:
             JournalError: the journal cannot be read.
         """
-        self._layout, self._journal, self._needs_marker = layout, journal, needs_marker
+        self._layout, self._journal, self.needs_marker = layout, journal, needs_marker
         self.lock_problem = lock_problem
         self._apart = frozenset((journal.history.fact(APART_FACT) or "").split())
 
@@ -64,7 +64,7 @@ class Presence:
         Raises:
             JournalError: the journal cannot be written.
         """
-        if self._needs_marker and not self._layout.is_present:
+        if self.needs_marker and not self._layout.is_present:
             return f"{self._layout.marker} is missing: is the disk mounted? `sortd init {self._layout.root}` creates it"
         if (taken := self.lock_problem()) is not None:
             return taken

@@ -166,6 +166,9 @@ def log_availability(problem: str | None, metrics: Metrics) -> None:
 
 # ---------------------------------------------------------------- one dataset
 
+Decisions = Counter[tuple[Outcome, str]]
+"""Numbers of moves by outcome, and by the class of filed images and the reason of those in Review/."""
+
 REMEMBERED = 100_000  # paths that were logged; beyond, they are logged again
 LISTED = 1_000  # files in the status, at most
 
@@ -176,6 +179,7 @@ class DatasetLog:
     def __init__(self, dataset: str, metrics: Metrics) -> None:
         """Start with empty counters."""
         self.outcomes: dict[str, int] = {}
+        self.decisions: Decisions = Counter()
         self.problem: str | None = None  # why nothing is moved or the last rebuild failed, in a sentence
         self.classifier: dict[str, object] = {"deciding": ClassifierKind.PROTOTYPES.value, "model_id": None}
         self._dataset, self._metrics = dataset, metrics
@@ -195,7 +199,10 @@ class DatasetLog:
         self._metrics.stage("settle", move.milliseconds.get("settle", 0.0) / 1e3)
         self._metrics.stage("move", milliseconds / 1e3)
         times = {f"{stage}_ms": value for stage, value in {**move.milliseconds, "move": round(milliseconds, 1)}.items()}
-        facts: dict[str, object] = {"path": move.path, "destination": result.destination, **decision_facts(move)}
+        decided = decision_facts(move)
+        key = {Outcome.FILED: "label", Outcome.REVIEW: "reason"}.get(move.outcome, "")
+        self.decisions[move.outcome, str(decided.get(key) or "")] += 1
+        facts: dict[str, object] = {"path": move.path, "destination": result.destination, **decided}
         if result.note:
             facts["note"] = result.note
         level = self._log.warning if move.outcome is Outcome.REJECTED or result.note else self._log.info

@@ -67,7 +67,7 @@ def select_classifier(layout: Layout, state: Path, wanted: str, labels: Sequence
     try:
         promotion = read_promotion(layout.state_folder(state))
         if promotion is None:
-            advice = f"`sortd finetune {layout.name}`, then `sortd models promote --dataset {layout.name}`"
+            advice = f"`sortd finetune --dataset {layout.name}`, then `sortd models promote --dataset {layout.name}`"
             missing = f"`classifier: finetuned` is set, but no model is promoted: {advice}"
             return ActiveClassifier(refusal=missing if wanted == "finetuned" else None)
         facts = read_facts(promotion.folder)
@@ -89,7 +89,7 @@ def unfit(facts: FinetunedFacts, labels: Sequence[str], *, dataset: str) -> str 
         return None
     return (
         f"the fine-tuned model in {facts.folder} does not fit {dataset}: {difference}; "
-        f"train another with `sortd finetune {dataset}`"
+        f"train another with `sortd finetune --dataset {dataset}`"
     )
 
 
@@ -214,7 +214,7 @@ class Resources:
                 return ActiveClassifier(refusal=str(error))
             except BROKEN_NETWORK as error:
                 said = first_line(error)
-                advice = f"run `sortd finetune {layout.name}` again, or set `device: cpu`"
+                advice = f"run `sortd finetune --dataset {layout.name}` again, or set `device: cpu`"
                 refusal = f"the fine-tuned model in {facts.folder} cannot be used ({said}): {advice}"
                 return ActiveClassifier(refusal=refusal)
             assert self._cache is not None, "the configured model is loaded first"

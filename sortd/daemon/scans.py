@@ -101,8 +101,13 @@ class DatasetScans:
         self._root, self._sorter, self._receive, self._log = layout.root, sorter, receive, log
         self._history, self._presence = history, presence
         self.left_files = LeftFiles(os.fspath(layout.root), log)
+
+        def unreadable(error: OSError) -> None:
+            if presence.needs_marker or not isinstance(error, FileNotFoundError):  # a dry run makes no folder
+                log.unreadable(error)
+
         inbox = os.fspath(layout.area(Area.IMAGES))
-        self._inbox = FolderScans(inbox, log.unreadable, left=self.left_files.note, inspect=self._writer_of_still_file)
+        self._inbox = FolderScans(inbox, unreadable, left=self.left_files.note, inspect=self._writer_of_still_file)
         self._dated_device = local_device(inbox)  # until the first scan has ended; None: only changes count
         self._forgetting = Throttle(1.0)
         self._wanted: OrderedDict[str, None] = OrderedDict()
@@ -110,7 +115,7 @@ class DatasetScans:
         self._missing: set[str] = set()
         review = os.fspath(layout.area(Area.REVIEW))
         self.review = IncrementalScan(
-            lambda: scan_steps(review, report=log.unreadable, rule_at_top=rule_for_folder),
+            lambda: scan_steps(review, report=unreadable, rule_at_top=rule_for_folder),
             most=REVIEW_SLICE,
             pause_seconds=1.0,
         )

@@ -82,7 +82,7 @@ class TestSample:
         ran = run(site, "audit", "--page", page)
         text = page.read_text(encoding="utf-8")
         assert text.count('src="data:image/jpeg;base64,') == FILED
-        assert "sortd audit Colours --all-right" in text
+        assert "sortd audit --dataset Colours --all-right" in text
         assert "at least 77 % (95 % confidence)" in text
         assert str(site / "Dataset" / "red" / "00.png") in ran.out
         assert "http" not in text

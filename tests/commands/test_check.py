@@ -235,7 +235,7 @@ class TestFolders:
         """The finding names the folder above, which is the right root."""
         (tmp_path / "Data" / "Clases").mkdir(parents=True)
         (finding,) = about(look(), Topic.FOLDERS, "is itself a dataset")
-        assert finding.mend == f"set `root` to {tmp_path}"
+        assert finding.mend == f"set `root` to {tmp_path}, with every dataset directly in it"
 
     def test_check_root_inside_a_dataset_is_an_error(self, tmp_path: Path, look: Check) -> None:
         """Datasets in another dataset's Images/ would be sorted by it."""
@@ -265,9 +265,11 @@ class TestFolders:
         assert about(findings, Topic.FOLDERS, "Data/Other", "not used as a dataset", severity=Severity.WARNING)
 
     def test_check_dataset_inside_a_dataset_is_a_warning(self, site: Path, look: Check) -> None:
-        """Its references would be sorted like new images."""
-        (site / "Images" / "Inner" / "Clases").mkdir(parents=True)
-        assert about(look(), Topic.FOLDERS, "Images/Inner", "looks like a dataset", severity=Severity.WARNING)
+        """Its references would be sorted like new images, or ignored."""
+        for place in ("Images/Inner", "Inner"):
+            (site / place / "Clases").mkdir(parents=True)
+            what = f"lies inside the dataset {site}"
+            assert about(look(), Topic.FOLDERS, str(site / place), what, severity=Severity.WARNING)
 
     @pytest.mark.parametrize("key", ["state_dir", "cache_dir"])
     def test_check_own_folder_inside_a_dataset_is_an_error(self, site: Path, look: Check, key: str) -> None:

@@ -1,10 +1,10 @@
-"""Moments are read the way people write them."""
+"""Times as people write them, and lines of progress."""
 
 from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from sortd.commands.console import format_duration, format_time, parse_time
+from sortd.commands.console import format_duration, format_time, parse_time, progress_lines
 
 NOW = datetime(2026, 3, 15, 10, 30, tzinfo=timezone(timedelta(hours=1)))
 
@@ -59,3 +59,18 @@ def test_format_time_out_of_range_is_a_number(seconds: float) -> None:
     """A journal with an impossible time causes no traceback."""
     assert format_time(seconds) == f"{seconds:g} s"
     assert format_time(0.0).startswith("19")
+
+
+def test_progress_lines_come_with_a_new_text_and_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    """A log gets few lines, however often it is called."""
+    now = 0.0
+    tell = progress_lines(clock=lambda: now)
+    for second in range(25):
+        now = float(second)
+        tell("loading\n" if second < 2 else "images", second, 0 if second < 2 else 2000)
+    assert capsys.readouterr().err.splitlines() == [
+        "sortd: loading\\n",
+        "sortd: images: 2 of 2,000",
+        "sortd: images: 12 of 2,000",
+        "sortd: images: 22 of 2,000",
+    ]

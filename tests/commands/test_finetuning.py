@@ -134,7 +134,7 @@ class TestPromote:
 
     def test_promote_what_is_no_model_is_refused(self, config: Path, tmp_path: Path) -> None:
         """No result at all, a folder of something else, and one without its weights."""
-        assert "sortd finetune Colours" in sortd("models", "promote", "-c", config).err
+        assert "sortd finetune --dataset Colours" in sortd("models", "promote", "-c", config).err
         assert sortd("models", "promote", tmp_path, "-c", config).code == 69
         damaged = result(config, "20260101T000000Z-0")
         (damaged / WEIGHTS_FILE).unlink()

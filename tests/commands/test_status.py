@@ -120,7 +120,7 @@ def test_status_accuracy_of_an_unchecked_class_is_not_shown(site: Path) -> None:
     lines = shown(site)
     assert "red\t2\t1\t0\t0\t1 of 2 (95 %: 9 to 91 %)" in lines
     assert "blue\t1\t0\t0\t0\tnot checked" in lines
-    assert "right among all filed images: not checked; to check more: sortd audit Colours" in lines
+    assert "right among all filed images: not checked; to check more: sortd audit --dataset Colours" in lines
 
 
 def test_status_accuracy_counts_undone_images_and_no_later_ones(site: Path) -> None:

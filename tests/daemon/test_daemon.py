@@ -1,5 +1,6 @@
 """The daemon as it is used: a real process, a real model, real files, real signals; whole trees compared."""
 
+import json
 import os
 import shutil
 import signal
@@ -424,12 +425,13 @@ def test_daemon_dry_run_touches_nothing(colours: Path, write_config: Write, tmp_
         return {str(p): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in sorted(tmp_path.rglob("*"))}
 
     before = snapshot()
-    with DaemonProcess(config, "once", "--dry-run") as daemon:
+    with DaemonProcess(config, "once", "--dry-run", "-v") as daemon:
         assert daemon.process.stdout is not None
         said = daemon.process.stdout.read()
         assert daemon.wait() == 0
     assert snapshot() == before
-    assert "Dataset/green/a.png" in said
+    assert "Colours/Images/a.png\tColours/Dataset/green/\t" in said
+    assert "Colours: 1 would be filed, 0 would go to Review" in said
     assert not (colours / ".sortd").exists()
 
 
@@ -446,7 +448,7 @@ def test_daemon_hold_of_the_guard_outlives_a_kill_and_ends_by_release_alone(colo
         assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
     with DaemonProcess(config, "once", "--dry-run") as daemon:
         assert daemon.process.stdout is not None
-        assert "->" not in daemon.process.stdout.read()
+        assert daemon.process.stdout.read() == ""
         assert daemon.wait() == 78
         assert "images would go to review" in daemon.tail()
     with running(config) as daemon:
@@ -475,14 +477,14 @@ def test_daemon_dry_run_tells_what_once_does(colours: Path, write_config: Write)
         assert daemon.events("image.sent_to_review")
     assert sortd("undo", colours / "Dataset" / "red" / "a.png", "-c", config).code == 0
     config = write_config()
-    with DaemonProcess(config, "once", "--dry-run") as daemon:
+    with DaemonProcess(config, "once", "--dry-run", "--json") as daemon:
         assert daemon.process.stdout is not None
         said = daemon.process.stdout.read()
         assert daemon.wait() == 0
     with DaemonProcess(config, "once") as daemon:
         assert daemon.wait() == 0
         done = [(line["path"], line["destination"]) for line in daemon.events("image.filed")]
-    assert [tuple(line.split("  ")[0].split(" -> ")) for line in said.splitlines()] == done
+    assert [(line["path"], line["destination"]) for line in map(json.loads, said.splitlines())] == done
     assert [Path(source).name for source, _ in done] == ["stranger000.png"]
     assert (colours / "Images" / "a.png").exists()
 

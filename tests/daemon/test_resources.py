@@ -303,7 +303,7 @@ class TestSelectClassifier:
         """Silently, unless a fine-tuned model is asked for by name."""
         assert select_classifier(layout, config.state_dir, "auto", tuple(COLOURS)).refusal is None
         refusal = select_classifier(layout, config.state_dir, "finetuned", tuple(COLOURS)).refusal
-        assert "no model is promoted: `sortd finetune First`" in str(refusal)
+        assert "no model is promoted: `sortd finetune --dataset First`" in str(refusal)
 
     def test_select_configured_prototypes_are_kept(self, config: Config, layout: Layout, tmp_path: Path) -> None:
         """`classifier: prototypes` looks at no promotion; auto and finetuned take it."""
