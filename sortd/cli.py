@@ -84,7 +84,7 @@ def work(path: Path | None, *, once: bool) -> None:
     os.environ.setdefault(*OPENBLAS_SPIN)  # OpenBLAS reads it when numpy is imported
     from sortd.commands.run import run_daemon
 
-    run_daemon(partial(load_config, path), once=once)
+    run_daemon(partial(load_config, path), once=once, file=path)
 
 
 @app.command(cls=Command)

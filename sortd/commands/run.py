@@ -16,8 +16,9 @@ from sortd.classify.prompts import written_name
 from sortd.commands.console import counted, printable, say
 from sortd.config import Config, find_config_file, read_config
 from sortd.daemon.daemon import Daemon, simulate
+from sortd.daemon.metrics import Metrics
 from sortd.daemon.references import is_class_name
-from sortd.daemon.reporting import Metrics, decision_facts
+from sortd.daemon.reporting import decision_facts
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder.models import check_modes, locate_clip
 from sortd.errors import ConfigError, LayoutError, ModelError
@@ -28,10 +29,16 @@ from sortd.logs import LogFormat
 from sortd.service import Notifier
 
 
-def run_daemon(configured: Callable[[], Config], *, once: bool, load_encoder: LoadEncoder | None = None) -> None:
+def run_daemon(
+    configured: Callable[[], Config],
+    *,
+    once: bool,
+    file: Path | None = None,
+    load_encoder: LoadEncoder | None = None,
+) -> None:
     """Run the daemon; ``configured`` reads the configuration, now and for each reload.
 
-    ``load_encoder`` replaces the loader of the configured model.
+    ``file`` is the configuration file if one was named; ``load_encoder`` replaces the loader of the configured model.
     """
     logs.configure(format_in_environment())
     config = configured()
@@ -42,9 +49,15 @@ def run_daemon(configured: Callable[[], Config], *, once: bool, load_encoder: Lo
         resources=Resources(config, load_encoder=load_encoder),
         reload=lambda: _reloaded(configured),
         notifier=Notifier(os.environ),
-        metrics=Metrics(),
+        metrics=Metrics(is_on=config.metrics.is_on),
         once=once,
+        groups_command=[sys.executable, "-m", "sortd", "groups", "--json", *_named(file)],
     ).run()
+
+
+def _named(file: Path | None) -> list[str]:
+    """Return the option that names a configuration file."""
+    return [] if file is None else ["-c", os.path.abspath(file)]
 
 
 def _reloaded(configured: Callable[[], Config]) -> Config:
