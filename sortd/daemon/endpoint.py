@@ -173,8 +173,8 @@ def _listening(address: Path | tuple[str, int]) -> Iterator[socket.socket]:
         listener = socket.create_server(address, family=family)
     except OSError as error:
         raise StartupError(
-            f"metrics.http: cannot listen on {address[0]} port {address[1]}: {os.strerror(error.errno or 0)}; name another address, "
-            "or stop the program that uses it"
+            f"metrics.http: cannot listen on {address[0]} port {address[1]}: {os.strerror(error.errno or 0)}; name "
+            "another address, or stop the program that uses it"
         ) from error
     with listener:
         yield listener
