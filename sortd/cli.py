@@ -390,6 +390,18 @@ def audit(
 
 
 @app.command(cls=Command)
+def notify(
+    config: ConfigOption = None,
+    test: Annotated[bool, typer.Option("--test", help="Send a test message to each target.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List where notifications go and which events are sent, and with --test send a test message."""
+    from sortd.commands.notify import show_notifications
+
+    raise typer.Exit(show_notifications(load_config(config), is_test=test, as_json=as_json))
+
+
+@app.command(cls=Command)
 def review(
     config: ConfigOption = None,
     port: Annotated[int | None, typer.Option(min=0, max=65_535, help="Port on 127.0.0.1. Default: 8337.")] = None,
