@@ -195,6 +195,8 @@ class Daemon:
             raise
         finally:
             self._write_status(running=False)
+            self._metrics.set("sortd_ready", 0)
+            self._write_metrics()
             self._closing.close()
         outcomes = sum((Counter(dataset.log.outcomes) for dataset in self.datasets), Counter())
         self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **outcomes)
