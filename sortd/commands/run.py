@@ -51,13 +51,15 @@ def run_daemon(
         notifier=Notifier(os.environ),
         metrics=Metrics(is_on=config.metrics.is_on),
         once=once,
-        groups_command=[sys.executable, "-m", "sortd", "groups", "--json", *_named(file)],
+        groups_command=_groups_command(file),
     ).run()
 
 
-def _named(file: Path | None) -> list[str]:
-    """Return the option that names a configuration file."""
-    return [] if file is None else ["-c", os.path.abspath(file)]
+def _groups_command(file: Path | None) -> list[str]:
+    """Return the command that prints the groups in Review/ as JSON, with the same program and configuration file."""
+    found = shutil.which(sys.argv[0]) if Path(sys.argv[0]).name == "sortd" else None
+    program = [sys.executable, "-m", "sortd"] if found is None else [os.path.abspath(found)]
+    return [*program, "groups", "--json", *([] if file is None else ["-c", os.path.abspath(file)])]
 
 
 def _reloaded(configured: Callable[[], Config]) -> Config:

@@ -33,7 +33,7 @@ from sortd.daemon.datasets import Datasets
 from sortd.daemon.endpoint import Endpoint, Page, Pages
 from sortd.daemon.inbox import Inbox, Reported
 from sortd.daemon.metrics import CONTENT_TYPE, Metrics
-from sortd.daemon.observer import Observer
+from sortd.daemon.observer import DatasetObserver
 from sortd.daemon.proposals import Proposals
 from sortd.daemon.reporting import log_availability
 from sortd.daemon.resources import LoadEncoder, Resources
@@ -101,7 +101,9 @@ class Daemon:
         self.datasets = Datasets(config, ask=self._worker.ask, copier=self._copier, metrics=metrics, dry_run=dry_run)
         self._sender = Sender(receivers_of(config) if not self._once else Receivers(config.notify, {}), metrics)
         self._proposals = Proposals(groups_command, self._sender.post)
-        self._observer = Observer(self.datasets, metrics, post=self._sender.post, look_for_classes=self._proposals.look)
+        self._observer = DatasetObserver(
+            self.datasets, metrics, post=self._sender.post, look_for_classes=self._proposals.look
+        )
         self._watcher: Watcher | None = None
         self._status = Status(config.state_dir)
         self._requests = Requests(config.state_dir, report=self._log_write_error)

@@ -18,7 +18,7 @@ EVIDENCE_SECONDS = 15.0
 """Between two queries of a journal for checked images, each of another dataset: one can take tens of milliseconds."""
 
 
-class Observer:
+class DatasetObserver:
     """The conditions of all datasets, and what follows from them."""
 
     def __init__(
