@@ -25,6 +25,7 @@ import structlog
 
 from sortd import __version__, errors, logs
 from sortd.config import Config, restart_needed
+from sortd.config_reporting import targets_of
 from sortd.core.schedule import PeriodicTimer
 from sortd.daemon.control import Requests, answer, apply_undo_results
 from sortd.daemon.dataset import Dataset
@@ -37,7 +38,7 @@ from sortd.daemon.observer import DatasetObserver
 from sortd.daemon.proposals import Proposals
 from sortd.daemon.reporting import log_availability
 from sortd.daemon.resources import LoadEncoder, Resources
-from sortd.daemon.sender import Receivers, Sender, receivers_of
+from sortd.daemon.sender import Receivers, Sender
 from sortd.daemon.worker import Answer, EncoderAvailability, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.encoder.remote import COMMAND_SECONDS
 from sortd.files import readable_json
@@ -99,7 +100,7 @@ class Daemon:
         self._encoder_problem: str | None = None  # why the encoder of another process is away
         self._copier = CopyQueue(self.inbox.put)
         self.datasets = Datasets(config, ask=self._worker.ask, copier=self._copier, metrics=metrics, dry_run=dry_run)
-        self._sender = Sender(receivers_of(config) if not self._once else Receivers(config.notify, {}), metrics)
+        self._sender = Sender(self._receivers(), metrics)
         self._proposals = Proposals(groups_command, self._sender.post)
         self._observer = DatasetObserver(
             self.datasets, metrics, post=self._sender.post, look_for_classes=self._proposals.look
@@ -302,6 +303,9 @@ class Daemon:
         busy_since = self._worker.busy_since
         return busy_since is None or now - busy_since < STUCK_SECONDS
 
+    def _receivers(self) -> Receivers:
+        return Receivers(self.config.notify, {} if self._once else targets_of(self.config.notify, self.config.hooks))
+
     def _observe(self, now: float) -> None:
         if self._is_dry_run:
             return
@@ -434,7 +438,7 @@ class Daemon:
             waits = restart_needed(self.config, config)
             self.config, self.config_problem = config, None
             self.datasets.reload(config)
-            self._sender.reload(receivers_of(config))
+            self._sender.reload(self._receivers())
             self._log.info(logs.CONFIG_RELOADED, restart_needed_for=waits)
         self._notifier.ready()
 

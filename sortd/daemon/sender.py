@@ -22,8 +22,7 @@ from pathlib import Path
 import structlog
 
 from sortd import errors, logs
-from sortd.config import Config
-from sortd.config_reporting import HookConfig, NotifyConfig, Target, TargetConfig, targets_of
+from sortd.config_reporting import HookConfig, NotifyConfig, Target, TargetConfig
 from sortd.daemon import apprise_process
 from sortd.daemon.limited_process import INHERITED, run_limited
 from sortd.daemon.metrics import Metrics
@@ -119,11 +118,6 @@ class Receivers:
     def events(self) -> frozenset[str]:
         """The events that anybody wants."""
         return frozenset(event for target in self.targets.values() for event in target.events)
-
-
-def receivers_of(config: Config) -> Receivers:
-    """Return the receivers that a configuration names."""
-    return Receivers(config.notify, targets_of(config.notify, config.hooks))
 
 
 class Sender:

@@ -145,7 +145,7 @@ def wait_until(is_true: Callable[[], bool]) -> None:
 class TestPace:
     """When the next message may be sent."""
 
-    @given(st.lists(st.floats(0, 600), max_size=60), st.integers(1, 5))
+    @given(st.lists(st.floats(0, 2000), max_size=20), st.integers(1, 5))
     def test_pace_never_lets_more_messages_pass_in_an_hour(self, pauses: list[float], most: int) -> None:
         """In any hour there are at most as many as allowed, and after the told time one may be sent."""
         pace, settings, now, sent = Pace(), NotifyConfig(messages_per_hour=most), 0.0, list[float]()
