@@ -333,6 +333,8 @@ class Daemon:
     def _stuck(self) -> str | None:
         """Return why systemd would restart sortd, or None."""
         now, seconds = monotonic(), self._notifier.watchdog_seconds or WATCHDOG_SECONDS
+        if not self._served:  # the journals are recovered first
+            seconds = STUCK_SECONDS
         if not self._makes_progress(now):
             return f"the worker has made no progress for {STUCK_SECONDS:.0f} s"
         if now - self._turned_at > seconds:

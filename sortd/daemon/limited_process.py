@@ -44,10 +44,11 @@ def run_limited(
     Returns:
         What went wrong, with the last line on stderr; None for exit code 0.
     """
-    given = os.memfd_create("message", os.MFD_CLOEXEC)
     try:
-        os.write(given, message)
-        os.lseek(given, 0, os.SEEK_SET)
+        given = _memory_file(message)
+    except OSError as error:
+        return f"cannot be started: {error.strerror}"
+    try:
         process = subprocess.Popen(  # noqa: S603 -- the operator configured it; no shell reads it
             command,
             stdin=given,
@@ -75,6 +76,14 @@ def run_limited(
         return problem
     ended = f"exit code {process.returncode}" if process.returncode > 0 else f"ended by signal {-process.returncode}"
     return f"{ended}{_last_line(said)}"
+
+
+def _memory_file(content: bytes) -> int:
+    """Return the descriptor of a file in memory, to be read from its begin."""
+    descriptor = os.memfd_create("message", os.MFD_CLOEXEC)
+    os.write(descriptor, content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
 
 
 def _wait(

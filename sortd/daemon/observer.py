@@ -43,13 +43,16 @@ class DatasetObserver:
         is_asked = self._metrics.is_on or "accuracy_low" in wanted
         if is_asked and self._timer.is_due("evidence", now, EVIDENCE_SECONDS):
             self._ask_for_evidence()
-        conditions = [self._condition(dataset) for dataset in self._datasets]
-        conditions += [Condition(name, held=held.cause) for name, held in sorted(self._datasets.held.items())]
+        conditions = []
+        for dataset in self._datasets:
+            with self._datasets.isolated(dataset):
+                conditions.append(one := self._condition(dataset))
+                self._set(dataset, one)
+        held = sorted(self._datasets.held.items())
+        conditions += [Condition(name, held=found.cause) for name, found in held]
         root_problem = self._datasets.root_problem
         reasons = [f"{one.dataset}: {why}" for one in conditions if (why := one.missing or one.held) is not None]
         self.unserved = (*([root_problem] if root_problem else ()), *reasons)
-        for one in conditions:
-            self._set(one)
         settings = self._datasets.config.notify
         for notice in self._notices.begun(conditions, settings, root_problem):
             self._post(notice)
@@ -59,26 +62,26 @@ class DatasetObserver:
                 self._look_for_classes()
 
     def _condition(self, dataset: Dataset) -> Condition:
-        problem = None if dataset.sorter.may_move else dataset.problem
-        is_missing = dataset.sorter.references_absent and dataset.presence.lock_problem() is None
+        core, problem, is_missing = dataset.sorter, dataset.held_because, False
+        if problem is None and (core.built is None or core.references_absent):
+            problem = dataset.log.problem  # after any other failed rebuild, the last prototypes decide
+            is_missing = core.references_absent and dataset.presence.lock_problem() is None
         abstain = self._datasets.config.dataset(dataset.name).abstain
         return Condition(
             dataset.name,
             held=None if is_missing else problem,
             missing=problem if is_missing else None,
-            review=dataset.sorter.images.counts[State.REVIEWED],
+            review=core.images.counts[State.REVIEWED],
             outcomes=dataset.log.outcomes,
             evidence=self._evidence.get(dataset.name, {}),
             precision=None if abstain is None else abstain.precision,
         )
 
-    def _set(self, one: Condition) -> None:
+    def _set(self, dataset: Dataset, one: Condition) -> None:
+        images = dataset.sorter.images
         self._metrics.held(one.dataset, is_held=bool(one.held or one.missing))
-        if one.review is None:
-            return
-        dataset = self._datasets.by_name[one.dataset]
-        self._metrics.set("sortd_review_images", one.review, one.dataset)
-        self._metrics.set("sortd_backlog", dataset.sorter.images.waiting, one.dataset)
+        self._metrics.set("sortd_review_images", images.counts[State.REVIEWED], one.dataset)
+        self._metrics.set("sortd_backlog", images.waiting, one.dataset)
         if one.precision is not None:
             self._metrics.set("sortd_precision_wanted_ratio", one.precision, one.dataset)
         for evidence, (right, judged) in one.evidence.items():
