@@ -13,6 +13,7 @@ from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
 from sortd.daemon.metrics import Metrics
 from sortd.daemon.notices import Condition, Evidence, Notice, Notices
+from sortd.store.history import History
 
 EVIDENCE_SECONDS = 15.0
 """Between two queries of a journal for checked images, each of another dataset: one can take tens of milliseconds."""
@@ -96,12 +97,13 @@ class DatasetObserver:
             self._asked += 1
             dataset = open_datasets[self._asked % len(open_datasets)]
             with self._datasets.isolated(dataset):
-                self._evidence[dataset.name] = _checked(dataset, self._datasets.config.dataset(dataset.name).mode)
+                mode = self._datasets.config.dataset(dataset.name).mode
+                self._evidence[dataset.name] = checked_images(dataset.journal.history, mode)
 
 
-def _checked(dataset: Dataset, mode: str) -> Evidence:
+def checked_images(history: History, mode: str) -> Evidence:
     """Return the newest checked images of random samples, and those that other acts of a person have checked."""
-    newest = dataset.journal.history.newest_checked(mode, NEWEST)
+    newest = history.newest_checked(mode, NEWEST)
     kinds: Mapping[str, list[bool]] = {
         "audit": [one.is_right for one in newest if one.is_audited],
         "corrections": [one.is_right for one in newest if not one.is_audited],

@@ -15,7 +15,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from sortd.daemon.observer import checked_images
+from sortd.layout import Layout
+from sortd.store.journal import Journal
+from sortd.store.records import Selection
 from tests.daemon_process import PATIENCE_SECONDS, DaemonProcess, draw_strangers, make_dataset, picture, running, teach
+from tests.filed_images import file_images
 
 KEYS = {
     "mode": "best",
@@ -83,6 +88,19 @@ class Place:
     def messages(self) -> list[dict[str, Any]]:
         """Return each message that the hook got."""
         return [json.loads(line) for line in self.heard.read_text().splitlines()] if self.heard.exists() else []
+
+
+def test_checked_images_are_counted_by_kind_of_evidence(tmp_path: Path) -> None:
+    """Random samples are kept apart: corrected images are not drawn at random."""
+    dataset = make_dataset(tmp_path / "Data")
+    file_images(dataset, tmp_path / "state", {f"{number}.png": "red" for number in range(5)})
+    with Journal(Layout(dataset).state_folder(tmp_path / "state") / "journal.sqlite") as journal:
+        assert checked_images(journal.history, "max") == {}
+        moves = sorted(journal.history.moves(Selection(label="red")), key=lambda record: record.id)
+        journal.record_checks([(moves[0].id, True), (moves[1].id, False)])
+        journal.record_corrections([(moves[4], "green", "Dataset/green/4.png")])
+        assert checked_images(journal.history, "max") == {"audit": (1, 2), "corrections": (2, 3)}
+        assert checked_images(journal.history, "best") == {}
 
 
 @pytest.fixture(scope="module")
