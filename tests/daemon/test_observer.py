@@ -9,14 +9,21 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from sortd.config import read_config
+from sortd.daemon.daemon import Daemon
+from sortd.daemon.endpoint import Page
+from sortd.daemon.metrics import Metrics
 from sortd.daemon.observer import checked_images
+from sortd.daemon.resources import Resources
 from sortd.layout import Layout
+from sortd.service import Notifier
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
 from tests.daemon_process import PATIENCE_SECONDS, DaemonProcess, draw_strangers, make_dataset, picture, running, teach
@@ -101,6 +108,25 @@ def test_checked_images_are_counted_by_kind_of_evidence(tmp_path: Path) -> None:
         journal.record_corrections([(moves[4], "green", "Dataset/green/4.png")])
         assert checked_images(journal.history, "max") == {"audit": (1, 2), "corrections": (2, 3)}
         assert checked_images(journal.history, "best") == {}
+
+
+def test_health_of_a_loop_that_stands_still_is_503_with_the_reason(tmp_path: Path) -> None:
+    """The time is that of the watchdog, or a minute without systemd; while journals are recovered, longer."""
+    place = Place(tmp_path)
+    config = read_config(place.config, {})
+    daemon = Daemon(
+        config,
+        resources=Resources(config),
+        reload=lambda: config,
+        notifier=Notifier({}),
+        metrics=Metrics(is_on=False),
+    )
+    daemon._turned_at -= 100
+    assert daemon._health_page() == Page(HTTPStatus.OK, b"ok\n")
+    daemon._served = 1
+    reason = "the loop has made no progress for 60 s"
+    assert daemon._health_page() == Page(HTTPStatus.SERVICE_UNAVAILABLE, f"{reason}\n".encode())
+    assert json.loads(daemon._ready_page().body)["reasons"][0] == reason
 
 
 @pytest.fixture(scope="module")
