@@ -134,6 +134,7 @@ class Sender:
     ) -> None:
         """Send to ``receivers``; ``clock`` is monotonic, ``local`` returns the local time without a zone."""
         self._receivers, self._metrics, self._environment = receivers, metrics, environment
+        self.events = receivers.events  # that anybody wants
         self._clock, self._local = clock, local
         self._queue: queue.Queue[Notice | None] = queue.Queue(QUEUED_AT_MOST)
         self._thread: threading.Thread | None = None
@@ -143,14 +144,9 @@ class Sender:
         self._failing: set[str] = set()
         self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-    @property
-    def events(self) -> frozenset[str]:
-        """The events that anybody wants."""
-        return self._receivers.events
-
     def reload(self, receivers: Receivers) -> None:
         """Use other receivers and limits from the next message on."""
-        self._receivers = receivers
+        self._receivers, self.events = receivers, receivers.events
         self._failing &= receivers.targets.keys()
 
     def post(self, notice: Notice) -> None:
