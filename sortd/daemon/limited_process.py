@@ -13,6 +13,7 @@ STEP_SECONDS = 0.1  # between two looks at whether the process has ended, or sor
 MOST_ERROR_BYTES = 65_536
 """What a command may write to stderr; then the pipe is closed, which usually ends it."""
 MOST_QUOTED = 200
+NICENESS = 10  # of the process: moves are made first
 _KILLED_SECONDS = 2.0  # for a process that was killed; one that waits for a disk may need longer
 
 INHERITED = (
@@ -62,6 +63,8 @@ def run_limited(
         return f"cannot be started: {getattr(error, 'strerror', None) or error}"
     finally:
         os.close(given)
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
     assert process.stderr is not None
     said = bytearray()
     with process.stderr as errors:

@@ -174,7 +174,7 @@ def test_ready_until_a_dataset_is_held_and_again_when_it_is_served(place: Place,
     assert place.metrics()["sortd_last_error_timestamp_seconds",] > 0
     (place.folder / "Data" / "Bad" / ".sortd").unlink()
     daemon.wait_until(lambda: place.reasons() == [], "no reason")
-    shutil.rmtree(place.folder / "Data" / "Bad")
+    (place.folder / "Data" / "Bad").rename(place.folder / "gone")  # sortd may write into it meanwhile
     daemon.wait_for("dataset.gone", dataset="Bad")
     daemon.wait_until(lambda: ("sortd_dataset_held", "Bad") not in place.metrics(), "its gauges to be removed")
 

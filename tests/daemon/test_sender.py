@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 from structlog.testing import capture_logs
@@ -145,15 +145,16 @@ def wait_until(is_true: Callable[[], bool]) -> None:
 class TestPace:
     """When the next message may be sent."""
 
+    @settings(deadline=None, max_examples=50)
     @given(st.lists(st.floats(0, 2000), max_size=20), st.integers(1, 5))
     def test_pace_never_lets_more_messages_pass_in_an_hour(self, pauses: list[float], most: int) -> None:
         """In any hour there are at most as many as allowed, and after the told time one may be sent."""
-        pace, settings, now, sent = Pace(), NotifyConfig(messages_per_hour=most), 0.0, list[float]()
+        pace, limits, now, sent = Pace(), NotifyConfig(messages_per_hour=most), 0.0, list[float]()
         for pause in pauses:
             now += pause
-            wait = pace.wait_seconds(settings, now, NOON)
+            wait = pace.wait_seconds(limits, now, NOON)
             if wait > 0:
-                assert deepcopy(pace).wait_seconds(settings, now + wait + 1e-6, NOON) == 0
+                assert deepcopy(pace).wait_seconds(limits, now + wait + 1e-6, NOON) == 0
                 continue
             pace.sent(now)
             sent.append(now)
