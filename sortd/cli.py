@@ -75,7 +75,7 @@ def run(config: ConfigOption = None) -> None:
     os.environ.setdefault(*OPENBLAS_SPIN)
     from sortd.commands.run import run_daemon
 
-    run_daemon(read_quietly(config), once=False)
+    run_daemon(read_quietly(config), once=False, file=config)
 
 
 @app.command(cls=Command)
@@ -394,6 +394,18 @@ def audit(
         show_answers(load_config(config), dataset, wrong or (), as_json=as_json)
     else:
         show_sample(load_config(config), dataset, sample, page, as_json=as_json)
+
+
+@app.command(cls=Command)
+def notify(
+    config: ConfigOption = None,
+    test: Annotated[bool, typer.Option("--test", help="Send a test message to each target.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List where notifications go and which events are sent, and with --test send a test message."""
+    from sortd.commands.notify import show_notifications
+
+    raise typer.Exit(show_notifications(load_config(config), is_test=test, as_json=as_json))
 
 
 @app.command(cls=Command)

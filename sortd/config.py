@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from sortd import config_yaml
+from sortd.config_reporting import UNIX, Frozen, HookConfig, MetricsConfig, NotifyConfig, TargetConfig
+from sortd.config_variables import ANY, generic_key, holds, merge, variable_name, variables_in
 from sortd.errors import ConfigError
 from sortd.files import open_regular
 
@@ -31,8 +33,6 @@ DEFAULT_TEMPLATES = (
 )
 """The seven templates of Tip-Adapter and CoOp for ImageNet, and CLIP's default."""
 
-PREFIX = "SORTD_"
-ANY = "*"  # in a key's path: any name of a dataset
 OFF = {"off", "no", "false"}
 BACKENDS = ("auto", "torch", "onnx")
 SOCKET = "socket:"  # before the path of the socket of `sortd encode`, in the place of a backend
@@ -77,12 +77,6 @@ def _not_empty(templates: tuple[str, ...]) -> tuple[str, ...]:
     return templates
 
 
-def _textfile(path: Path) -> Path:
-    if path.suffix != ".prom":
-        raise ValueError(f"{path.name!r} does not end in .prom: the textfile collector reads no other file")
-    return path
-
-
 def _span(value: str) -> str:
     if value != FOREVER and not _SPAN.fullmatch(value):
         raise ValueError(f"{value!r} is not a time such as 90d, 8w or 2y, of at least 7 days, and not forever")
@@ -100,20 +94,14 @@ def _backend(value: str) -> str:
     return value
 
 
-class _Frozen(BaseModel):
-    """Base of all parts of the configuration: frozen, and without unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-class AbstainConfig(_Frozen):
+class AbstainConfig(Frozen):
     """Conditions under which an image is filed."""
 
     precision: Share = 0.95
     strangers: Annotated[Literal["auto"] | float, BeforeValidator(_strangers)] = "auto"
 
 
-class Decoding(_Frozen):
+class Decoding(Frozen):
     """How images are decoded, and the limits."""
 
     jpeg: Literal["draft", "full"] = "draft"
@@ -124,14 +112,14 @@ class Decoding(_Frozen):
     max_bytes: Annotated[int, Field(ge=4096)] = 500_000_000
 
 
-class Log(_Frozen):
+class Log(Frozen):
     """Format and level of the log."""
 
     format: Literal["auto", "console", "json"] = "auto"
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class JournalConfig(_Frozen):
+class JournalConfig(Frozen):
     """How long moves stay in the journal."""
 
     keep: Annotated[str, AfterValidator(_span)] = "2y"
@@ -143,14 +131,7 @@ class JournalConfig(_Frozen):
         return None if self.keep == FOREVER else int(self.keep[:-1]) * days[self.keep[-1]] * _DAY_SECONDS
 
 
-class MetricsConfig(_Frozen):
-    """Where Prometheus finds the metrics; by default nowhere."""
-
-    textfile: Annotated[Path, AfterValidator(_textfile)] | None = None
-    http_port: Annotated[int, Field(ge=1, le=65_535)] | None = None
-
-
-class DatasetConfig(_Frozen):
+class DatasetConfig(Frozen):
     """The keys that can differ between datasets."""
 
     mode: ModeName = "mixed"
@@ -189,6 +170,8 @@ class Config(DatasetConfig):
     log: Log = Log()
     journal: JournalConfig = JournalConfig()
     metrics: MetricsConfig = MetricsConfig()
+    notify: NotifyConfig = NotifyConfig()
+    hooks: tuple[HookConfig, ...] = ()
 
     @property
     def encoder_socket(self) -> Path | None:
@@ -206,7 +189,14 @@ class Config(DatasetConfig):
         return DatasetConfig.model_construct(**(general | own))
 
 
-LIVE_KEYS = frozenset(DatasetConfig.model_fields) | {"datasets", "rescan_seconds", "journal", "log.level"}
+LIVE_KEYS = frozenset(DatasetConfig.model_fields) | {
+    "datasets",
+    "rescan_seconds",
+    "journal",
+    "log.level",
+    "notify",
+    "hooks",
+}
 """The keys that a running sortd applies on reload; the others need a restart."""
 
 _GROUPS: Final[Mapping[str, type[BaseModel]]] = {
@@ -215,8 +205,25 @@ _GROUPS: Final[Mapping[str, type[BaseModel]]] = {
     "log": Log,
     "journal": JournalConfig,
     "metrics": MetricsConfig,
+    "notify": NotifyConfig,
 }
-_MAY_BE_EMPTY = {"state_dir", "cache_dir", "text_model", "datasets", "log", "journal", "metrics", "decoding"}
+_LISTS: Final[Mapping[tuple[str | int, ...], type[BaseModel]]] = {
+    ("notify", "urls"): TargetConfig,
+    ("hooks",): HookConfig,
+}
+"""The lists of groups of keys; they are set as a whole."""
+_MAY_BE_EMPTY = {
+    "state_dir",
+    "cache_dir",
+    "text_model",
+    "datasets",
+    "log",
+    "journal",
+    "metrics",
+    "decoding",
+    "notify",
+    "hooks",
+}
 
 
 def _keys(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -250,15 +257,15 @@ def read_config(path: Path | None, environment: Mapping[str, str]) -> Config:
         tree.mistake((), "must be lines of `key: value`")
     _drop_empty(values, tree)
     _make_absolute(values, base, environment)
-    variables, wrong = _variables(environment)
+    variables, wrong = variables_in(environment, KEYS)
     _make_absolute(variables, Path.cwd(), environment)
-    _merge(values, variables)
+    merge(values, variables)
     try:
         config = Config.model_validate(_default_folders(base, environment) | values)
     except ValidationError as error:
         for details in error.errors(include_url=False):
             where, message = details["loc"], _message(details)
-            if _holds(variables, where):
+            if holds(variables, where):
                 wrong[variable_name(where)] = message
             else:
                 tree.mistake(where, message)
@@ -305,7 +312,7 @@ def _drop_empty(values: dict[str, Any], tree: config_yaml.Tree, above: config_ya
         if value is None:
             del values[key]
             may_be_empty = (
-                key in _MAY_BE_EMPTY if not above else above[0] in {"metrics", "datasets"} and len(above) == 1
+                key in _MAY_BE_EMPTY if not above else above[0] in {"metrics", "notify", "datasets"} and len(above) == 1
             )
             if not may_be_empty and not tree.is_mistaken(path):
                 tree.mistake(path, "has no value; give it one or remove the line")
@@ -363,80 +370,34 @@ def _make_absolute(values: dict[str, Any], base: Path, environment: Mapping[str,
             folder = _absolute(named, base, environment)
             if named.startswith(("/", "./", "../", "~")) or os.path.isdir(folder):
                 values[key] = folder
+    _make_reporting_absolute(values, base, environment)
     backend = values.get("backend")
     if isinstance(backend, str) and (path := backend.removeprefix(SOCKET)) not in {backend, ""}:
         values["backend"] = SOCKET + _absolute(path, base, environment)
+
+
+def _make_reporting_absolute(values: Mapping[str, Any], base: Path, environment: Mapping[str, str]) -> None:
+    """Make the paths of a socket, of files with an address, and of programs with a folder in their name absolute."""
+    metrics, notify = (found if isinstance(found := values.get(key), dict) else {} for key in ("metrics", "notify"))
+    if isinstance(where := metrics.get("http"), str) and (path := where.removeprefix(UNIX)) not in {where, ""}:
+        metrics["http"] = UNIX + _absolute(path, base, environment)
+    for target in _groups_in(notify.get("urls")):
+        if isinstance(file := target.get("url_file"), str) and file:
+            target["url_file"] = _absolute(file, base, environment)
+    for hook in _groups_in(values.get("hooks")):
+        command = hook.get("command")
+        if isinstance(command, list) and command and isinstance(command[0], str) and "/" in command[0]:
+            command[0] = _absolute(command[0], base, environment)
+
+
+def _groups_in(value: object) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _absolute(path: str, base: Path, environment: Mapping[str, str]) -> str:
     if path == "~" or path.startswith("~/"):
         path = environment.get("HOME", "~") + path[1:]
     return os.path.normpath(base / path)
-
-
-def _variables(environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values of variables, nested as in a file, and the mistakes by variable.
-
-    ``SORTD_ABSTAIN__PRECISION`` and ``SORTD_DATASETS__Tornillos__MODE`` name keys in groups; lists and mappings are
-    written as in YAML: ``SORTD_PROMPTS='["a photo of {}"]'``. An empty variable counts as not set.
-    """
-    values: dict[str, Any] = {}
-    wrong: dict[str, str] = {}
-    for name in sorted(key for key in environment if key.startswith(PREFIX) and environment[key]):
-        path = _path_of(name)
-        if _generic(path) not in KEYS:
-            wrong[name] = "unknown variable"
-            continue
-        value: config_yaml.Value = environment[name]
-        if environment[name].lstrip()[:1] in {"[", "{"}:
-            tree = config_yaml.parse(environment[name].encode("utf-8", "surrogateescape"))
-            if tree.mistakes:
-                wrong[name] = tree.mistakes[0].message
-                continue
-            value = tree.value
-        for part in reversed(path[1:]):
-            value = {part: value}
-        _merge(values, {path[0]: value})
-    return values, wrong
-
-
-def variable_name(path: tuple[str | int, ...]) -> str:
-    """Return the name of the variable for a key."""
-    is_dataset = path[:1] == ("datasets",)
-    return PREFIX + "__".join(
-        str(part) if is_dataset and at == 1 else str(part).upper() for at, part in enumerate(path)
-    )
-
-
-def _generic(path: tuple[str | int, ...]) -> tuple[str, ...]:
-    return tuple(ANY if at == 1 and path[0] == "datasets" else str(part) for at, part in enumerate(path))
-
-
-def _path_of(name: str) -> tuple[str, ...]:
-    parts = name.removeprefix(PREFIX).split("__")
-    is_dataset = parts[0].casefold() == "datasets"
-    return tuple(part if is_dataset and at == 1 else part.casefold() for at, part in enumerate(parts))
-
-
-def _holds(values: Mapping[str, Any], path: tuple[str | int, ...]) -> bool:
-    """Tell whether the values have a key or its group."""
-    inside: Any = values
-    for part in path:
-        if not isinstance(inside, dict):
-            return True
-        if part not in inside:
-            return False
-        inside = inside[part]
-    return True
-
-
-def _merge(values: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Replace values by those of another tree, key by key."""
-    for key, value in over.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
-            _merge(values[key], value)
-        else:
-            values[key] = value
 
 
 # ---------------------------------------------------------------- messages
@@ -458,7 +419,8 @@ def _lines(file: Path | None, tree: config_yaml.Tree, wrong: Mapping[str, str]) 
     known = [variable_name(key) for key in KEYS if ANY not in key]
     found = []
     for mistake in sorted(tree.mistakes, key=lambda mistake: (mistake.line, mistake.column)):
-        key = f"{'.'.join(map(str, mistake.path))}: " if mistake.path else ""
+        parts = ("..." if "://" in str(part) else str(part) for part in mistake.path)  # an address is a secret
+        key = f"{'.'.join(parts)}: " if mistake.path else ""
         found.append(f"{file}:{mistake.line}:{mistake.column}: {key}{mistake.message}")
     for name, message in wrong.items():
         meant = _meant(name, known, likeness=0.8) if message.startswith("unknown") else ""
@@ -469,10 +431,13 @@ def _lines(file: Path | None, tree: config_yaml.Tree, wrong: Mapping[str, str]) 
 def _message(details: ErrorDetails) -> str:
     """Return the message for one of pydantic's errors."""
     path, given, context, kind = details["loc"], details["input"], details.get("ctx", {}), details["type"]
+    quoted = "the value" if path[:2] == ("notify", "urls") else repr(given)  # an address is a secret
     match kind:
         case "extra_forbidden":
-            parent = _generic(path)[:-1]
-            siblings = sorted(key[-1] for key in KEYS if key[:-1] == parent and key[-1] != ANY)
+            parent = generic_key(path)[:-1]
+            group = next((_LISTS[path[:at]] for at in (1, 2) if path[:at] in _LISTS), None)
+            known = (key[-1] for key in KEYS if key[:-1] == parent and key[-1] != ANY)
+            siblings = sorted(known if group is None else group.model_fields)
             is_for_all = path[0] == "datasets" and path[2:] in KEYS
             meant = "; it cannot differ between datasets" if is_for_all else _meant(str(path[-1]), siblings)
             message = f"unknown key{meant}"
@@ -483,16 +448,18 @@ def _message(details: ErrorDetails) -> str:
             message = str(context["error"])
         case _ if kind in _GROUP_WANTED:
             message = "must be a group of keys, indented below it" + (", or `off`" if path[-1] == "abstain" else "")
+        case "missing" if len(path) > 1:
+            message = "is missing; add it"
         case "missing":
             message = "has no default, since neither HOME nor a folder of systemd is set; add it"
         case "string_too_short":
             message = "must not be empty"
         case _ if kind in _WANTED:
-            message = f"{given!r} {_WANTED[kind]}"
+            message = f"{quoted} {_WANTED[kind]}"
         case _ if kind == "literal_error" or kind.endswith("_type"):
             message = "must be one value, not a list or a group of keys"
         case _:
-            message = f"{given!r} {details['msg'].replace('Input should', 'should')}"
+            message = f"{quoted} {details['msg'].replace('Input should', 'should')}"
     return message
 
 

@@ -73,6 +73,7 @@ REVIEW_READY: Final = "review.ready"
 REVIEW_REFUSED: Final = "review.refused"
 REVIEW_FAILED: Final = "review.failed"
 REVIEW_STOPPED: Final = "review.stopped"
+NOTIFICATION_FAILED: Final = "notification.failed"
 THREAD_DIED: Final = "thread.died"
 
 IMAGE_EVENTS: Final[Mapping[Outcome, str]] = {

@@ -20,7 +20,7 @@ from tests.filed_images import file_images
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "run", "once", "check", "status", "explain", "eval", "history", "undo", "release", "init", "rebuild", "models",
-    "version", "config", "service",
+    "version", "config", "service", "notify",
 }  # fmt: skip
 SLOW = {"torch", "transformers", "sentence_transformers", "sklearn", "scipy", "huggingface_hub"}
 
@@ -79,6 +79,7 @@ def test_help_lists_all_commands() -> None:
         ("undo", "--last", "1", "-c"),
         ("release", "--all", "-c"),
         ("models", "-c"),
+        ("notify", "-c"),
     ],
 )
 def test_commands_that_read_facts_import_nothing_slow(config: Path, arguments: tuple[str, ...]) -> None:

@@ -14,21 +14,20 @@ from pydantic import BaseModel, ValidationError
 
 from sortd import config_yaml
 from sortd.classify.types import AbstainSettings, DecisionSettings
+from sortd.config import KEYS as ALL_KEYS
 from sortd.config import (
-    ANY,
     LIVE_KEYS,
     AbstainConfig,
     Config,
     DatasetConfig,
     Decoding,
     Log,
-    MetricsConfig,
     ModeName,
     read_config,
     restart_needed,
-    variable_name,
 )
-from sortd.config import KEYS as ALL_KEYS
+from sortd.config_reporting import HookConfig, MetricsConfig, NotifyConfig, TargetConfig, targets_of
+from sortd.config_variables import ANY, variable_name
 from sortd.errors import ConfigError
 from sortd.events import Mode
 
@@ -112,6 +111,40 @@ class TestValues:
         assert "does not end in .prom" in said
         (said,) = complaints(tmp_path, "{}", environment | {"SORTD_METRICS__TEXTFILE": name})
         assert "does not end in .prom" in said
+
+    @pytest.mark.parametrize(
+        ("written", "address"),
+        [
+            ("9464", ("127.0.0.1", 9464)),
+            ("0.0.0.0:80", ("0.0.0.0", 80)),  # noqa: S104 -- it is only read
+            ("'[::1]:9464'", ("::1", 9464)),
+            ("unix:run/s", "run/s"),
+        ],
+    )
+    def test_metrics_address_has_several_forms(
+        self, tmp_path: Path, environment: dict[str, str], written: str, address: tuple[str, int] | str
+    ) -> None:
+        """A port alone is one of loopback, as ``http_port`` is; a path is relative to the file."""
+        found = read(tmp_path, f"metrics: {{http: {written}}}", environment).metrics.address
+        assert found == (tmp_path / address if isinstance(address, str) else address)
+        assert read(tmp_path, "metrics: {http_port: 9464}", environment).metrics.address == ("127.0.0.1", 9464)
+        assert read(tmp_path, "mode: max", environment).metrics.address is None
+
+    def test_addresses_of_notifications_are_secrets(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """Nothing that prints the configuration shows one; files and programs are relative to the configuration."""
+        text = (
+            "notify: {urls: [json://sesame@host, {url_file: a, events: [daily_summary]}]}\n"
+            "hooks: [{command: [./b, c]}, {command: [d]}]"
+        )
+        config = read(tmp_path, text, environment)
+        assert "sesame" not in f"{config!r} {config} {config.model_dump()} {config.model_dump_json()}"
+        plain, filed = config.notify.urls
+        assert plain.url is not None
+        assert plain.url.get_secret_value() == "json://sesame@host"
+        assert filed == TargetConfig(url_file=tmp_path / "a", events=("daily_summary",))
+        assert config.hooks == (HookConfig(command=(f"{tmp_path}/b", "c")), HookConfig(command=("d",)))
+        names = ["notify.urls.0", "notify.urls.1", f"hooks.0 ({tmp_path}/b)", "hooks.1 (d)"]
+        assert list(targets_of(config.notify, config.hooks)) == names
 
     def test_model_is_a_path_if_such_a_folder_exists(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """Otherwise it is a name, like org/name."""
@@ -265,6 +298,16 @@ mode: max
             ("just text", "1:1: must be lines of `key: value`"),
             ("? [a, b]\n: c", "1:3: a key must be a word, not a list or a mapping"),
             ("model: ''", "1:1: model: must not be empty"),
+            ("metrics: {http: x:1}", "1:11: metrics.http: 'x:1' is no address such as 127.0.0.1:9464, [::1]:9464, unix:PATH or a port"),  # noqa: E501
+            ("metrics: {http: '9464', http_port: 9464}", "1:1: metrics: has both http and http_port; keep http"),
+            ("notify: {summary_at: 25:00}", "1:10: notify.summary_at: '25:00' is no time of the day such as 08:00"),
+            ("notify: {sumary_at: 8}", "1:10: notify.sumary_at: unknown key; did you mean summary_at?"),
+            ("notify: {quiet_hours: 08:00}", "1:10: notify.quiet_hours: '' is no time of the day such as 08:00"),
+            ("hooks: [{command: [a], events: [held]}]", "1:33: hooks.0.events.0: 'held' is none of review_pile, dataset_held, disk_missing, accuracy_low, class_proposed, daily_summary"),  # noqa: E501
+            ("hooks: [{command: [a], event: [x]}]", "1:24: hooks.0.event: unknown key; did you mean events?"),
+            ("hooks: [{events: []}]", "1:9: hooks.0.command: is missing; add it"),
+            ("hooks: [{command: []}]", "1:10: hooks.0.command: the list is empty or has an empty program; it needs the program and its arguments"),  # noqa: E501
+            ("hooks: [rm -rf]", "1:9: hooks.0: must be a group of keys, indented below it"),
             ("root: ''", "1:1: root: must not be empty; name a folder, or remove the line"),
             ("datasets: {A: {mode: max}, A: {mode: avg}}", "1:28: datasets.A: is given twice; keep one"),
             ("root: Data\n\tmode: max", "2:1: a tab begins this line or value; YAML indents with spaces only"),
@@ -283,6 +326,27 @@ mode: max
     ) -> None:
         """The first line of the error has the position and the message."""
         assert complaints(tmp_path, text, environment)[0] == complaint
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "notify: {urls: json://user:sesame@host}",
+            "notify: {urls: [{ulr: json://user:sesame@host}]}",
+            "notify: {urls: [{url: [json://user:sesame@host]}]}",
+            "notify: {urls: [{url: json://user:sesame@host, url_file: x}]}",
+            "notify: {urls: [[json://user:sesame@host]]}",
+            "notify: {urls: [{json://user:sesame@host: x}]}",
+            "notify: {urls: [{json://user:sesame@host: x, url: json://user:sesame@host, url_file: json://sesame}]}",
+            "notify: {urls: [json://user:sesame@host], json://user:sesame@host: x}",
+            'notify: {urls: ["json://user:sesame@host]}',
+            "notify: {urls: [json://user:sesame@host, x: y: z]}",
+        ],
+    )
+    def test_mistake_beside_an_address_does_not_show_it(
+        self, tmp_path: Path, environment: dict[str, str], text: str
+    ) -> None:
+        """An address contains a password, and messages end up in logs."""
+        assert "sesame" not in "".join(complaints(tmp_path, text, environment))
 
     def test_given_file_that_is_missing_is_an_error(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """The defaults are not used in its place."""
@@ -426,6 +490,7 @@ class TestReload:
         ("text", "waits"),
         [
             ("mode: max\nabstain: off\nsettle_seconds: 3\nlog: {level: debug}\ndatasets: {A: {mode: avg}}", []),
+            ("notify: {urls: [json://h], review_above: 3}\nhooks: [{command: [a]}]", []),
             ("model: packaged\nroot: elsewhere\n", ["model", "root"]),
             ("log: {format: json}\nmetrics: {http_port: 9000}\n", ["log.format", "metrics.http_port"]),
             ("decoding: {workers: 2}\n", ["decoding.workers"]),
@@ -493,7 +558,7 @@ def test_modes_and_defaults_are_those_of_classify() -> None:
     }
 
 
-@pytest.mark.parametrize("model", [AbstainConfig, Config, DatasetConfig, Decoding, Log, MetricsConfig])
+@pytest.mark.parametrize("model", [AbstainConfig, Config, DatasetConfig, Decoding, Log, MetricsConfig, NotifyConfig])
 def test_defaults_are_valid(model: type[BaseModel]) -> None:
     """The model does not validate its defaults, so this test does."""
     places: dict[str, Any] = dict.fromkeys(PLACES, "/x") if model is Config else {}

@@ -426,6 +426,25 @@ def test_a_reload_is_taken_and_a_bad_one_refused(service: Lab) -> None:
     assert service.property("MainPID") == process
 
 
+def test_a_hook_works_in_the_sandbox(service: Lab) -> None:
+    """It is started without a drop-in, writes into the state folder, and is told of a missing disk."""
+    hook = 'hooks: [{command: [sh, -c, "cat >> /var/lib/sortd/heard"]}]'
+    service.run("sh", "-c", f"echo '{hook}' >> /etc/sortd/config.yaml")
+    reload(service)
+    try:
+        marker = service.srv / "Colours" / ".sortd"
+        marker.rename(service.srv / "aside")
+        service.run("touch", "/srv/sortd/Colours/Clases/red/0.png")  # sortd looks at the dataset again
+        service.wait(
+            lambda: "disk_missing" in service.run("cat", "/var/lib/sortd/heard", check=False).stdout, "the hook"
+        )
+        (service.srv / "aside").rename(marker)
+        service.run("touch", "/srv/sortd/Colours/Clases/red/0.png")
+    finally:
+        service.run("sed", "-i", "/^hooks:/d", "/etc/sortd/config.yaml")
+        reload(service)
+
+
 def test_a_stop_is_quick_and_clean(service: Lab) -> None:
     """SIGTERM ends it with success, before systemd's patience is over: nothing is killed, no process stays."""
     service.run("systemctl", "stop", "sortd")

@@ -31,6 +31,7 @@ from sortd.commands.console import counted, megabytes
 from sortd.commands.findings import Finding, Topic, error, note, warning
 from sortd.commands.groups import label_findings
 from sortd.commands.models import EXPORT_MISSING, backend_facts, verdict_sentence
+from sortd.commands.notify import notification_findings
 from sortd.config import Config, read_config
 from sortd.encoder import models
 from sortd.encoder.backends import connect
@@ -305,6 +306,7 @@ def _backend_findings(config: Config) -> Iterator[Finding]:
 SITE_CHECKS: Final[Mapping[Callable[[Config, Sequence[Layout]], Iterator[Finding]], Topic]] = {
     **dict.fromkeys((root_findings, own_folder_findings, overlap_findings), Topic.FOLDERS),
     process_findings: Topic.PROCESS,
+    notification_findings: Topic.CONFIGURATION,
     model_findings: Topic.MODEL,
     watching_findings: Topic.WATCHING,
     **dict.fromkeys((machine_findings, room_findings), Topic.MACHINE),

@@ -9,7 +9,8 @@ import typer
 
 from sortd import config_yaml
 from sortd.commands.console import print_table, printable, say, show
-from sortd.config import PREFIX, find_config_file, read_config, variable_name
+from sortd.config import find_config_file, read_config
+from sortd.config_variables import PREFIX, variable_name
 from sortd.files import read_regular, shipped
 
 EXAMPLE = "config.example.yaml"

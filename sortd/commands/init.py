@@ -19,7 +19,8 @@ import typer
 from sortd import config_yaml
 from sortd.classify.prompts import written_name
 from sortd.commands.console import printable
-from sortd.config import Config, config_file_of_user, find_config_file, read_config, variable_name
+from sortd.config import Config, config_file_of_user, find_config_file, read_config
+from sortd.config_variables import variable_name
 from sortd.daemon.references import is_class_name
 from sortd.errors import ConfigError, LayoutError
 from sortd.files import read_regular

@@ -2,9 +2,12 @@
 
 import os
 import resource
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -12,8 +15,10 @@ import typer
 from sortd import logs
 from sortd.commands.console import json_document, print_line, print_table, printable, progress, say, show
 from sortd.config import Config
-from sortd.daemon.daemon import Daemon, simulate
-from sortd.daemon.reporting import Decisions, Metrics, decision_facts
+from sortd.daemon.daemon import Daemon, Progress
+from sortd.daemon.dataset_lock import ReportMove
+from sortd.daemon.metrics import Metrics
+from sortd.daemon.reporting import Decisions, decision_facts
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder.models import check_modes, locate_clip
 from sortd.errors import ModelError
@@ -23,19 +28,30 @@ from sortd.logs import LogFormat
 from sortd.service import Notifier
 
 
-def run_daemon(configured: Callable[[], Config], *, once: bool, load_encoder: LoadEncoder | None = None) -> None:
+def run_daemon(
+    configured: Callable[[], Config],
+    *,
+    once: bool,
+    file: Path | None = None,
+    load_encoder: LoadEncoder | None = None,
+) -> None:
     """Run the daemon; ``configured`` reads the configuration, now and for each reload.
 
-    ``load_encoder`` replaces the loader of the configured model.
+    ``file`` is the configuration file if one was named; ``load_encoder`` replaces the loader of the configured model.
     """
     logs.configure(format_in_environment())
     config = configured()
     logs.configure(config.log.format, config.log.level)
-    _daemon(config, configured, once=once, load_encoder=load_encoder).run()
+    _daemon(config, configured, once=once, load_encoder=load_encoder, file=file).run()
 
 
 def _daemon(
-    config: Config, configured: Callable[[], Config], *, once: bool, load_encoder: LoadEncoder | None
+    config: Config,
+    configured: Callable[[], Config],
+    *,
+    once: bool,
+    load_encoder: LoadEncoder | None,
+    file: Path | None = None,
 ) -> Daemon:
     raise_descriptor_limit()
     return Daemon(
@@ -43,9 +59,17 @@ def _daemon(
         resources=Resources(config, load_encoder=load_encoder),
         reload=lambda: _reloaded(configured),
         notifier=Notifier(os.environ),
-        metrics=Metrics(),
+        metrics=Metrics(is_on=config.metrics.is_on),
         once=once,
+        groups_command=_groups_command(file),
     )
+
+
+def _groups_command(file: Path | None) -> list[str]:
+    """Return the command that prints the groups in Review/ as JSON, with the same program and configuration file."""
+    found = shutil.which(sys.argv[0]) if Path(sys.argv[0]).name == "sortd" else None
+    program = [sys.executable, "-m", "sortd"] if found is None else [os.path.abspath(found)]
+    return [*program, "groups", "--json", *([] if file is None else ["-c", os.path.abspath(file)])]
 
 
 def _reloaded(configured: Callable[[], Config]) -> Config:
@@ -184,3 +208,31 @@ def _print_summary(facts: Mapping[str, dict[str, Any]], *, filed: str, sent: str
     rows = [(name, label, number) for name, one in facts.items() for label, number in one["filed"].items()]
     if rows:
         print_table(("dataset", "class", filed), rows, right=(filed,))
+
+
+def simulate(
+    config: Config, report: ReportMove, *, load_encoder: LoadEncoder | None = None, progress: Progress | None = None
+) -> dict[str, Decisions]:
+    """Decide every waiting image and report where it would go; nothing below the root or the state folder is written.
+
+    Returns what ``Daemon.decisions`` returns.
+
+    Embeddings go to a temporary cache, and each dataset works with a copy of its journal.
+
+    Raises:
+        LayoutError: There is no dataset, or nothing may move in one.
+        ModelError: The model cannot be loaded.
+        JournalError: A journal cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="sortd-", ignore_cleanup_errors=True) as folder:
+        resources = Resources(config, load_encoder=load_encoder, scratch=Path(folder))
+        daemon = Daemon(
+            config,
+            resources=resources,
+            reload=lambda: config,
+            notifier=Notifier({}),
+            metrics=Metrics(is_on=False),
+            dry_run=report,
+        )
+        daemon.run(progress=progress)
+        return daemon.decisions()

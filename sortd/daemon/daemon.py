@@ -12,11 +12,10 @@ answers, file events, moves and scans, each for a limited time.
 
 import os
 import signal
-import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
+from http import HTTPStatus
 from time import monotonic
 from typing import TypeVar
 
@@ -24,17 +23,24 @@ import structlog
 
 from sortd import __version__, errors, logs
 from sortd.config import Config, restart_needed
+from sortd.config_reporting import targets_of
 from sortd.core.schedule import PeriodicTimer
 from sortd.daemon.control import Requests, answer, apply_undo_results
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import ReportMove
 from sortd.daemon.datasets import Datasets
+from sortd.daemon.endpoint import Endpoint, Page, Pages
 from sortd.daemon.inbox import Inbox, Reported
-from sortd.daemon.reporting import Decisions, Metrics, log_availability
-from sortd.daemon.resources import LoadEncoder, Resources
+from sortd.daemon.metrics import CONTENT_TYPE, Metrics
+from sortd.daemon.observer import DatasetObserver
+from sortd.daemon.proposals import Proposals
+from sortd.daemon.reporting import Decisions, log_availability
+from sortd.daemon.resources import Resources
+from sortd.daemon.sender import Receivers, Sender
 from sortd.daemon.upkeep import Upkeep
 from sortd.daemon.worker import Answer, EncoderAvailability, Worker, WorkerDied, WorkerLoading, WorkerReady
 from sortd.encoder.remote import COMMAND_SECONDS
+from sortd.files import readable_json
 from sortd.layout import Area, nested_datasets
 from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied
 from sortd.service import Notifier, Status, require_to_be_alone, signals_posted, started_ticks
@@ -44,6 +50,9 @@ STOP_SECONDS = 4.0  # for the last forward of the worker when the daemon stops
 STATUS_SECONDS = 2.0  # between two writes of the status file
 METRICS_SECONDS = 15.0  # between two writes of the metrics file; Prometheus scrapes as often by default
 TURN_SECONDS = 0.05  # for each part of a turn: answers, file events, moves, scans
+
+WATCHDOG_SECONDS = 60.0  # without systemd: the time in which the loop turns, or does not count as alive
+JSON_TYPE = "application/json"
 
 STUCK_SECONDS = 300.0
 """Without progress for this time the worker is stuck: the watchdog is no longer reset, and systemd restarts sortd."""
@@ -60,7 +69,7 @@ _T = TypeVar("_T")
 class Daemon:
     """One run on all datasets below one root."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- the collaborators of the whole program
         self,
         config: Config,
         *,
@@ -70,12 +79,13 @@ class Daemon:
         metrics: Metrics,
         once: bool = False,
         dry_run: ReportMove | None = None,
+        groups_command: Sequence[str] = (),
     ) -> None:
         """Keep the collaborators; nothing is touched before ``run``.
 
         ``reload`` reads the configuration again, or raises ``ConfigError``; with ``once`` the run ends when nothing is
-        left. So does a dry run: ``dry_run`` is called with each move instead of making it, nothing is written, and
-        signals and requests are not taken.
+        left, and notifies nobody. So does a dry run: ``dry_run`` is called with each move instead of making it, nothing
+        is written, and signals and requests are not taken. ``groups_command`` prints the groups in Review/ as JSON.
         """
         self.config = config
         self.inbox = Inbox()
@@ -91,6 +101,11 @@ class Daemon:
         self._encoder_problem: str | None = None  # why the encoder of another process is away
         self._copier = CopyQueue(self.inbox.put)
         self.datasets = Datasets(config, ask=self._worker.ask, copier=self._copier, metrics=metrics, dry_run=dry_run)
+        self._sender = Sender(self._receivers(), metrics)
+        self._proposals = Proposals(groups_command, self._sender.post)
+        self._observer = DatasetObserver(
+            self.datasets, metrics, post=self._sender.post, look_for_classes=self._proposals.look
+        )
         self._watcher: Watcher | None = None
         self._status = Status(config.state_dir)
         self._requests = Requests(config.state_dir, report=self._log_write_error)
@@ -150,6 +165,9 @@ class Daemon:
             self._log.warning(logs.DATASET_NESTED, path=str(nested.folder), error=nested.what, advice=nested.advice)
         if not self._is_dry_run:
             self._requests.open()
+            self._closing.callback(self._metrics.watch_errors())
+            if (address := self.config.metrics.address) is not None:
+                self._closing.callback(Endpoint(address, self._pages()).close)
         self._worker.start()
         if not self._once:
             self._watcher = Watcher(self.inbox.put, polling=self.config.polling)
@@ -161,8 +179,6 @@ class Daemon:
             )
         scan_seconds = float("inf") if self._is_dry_run else self.config.rescan_seconds  # its images stay in Images/
         self._timer.put_off("scan", monotonic() + scan_seconds)
-        if self.config.metrics.http_port is not None and not self._is_dry_run:
-            self._closing.callback(self._metrics.serve(self.config.metrics.http_port, problem=self._idle_reason))
 
     def _is_done(self) -> bool:
         if self._is_stopping:
@@ -180,6 +196,8 @@ class Daemon:
         if self._watcher is not None:
             self._watcher.close()
         self._copier.interrupt()
+        self._proposals.stop()
+        self._sender.stop()
         ended = self._worker.stop(STOP_SECONDS)
         self._copier.stop()
         try:
@@ -189,6 +207,8 @@ class Daemon:
             raise
         finally:
             self._write_status(running=False)
+            self._metrics.set("sortd_ready", 0)
+            self._write_metrics()
             self._closing.close()
         outcomes = sum((Counter(dataset.log.outcomes) for dataset in self.datasets), Counter())
         self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **outcomes)
@@ -249,7 +269,7 @@ class Daemon:
             return
         self._log.warning(f"watch.{event.reason.value}", root=event.root or str(self.config.root), why=event.why)
         if event.reason is DropReason.OVERFLOWED:
-            self._metrics.watch_overflow()
+            self._metrics.count("sortd_watch_overflows")
         self.datasets.events_dropped(event)
 
     def _take(self, reported: Reported) -> None:
@@ -269,6 +289,7 @@ class Daemon:
                 self._notifier.status(self._condition())
             case WorkerReady():
                 self.model, self._loading = reported, None
+                self._metrics.model(reported.description, reported.encoder_id)
                 self._log.info(logs.MODEL_LOADED, model=reported.description, encoder_id=reported.encoder_id)
             case WorkerDied(error=error) | CopyQueueDied(error=error):
                 raise error
@@ -295,6 +316,7 @@ class Daemon:
                 self._upkeep.turn(dataset, self.config, now)
         if due("status", now, STATUS_SECONDS):
             self._write_status(running=True)
+            self._observe(now)
         if due("metrics", now, METRICS_SECONDS):
             self._write_metrics()
 
@@ -308,18 +330,52 @@ class Daemon:
         busy_since = self._worker.busy_since
         return busy_since is None or now - busy_since < STUCK_SECONDS
 
-    def _idle_reason(self) -> str | None:
-        """Return why no image is processed now, for the health check; called from another thread."""
-        now = monotonic()
-        if self._is_stopping:
-            return "sortd is stopping"
+    def _receivers(self) -> Receivers:
+        return Receivers(self.config.notify, {} if self._once else targets_of(self.config.notify, self.config.hooks))
+
+    def _observe(self, now: float) -> None:
+        if self._is_dry_run:
+            return
+        self._observer.observe(now, self._sender.events)
+        self._metrics.set("sortd_ready", int(not self._unready()))
+
+    def _pages(self) -> Pages:
+        """Return what the endpoint serves, in its own thread."""
+        return {
+            "/healthz": self._health_page,
+            "/readyz": self._ready_page,
+            "/metrics": lambda: Page(HTTPStatus.OK, self._metrics.text().encode(), CONTENT_TYPE),
+        }
+
+    def _health_page(self) -> Page:
+        if (problem := self._stuck()) is None:
+            return Page(HTTPStatus.OK, b"ok\n")
+        return Page(HTTPStatus.SERVICE_UNAVAILABLE, f"{problem}\n".encode())
+
+    def _ready_page(self) -> Page:
+        reasons = self._unready()
+        status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
+        return Page(status, readable_json({"ready": not reasons, "reasons": reasons}).encode() + b"\n", JSON_TYPE)
+
+    def _stuck(self) -> str | None:
+        """Return why systemd would restart sortd, or None."""
+        now, seconds = monotonic(), self._notifier.watchdog_seconds or WATCHDOG_SECONDS
+        if not self._served:  # the journals are recovered first
+            seconds = STUCK_SECONDS
         if not self._makes_progress(now):
             return f"the worker has made no progress for {STUCK_SECONDS:.0f} s"
-        if now - self._turned_at > STUCK_SECONDS:
-            return f"the loop has made no progress for {STUCK_SECONDS:.0f} s"
-        if self._is_ready or self._encoder_problem:
-            return self._encoder_problem
-        return self._loading or "sortd is starting: the model or the references are not loaded yet"
+        if now - self._turned_at > seconds:
+            return f"the loop has made no progress for {seconds:.0f} s"
+        return None
+
+    def _unready(self) -> list[str]:
+        """Return why not all images are processed now, in sentences."""
+        if self._is_stopping:
+            return ["sortd is stopping"]
+        reasons = [reason for reason in (self._stuck(), self._encoder_problem) if reason is not None]
+        if not self._is_ready:
+            reasons.append(self._loading or "sortd is starting: the model or the references are not loaded yet")
+        return [*reasons, *self._observer.unserved]
 
     def _write_status(self, *, running: bool) -> None:
         if self._is_dry_run:
@@ -330,8 +386,6 @@ class Daemon:
             self._log_write_error(error)
 
     def _write_metrics(self) -> None:
-        for dataset in self.datasets:
-            self._metrics.backlog(dataset.name, dataset.sorter.images.waiting)
         if self.config.metrics.textfile is None or self._is_dry_run:
             return
         try:
@@ -349,6 +403,7 @@ class Daemon:
         self._log.info(
             logs.DAEMON_READY, drop_images_into=inboxes, model=model.description, encoder_id=model.encoder_id
         )
+        self._observe(monotonic())
         self._notifier.ready(self._condition())
 
     def _condition(self) -> str:
@@ -412,31 +467,9 @@ class Daemon:
             waits = restart_needed(self.config, config)
             self.config, self.config_problem = config, None
             self.datasets.reload(config)
+            self._sender.reload(self._receivers())
             self._log.info(logs.CONFIG_RELOADED, restart_needed_for=waits)
         self._notifier.ready()
-
-
-def simulate(
-    config: Config, report: ReportMove, *, load_encoder: LoadEncoder | None = None, progress: Progress | None = None
-) -> dict[str, Decisions]:
-    """Decide every waiting image and report where it would go; nothing below the root or the state folder is written.
-
-    Returns what ``Daemon.decisions`` returns.
-
-    Embeddings go to a temporary cache, and each dataset works with a copy of its journal.
-
-    Raises:
-        LayoutError: There is no dataset, or nothing may move in one.
-        ModelError: The model cannot be loaded.
-        JournalError: A journal cannot be read.
-    """
-    with tempfile.TemporaryDirectory(prefix="sortd-", ignore_cleanup_errors=True) as folder:
-        resources = Resources(config, load_encoder=load_encoder, scratch=Path(folder))
-        daemon = Daemon(
-            config, resources=resources, reload=lambda: config, notifier=Notifier({}), metrics=Metrics(), dry_run=report
-        )
-        daemon.run(progress=progress)
-        return daemon.decisions()
 
 
 def _until_late(do: Callable[[_T], None], each: Iterable[_T]) -> None:

@@ -22,8 +22,9 @@ from sortd.daemon.audit import evidence_of
 from sortd.daemon.corrections import Correction, CorrectionScanner, Repaired
 from sortd.daemon.dataset_lock import OpenDataset
 from sortd.daemon.learnt import labelled_images
+from sortd.daemon.metrics import Metrics
 from sortd.daemon.references import ReferenceSettings
-from sortd.daemon.reporting import DatasetLog, Metrics
+from sortd.daemon.reporting import DatasetLog
 from sortd.daemon.scans import DatasetScans
 from sortd.daemon.worker import Answer, EmbedJob, Job, RebuildJob
 from sortd.events import DatasetId, ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp

@@ -26,7 +26,7 @@ from sortd.core.schedule import RETRY_SECONDS, Throttle, doubled_seconds
 from sortd.daemon.corrections import limits_of
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import OpenDataset, ReportMove, lock_dataset, simulate_dataset
-from sortd.daemon.reporting import Metrics
+from sortd.daemon.metrics import Metrics
 from sortd.daemon.resources import reference_settings_of, sorter_settings
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, SortdError, StorageError
@@ -83,7 +83,7 @@ class Datasets:
         self._run = uuid.uuid4().hex[:8]
         self._state, self._limits = config.state_dir, limits_of(config.decoding)  # as at the start, also after a reload
         self._watcher: Watcher | None = None
-        self._root_is_present = True
+        self.root_problem: str | None = None  # why the root cannot be listed
         self._began = self._is_stopping = False
         self._numbers = count(1)
         self._folders: dict[str, tuple[int, int]] = {}
@@ -115,7 +115,7 @@ class Datasets:
         except LayoutError as error:
             self._note_absent_root(error)
             return
-        self._root_is_present = True
+        self.root_problem = None
         for name in self._departed(found):
             self._remove(name)
         for dataset in self:
@@ -151,8 +151,8 @@ class Datasets:
     def _note_absent_root(self, error: LayoutError) -> None:
         if not self._began:
             raise error
-        if self._root_is_present:
-            self._root_is_present = False
+        if self.root_problem is None:
+            self.root_problem = str(error)
             self._log.error(logs.ROOT_ABSENT, error=str(error))
         for dataset in self:
             with self.isolated(dataset):
@@ -234,7 +234,7 @@ class Datasets:
         if name in self._folders:
             self._former[name] = self._folders[name][1]
         self._forget(name)
-        self._metrics.held(name, is_held=False)
+        self._metrics.forget(name)
         self._log.warning(logs.DATASET_GONE, dataset=name, root=str(root))
 
     def _forget(self, name: str) -> None:

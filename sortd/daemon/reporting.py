@@ -1,25 +1,18 @@
-"""What the daemon reports: metrics for Prometheus, and the log lines, counters and status entry of a dataset.
+"""What the daemon reports of a dataset: log lines, counters, and the entry in the status."""
 
-The metrics are a text file, or are served over HTTP on the loopback address.
-"""
-
-import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-import prometheus_client
 import structlog
-from prometheus_client.exposition import ThreadingWSGIServer
 
 from sortd import errors, logs
 from sortd.classify.prototypes import FinetunedClassifier, PrototypeSet
 from sortd.core.sorter import Sorter
 from sortd.core.state import State
 from sortd.daemon.corrections import Correction
+from sortd.daemon.metrics import Metrics
 from sortd.daemon.references import Rebuilt
 from sortd.events import (
     Abstained,
@@ -35,136 +28,19 @@ from sortd.events import (
     Outcome,
     RebuildFailed,
 )
-from sortd.files import write_atomic
 from sortd.layout import Why
 from sortd.store.records import MoveRecord, Record
-
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
-
-# The packaged model takes milliseconds, a large one on a loaded CPU seconds; a file settles after it is copied.
-_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-_READABLE_BY_ALL = 0o644
-HEALTH_PATH = "/healthz"
-
-
-class _Silent(WSGIRequestHandler):
-    """Answers requests without a log line on stderr."""
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the library's name
-        """Log nothing."""
-
-
-class Metrics:
-    """The metrics of one process, in a registry of its own."""
-
-    def __init__(self) -> None:
-        """Start all counters at zero."""
-        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # not of interest
-        self._registry = own = prometheus_client.CollectorRegistry()
-        by = ("dataset",)
-        images = "Images that were filed, reviewed or rejected, by outcome."
-        held = "1 if a dataset is held because of its folders, its journal or its disk, else 0."
-        lost = "Times that the watcher lost events and a scan followed."
-        self._images = prometheus_client.Counter("sortd_images", images, (*by, "outcome"), registry=own)
-        self._seconds = prometheus_client.Histogram(
-            "sortd_image_seconds", "Time that an image takes in a stage.", ("stage",), registry=own, buckets=_BUCKETS
-        )
-        self._backlog = prometheus_client.Gauge("sortd_backlog", "Images that wait.", by, registry=own)
-        self._generation = prometheus_client.Gauge(
-            "sortd_prototypes_generation", "Generation of the active prototypes.", by, registry=own
-        )
-        self._overflows = prometheus_client.Counter("sortd_watch_overflows", lost, registry=own)
-        self._held = prometheus_client.Gauge("sortd_dataset_held", held, by, registry=own)
-        self._encoder_away = prometheus_client.Gauge(
-            "sortd_encoder_away", "1 while the encoder of another process is away, else 0.", registry=own
-        )
-        self._corrections = prometheus_client.Counter(
-            "sortd_corrections", "Filed images that the user moved to another class.", by, registry=own
-        )
-
-    def held(self, dataset: str, *, is_held: bool) -> None:
-        """Set whether a dataset is held."""
-        self._held.labels(_text(dataset)).set(int(is_held))
-
-    def image(self, dataset: str, outcome: str) -> None:
-        """Count an image with its outcome."""
-        self._images.labels(_text(dataset), outcome).inc()
-
-    def stage(self, stage: str, seconds: float) -> None:
-        """Observe the time of an image in a stage: settle, decode, encode or move."""
-        self._seconds.labels(stage).observe(seconds)
-
-    def backlog(self, dataset: str, images: int) -> None:
-        """Set the number of images that wait."""
-        self._backlog.labels(_text(dataset)).set(images)
-
-    def generation(self, dataset: str, generation: int) -> None:
-        """Set the generation of the active prototypes."""
-        self._generation.labels(_text(dataset)).set(generation)
-
-    def watch_overflow(self) -> None:
-        """Count one loss of events."""
-        self._overflows.inc()
-
-    def encoder_away(self, *, is_away: bool) -> None:
-        """Set whether the encoder of another process is away."""
-        self._encoder_away.set(int(is_away))
-
-    def correction(self, dataset: str) -> None:
-        """Count an image that the user moved to another class."""
-        self._corrections.labels(_text(dataset)).inc()
-
-    def text(self) -> str:
-        """Return all metrics in Prometheus' text format."""
-        return prometheus_client.generate_latest(self._registry).decode()
-
-    def write_textfile(self, path: str) -> None:
-        """Replace a file with all metrics, readable by node_exporter's textfile collector. Raises OSError."""
-        write_atomic(path, self.text().encode(), mode=_READABLE_BY_ALL, durable=False)
-
-    def serve(self, port: int, *, problem: Callable[[], str | None] = lambda: None) -> Callable[[], None]:
-        """Serve the metrics on the loopback address in a thread until the returned function is called. Raises OSError.
-
-        ``/healthz`` calls ``problem`` in that thread: the answer is 503 with the problem, or 200 if it is None.
-        """
-        metrics: Callable[..., Iterable[bytes]] = prometheus_client.make_wsgi_app(self._registry)
-
-        def app(environ: "WSGIEnvironment", respond: "StartResponse") -> Iterable[bytes]:
-            if environ["PATH_INFO"] != HEALTH_PATH:
-                return metrics(environ, respond)
-            found = problem()
-            respond("200 OK" if found is None else "503 Service Unavailable", [("Content-Type", "text/plain")])
-            return [f"{found or 'ok'}\n".encode("utf-8", "backslashreplace")]
-
-        server = make_server("127.0.0.1", port, app, ThreadingWSGIServer, handler_class=_Silent)
-        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-        thread.start()
-
-        def close() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        return close
-
-
-def _text(name: str) -> str:
-    """Return a folder's name as a label: escaped, since names need not be UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def log_availability(problem: str | None, metrics: Metrics) -> None:
     """Log that the encoder of another process went away, or (None) is back, and set its metric."""
-    metrics.encoder_away(is_away=problem is not None)
+    metrics.set("sortd_encoder_away", int(problem is not None))
     log = structlog.get_logger()
     if problem is None:
         log.info(logs.ENCODER_BACK)
     else:
         log.warning(logs.ENCODER_AWAY, error=problem, advice="start it; images wait until it is back")
 
-
-# ---------------------------------------------------------------- one dataset
 
 Decisions = Counter[tuple[Outcome, str]]
 """Numbers of moves by outcome, and by the class of filed images and the reason of those in Review/."""
@@ -255,7 +131,7 @@ class DatasetLog:
         if correction.is_confirmation:
             self._log.info(logs.IMAGE_CONFIRMED, path=correction.path, label=correction.label)
             return
-        self._metrics.correction(self._dataset)
+        self._metrics.count("sortd_corrections", self._dataset)
         self._log.info(
             logs.IMAGE_CORRECTED, path=correction.path, label=correction.label, corrected_label=correction.corrected
         )
@@ -275,7 +151,8 @@ class DatasetLog:
     def rebuilt(self, prototypes: PrototypeSet, rebuilt: Rebuilt, seconds: float) -> None:
         """Log what the new prototypes were built from, and what is wrong with the references."""
         self.problem = None
-        self._metrics.generation(self._dataset, prototypes.generation)
+        self._metrics.set("sortd_prototypes_generation", prototypes.generation, self._dataset)
+        self._metrics.set("sortd_prototypes_built_timestamp_seconds", time.time(), self._dataset)
         for refusal in rebuilt.refused:
             self._log.warning(logs.REFERENCES_UNREADABLE, path=refusal.path, reason=refusal.message)
         if rebuilt.emptied:

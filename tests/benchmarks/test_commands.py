@@ -137,3 +137,11 @@ def test_review_measures_pages_and_filing() -> None:
 def test_other_commands_print_figures(command: str, arguments: tuple[str, ...]) -> None:
     """Tiny sizes give figures, too."""
     assert figures(command, *arguments)
+
+
+def test_notifications_sends_no_more_than_allowed() -> None:
+    """Both sides file the images, and the hook gets few of the events."""
+    found = figures("notifications", "--rounds", "1", "--images", "6")
+    assert set(found["sides"]) == {"without notifications", "with 10,000 events a round"}
+    assert names_of(found["claims"]) == ["images a second, beside notifications", "images a second of processors"]
+    assert (found["events"], found["messages to the hook"] <= 20) == (10_000, True)

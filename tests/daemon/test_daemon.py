@@ -589,28 +589,35 @@ def test_daemon_ruined_references_do_not_replace_good_ones_unless_forced(colours
         daemon.wait_for("prototypes.rebuilt", references=96)
 
 
-def test_health_before_the_model_is_loaded_is_not_well(colours: Path, write_config: Write) -> None:
-    """Whoever balances by ``/healthz`` sends nothing to a sortd that cannot decide yet, and the word is there again."""
+def test_daemon_before_the_model_is_loaded_is_alive_but_not_ready(colours: Path, write_config: Write) -> None:
+    """``/healthz`` answers 200 at once, ``/readyz`` when images are processed, and until then 503 with the reason."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     os.mkfifo(gate := colours.parent.parent / "gate")
 
-    def health() -> int:
+    def got(path: str) -> tuple[int, str]:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=PATIENCE_SECONDS) as answer:
-                return int(answer.status)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE_SECONDS) as answer:
+                return answer.status, answer.read().decode()
         except urllib.error.HTTPError as refused:
-            refused.close()
-            return refused.code
+            with refused:
+                return refused.code, refused.read().decode()
         except urllib.error.URLError:
-            return 0  # it does not listen yet
+            return 0, ""  # it does not listen yet
 
     environment = {"LOAD_GATE": str(gate), "BREAK_FILE": str(gate.with_name("break"))}
-    config = write_config(metrics=f"{{http_port: {port}}}")
+    config = write_config(metrics=f"{{http: '{port}'}}")
     with DaemonProcess(config, program="tests.broken_sortd", environment=environment) as daemon:
-        daemon.wait_until(lambda: health() == 503, "an answer while the model is not loaded")
+        daemon.wait_until(lambda: got("/readyz")[0] == 503, "an answer while the model is not loaded")
         assert not daemon.events("model.loaded")
+        status, text = got("/readyz")
+        assert status == 503
+        assert json.loads(text)["ready"] is False
+        assert "load" in json.loads(text)["reasons"][0]
+        assert got("/healthz") == (200, "ok\n")
+        assert "sortd_ready 0.0" in got("/metrics")[1]
         gate.write_bytes(b"")
         daemon.wait_for("daemon.ready")
-        assert health() == 200
+        assert (got("/readyz")[0], json.loads(got("/readyz")[1])) == (200, {"ready": True, "reasons": []})
+        assert got("/")[0] == 404
         assert daemon.stop() == 0

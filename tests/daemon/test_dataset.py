@@ -19,7 +19,7 @@ from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import OpenDataset, Presence
 from sortd.daemon.datasets import Datasets
-from sortd.daemon.reporting import Metrics
+from sortd.daemon.metrics import Metrics
 from sortd.daemon.resources import reference_settings_of
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Job, RebuildJob
 from sortd.events import (

@@ -14,8 +14,8 @@ from sortd.core.sorter import SorterSettings
 from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import OpenDataset, Presence, lock_dataset
+from sortd.daemon.metrics import Metrics
 from sortd.daemon.references import ReferenceSettings
-from sortd.daemon.reporting import Metrics
 from sortd.daemon.worker import EmbedJob, Job
 from sortd.events import DatasetId, ImageHeld, Inspect, Mode
 from sortd.layout import Layout

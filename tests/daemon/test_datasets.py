@@ -22,7 +22,7 @@ from sortd.daemon.datasets import (
     DESCRIPTORS_OF_A_DATASET,
     Datasets,
 )
-from sortd.daemon.reporting import Metrics
+from sortd.daemon.metrics import Metrics
 from sortd.daemon.worker import Forget, Job
 from sortd.errors import AlreadyRunningError, JournalError, LayoutError, StorageError
 from sortd.events import Move, Outcome, Stamp

@@ -8,7 +8,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from sortd.daemon.dataset import GROUP, MoveQueue
-from sortd.daemon.reporting import DatasetLog, Metrics
+from sortd.daemon.metrics import Metrics
+from sortd.daemon.reporting import DatasetLog
 from sortd.events import ImageGone, Leave, Move, Moved, MoveFailed, MoveFailure, Outcome, Refusal, Stamp
 from sortd.moving import copy_queue
 from sortd.moving.copy_queue import MOST_GUESSES, MOST_HANDED_OVER, CopyAdmission, CopyJob, MoveOrder

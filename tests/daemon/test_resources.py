@@ -13,8 +13,8 @@ import pytest
 
 from sortd.arrays import FloatArray, Pixels
 from sortd.classify.types import DecisionSettings
+from sortd.commands.run import simulate
 from sortd.config import Config, read_config
-from sortd.daemon.daemon import simulate
 from sortd.daemon.resources import PrototypeStore, Resources, reference_settings_of, select_classifier
 from sortd.daemon.worker import Answer, EmbedJob, Forget, Posted, RebuildJob, Worker, WorkerDied
 from sortd.encoder.finetuned import FACTS_FILE, FinetunedFacts, Promotion, read_facts, remove_promotion, write_promotion

@@ -12,8 +12,9 @@ from sortd.classify.types import DecisionSettings
 from sortd.core.sorter import SorterSettings
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import DryRunMover, OpenDataset, Presence
+from sortd.daemon.metrics import Metrics
 from sortd.daemon.references import ReferenceSettings
-from sortd.daemon.reporting import DatasetLog, Metrics
+from sortd.daemon.reporting import DatasetLog
 from sortd.daemon.scans import LEFT_SECONDS, LeftFiles
 from sortd.daemon.worker import Answer, EmbedJob, Job
 from sortd.events import DatasetId, ImageRefused, Refusal

@@ -1,16 +1,15 @@
-"""Prometheus is told whole truths: by a file that is never half, or over HTTP on this machine alone."""
+"""The metrics as text and as a file that is never incomplete."""
 
+import logging
 import os
-import socket
-import urllib.error
-import urllib.request
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sortd.daemon.reporting import Metrics
-from tests.daemon_process import PATIENCE_SECONDS
+from sortd.daemon.metrics import Metrics
 
 
 @pytest.fixture
@@ -21,10 +20,10 @@ def metrics() -> Metrics:
     metrics.image("Tornillos", "filed")
     metrics.image("Tornillos", "sent_to_review")
     metrics.stage("decode", 0.02)
-    metrics.backlog("Tornillos", 7)
-    metrics.generation("Tornillos", 3)
-    metrics.watch_overflow()
-    metrics.correction("Tornillos")
+    metrics.set("sortd_backlog", 7, "Tornillos")
+    metrics.set("sortd_prototypes_generation", 3, "Tornillos")
+    metrics.count("sortd_watch_overflows")
+    metrics.count("sortd_corrections", "Tornillos")
     return metrics
 
 
@@ -82,39 +81,6 @@ def test_textfile_that_cannot_be_written_keeps_the_old_one(metrics: Metrics, tmp
     assert [entry.name for entry in tmp_path.iterdir()] == ["sortd.prom"]
 
 
-def test_serve_answers_on_the_loopback_until_closed(metrics: Metrics) -> None:
-    """The port is bound to the loopback address and free after close."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    close = metrics.serve(port)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_SECONDS) as answer:
-        text = answer.read().decode()
-    close()
-    assert samples(text) == samples(metrics.text())
-    with pytest.raises(urllib.error.URLError):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=1.0)
-
-
-def test_healthz_reports_the_problem_of_the_daemon(metrics: Metrics) -> None:
-    """It answers 503 with the problem or 200; the metrics are served in both cases."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    problems = ["loading the model", None]
-    close = metrics.serve(port, problem=lambda: problems[0])
-    try:
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=PATIENCE_SECONDS)
-        assert (refused.value.code, refused.value.read()) == (503, b"loading the model\n")
-        refused.value.close()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_SECONDS) as counts:
-            assert b"sortd_backlog" in counts.read()
-        problems.pop(0)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=PATIENCE_SECONDS) as answer:
-            assert (answer.status, answer.read()) == (200, b"ok\n")
-    finally:
-        close()
-
-
 def test_dataset_name_that_is_not_utf8_is_a_label(metrics: Metrics, tmp_path: Path) -> None:
     """The name of a folder need not be UTF-8, but the metrics must be."""
     metrics.image("caf\udce9", "filed")
@@ -131,3 +97,46 @@ def test_textfile_is_not_written_through_a_link(tmp_path: Path) -> None:
     Metrics().write_textfile(os.fspath(tmp_path / "sortd.prom"))
     assert precious.read_text() == "precious"
     assert not (tmp_path / "sortd.prom").is_symlink()
+
+
+def test_metrics_of_a_dataset_that_is_gone_are_removed(metrics: Metrics) -> None:
+    """Its gauges no longer say anything; its counters stay, as Prometheus expects of counters."""
+    metrics.set("sortd_precision_ratio", 0.9, "Tornillos", "audit")
+    metrics.set("sortd_backlog", 1, "Ropa")
+    metrics.forget("Tornillos")
+    found = samples(metrics.text())
+    assert [key for key in found if "Tornillos" in key and key[0] != "sortd_images_total"] == [
+        ("sortd_corrections_total", "Tornillos")
+    ]
+    assert found["sortd_backlog", "Ropa"] == 1
+
+
+def test_metrics_of_a_model_are_those_of_the_last_one(metrics: Metrics) -> None:
+    """A model that is loaded later replaces the first."""
+    metrics.model("packaged", "first")
+    metrics.model("packaged", "second")
+    assert [set(key[1:]) for key in samples(metrics.text()) if key[0] == "sortd_model_info"] == [{"packaged", "second"}]
+
+
+def test_metrics_keep_the_time_of_the_last_error(metrics: Metrics) -> None:
+    """An error sets it, a warning does not, and nothing does after the end."""
+    end = metrics.watch_errors()
+    logging.getLogger("sortd.test").warning("a warning")
+    before = samples(metrics.text())["sortd_last_error_timestamp_seconds",]
+    logging.getLogger("sortd.test").error("an error")
+    after = samples(metrics.text())["sortd_last_error_timestamp_seconds",]
+    end()
+    logging.getLogger("sortd.test").error("another error")
+    assert (before, after > 0) == (0, True)
+    assert samples(metrics.text())["sortd_last_error_timestamp_seconds",] == after
+
+
+def test_metrics_that_nobody_reads_import_nothing() -> None:
+    """A daemon without metrics does not hold prometheus_client in memory."""
+    program = (
+        "import sys; from sortd.daemon.metrics import Metrics; metrics = Metrics(is_on=False)\n"
+        "metrics.image('A', 'filed'); metrics.set('sortd_ready', 1); metrics.stage('move', 1.0)\n"
+        "metrics.model('', ''); metrics.forget('A'); print(repr(metrics.text()), 'prometheus_client' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["''", "False"]
