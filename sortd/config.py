@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from sortd import config_yaml
 from sortd.errors import ConfigError
+from sortd.events import Action
 from sortd.files import open_regular
 
 DEFAULT_TEMPLATES = (
@@ -140,6 +141,7 @@ class DatasetConfig(_Frozen):
     learn_from_corrections: bool = False
     settle_seconds: Seconds = 1.0
     companions: bool = True
+    action: Action = "move"
     rejected: Literal["move", "leave"] = "move"
     guard: bool = True
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 16

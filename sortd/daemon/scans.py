@@ -7,9 +7,9 @@ from itertools import islice
 from time import monotonic, time_ns
 
 from sortd import events
+from sortd.core.refusals import Refusals
 from sortd.core.schedule import Throttle
 from sortd.core.sorter import Sorter
-from sortd.core.state import Refusals
 from sortd.daemon.dataset_lock import Presence
 from sortd.daemon.reporting import DatasetLog
 from sortd.events import Stamp, Writer
