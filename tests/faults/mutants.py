@@ -92,7 +92,7 @@ SYNCS = (
 )
 
 REFUSALS = (
-    Mutant("moving/fs", "os.fsencode(destination), _RENAME_NOREPLACE", "os.fsencode(destination), 0"),
+    Mutant("moving/fs", "destination_folder, destination, _RENAME_NOREPLACE)", "destination_folder, destination, 0)"),
     Mutant("moving/copy", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
     Mutant("moving/copy", "os.open(final, _PART_FLAGS", "os.open(final, _PART_FLAGS & ~os.O_EXCL"),
     Mutant("moving/fs", "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW |", "os.O_RDONLY | os.O_DIRECTORY |"),
@@ -154,8 +154,8 @@ IDENTITIES = (
         "if not is_version(visible, file.stamp) or not is_copy_intact(destination, file, file.final):",
         "if False:",
     ),
-    Mutant("moving/copy", "        is_version(status, file.stamp)\n        and not _has", "        not _has"),
-    Mutant("moving/copy", "        and not _has_writer(source, tombstone)\n", ""),
+    Mutant("moving/copy", "        is_version(status, file.stamp)\n        and not has", "        not has"),
+    Mutant("moving/copy", "        and not has_writer(source, tombstone)\n", ""),
     Mutant("moving/copy", "        and is_copy_intact(destination, file, file.final)\n", ""),
     Mutant("moving/copy", "if there is None or (there.st_ino, there.st_size) != (ours.st_ino, 0):", "if False:"),
     Mutant("moving/copy", "return status.st_ino == file.copy_inode or", "return True or"),
@@ -165,7 +165,7 @@ IDENTITIES = (
         "if status is not None and is_version(status, file.stamp):\n            moved",
         "if status is not None:\n            moved",
     ),
-    Mutant("moving/recovery", "if not file.leaves or lstat_at(places.source, file.name) is not None:", "if True:"),
+    Mutant("moving/recovery", "if not file.may_be_last or lstat_at(places.source, file.name) is not None:", "if True:"),
     Mutant(
         "moving/recovery",
         "elif file.content and sha256_at(places.destination, part) == file.content:",
