@@ -33,14 +33,15 @@ from sortd.events import LIKE_NO_CLASS
 from sortd.files import text_of
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.store.history import History
-from sortd.store.records import Record, Role, Selection
+from sortd.store.records import Record, Selection
 
 _STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
 """Form of the names that ``Layout.state_folder`` gives."""
 
 CSV_COLUMNS = (
-    *("id", "dataset", "run", "at", "outcome", "label", "from", "to", "size", "companions", "score", "margin"),
-    *("second_label", "mode", "reason", "generation", "encoder_id", "content", "undoes", "undone_by", "lost", "learnt"),
+    *("id", "dataset", "run", "at", "outcome", "label", "from", "to", "action", "size", "companions", "score"),
+    *("margin", "second_label", "mode", "reason", "generation", "encoder_id", "content", "undoes", "undone_by", "lost"),
+    "learnt",
 )
 """The keys of ``record_facts``, and whether an image that a person moved is a reference."""
 
@@ -119,7 +120,6 @@ def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
 def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
     """Return a record as plain values, its paths absolute where the dataset is there."""
     reason, image = record.move_reason, record.move.image
-    others = [file for file in record.move.files if file.role is not Role.IMAGE]
     root = "" if place.root is None else f"{place.root}/"
     return {
         "id": record.id,
@@ -131,7 +131,8 @@ def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
         "from": f"{root}{record.source_path}",
         "to": f"{root}{record.destination_path}",
         "size": image.stamp.size,
-        "companions": [file.final or file.name for file in others],
+        "action": record.move.action,
+        "companions": list(dict.fromkeys(file.final or file.name for file in record.move.files[1:])),
         "score": reason.score,
         "margin": reason.margin,
         "second_label": reason.second_label,
@@ -226,6 +227,7 @@ def _given_facts(place: JournalPlace, record: Record, corrected: str, path: str)
         | unknown
         | {
             "run": "",
+            "action": "move",
             "outcome": CONFIRMED if corrected == guess else CORRECTED,
             "label": corrected,
             "from": facts["to"],
@@ -270,14 +272,15 @@ def _print_record(when: str, dataset: str, outcome: str, source: str, destinatio
     why = [f"score {score}, margin {margin}"] if score else []
     shown = ", ".join([*why, *([reason] if reason else []), *([f"run {run}"] if run else [])])
     line = f"{when}  {dataset}  {outcome}: {source} -> {destination}  ({shown})"
-    print_line(printable(line), style=STYLES.get(outcome, ""))
+    print_line(printable(line), style=STYLES.get(outcome.partition(" (")[0], ""))
 
 
 def _columns(record: Mapping[str, Any]) -> tuple[str, ...]:
+    action = "" if record["action"] == "move" else f" ({record['action']})"
     return (
         format_time(record["at"]),
         record["dataset"],
-        record["outcome"].replace("_", " ") + (" (undone)" if record["undone_by"] else ""),
+        f"{record['outcome'].replace('_', ' ')}{action}" + (" (undone)" if record["undone_by"] else ""),
         _relative(record["from"]),
         _relative(record["to"]),
         "" if record["score"] is None else f"{record['score']:.3f}",

@@ -13,6 +13,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -75,12 +76,11 @@ def image_file(folders: Folders, move: Move, source: str, name: str) -> MoveFile
 
 def _target(folders: Folders, file: MoveFile, source: str, destination: str) -> bytes:
     """Return the target of a symbolic link: relative, so that the dataset can be moved, unless a disk is between."""
-    try:
-        folder = folders.open(destination)
-    except FileNotFoundError:
-        folder = folders.open(destination.partition("/")[0])
-    path = f"{source}/{file.name}"
-    if os.fstat(folder).st_dev == os.fstat(folders.open(source)).st_dev:
+    path, existing = f"{source}/{file.name}", folders.open("")
+    for place in (destination.partition("/")[0], destination):
+        with suppress(FileNotFoundError):
+            existing = folders.open(place)
+    if os.fstat(existing).st_dev == os.fstat(folders.open(source)).st_dev:
         return os.fsencode(os.path.relpath(path, destination))
     return os.fsencode(f"{folders.root}/{path}")
 

@@ -1,4 +1,4 @@
-"""Queries of a journal, by sortd or by another process, and what is wrong with a journal that cannot be read."""
+"""Queries of a journal, by sortd or by another process, and the checks of a journal that is opened."""
 
 import json
 import os
@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from sortd import errors
 from sortd.core.guard import GuardState
 from sortd.errors import JournalError
 from sortd.events import NO_CLASS, Stamp
 from sortd.store import checks
 from sortd.store.checks import CheckedImage, FiledImages
+from sortd.store.problems import problem_and_advice
 from sortd.store.records import (
     EXAMPLE_OF_NO_CLASS,
+    OF_STAYING_IMAGE,
     MoveProgress,
     Record,
     Role,
@@ -39,24 +40,6 @@ _KNOWN_WORDS = (
     ("SELECT id, progress FROM moves WHERE progress NOT IN ('done') AND progress NOT IN ({})", [*MoveProgress]),
     ("SELECT move, role FROM members WHERE role NOT IN ({})", [*Role]),
 )
-_RESTORE = (
-    "restore it, or move it aside with its -wal and -shm; all images stay in their folders, and history, holds and "
-    "undo start empty"
-)
-_DISK = "check that its disk is mounted and works"
-_WRITE = "give sortd write permission for it and its folder, and mount its disk writable"
-_ADVICE = {
-    sqlite3.SQLITE_FULL: "free space on its disk",
-    sqlite3.SQLITE_READONLY: _WRITE,
-    sqlite3.SQLITE_PERM: _WRITE,
-    sqlite3.SQLITE_CANTOPEN: "check its folder and its disk",
-    sqlite3.SQLITE_IOERR: _DISK,
-    sqlite3.SQLITE_NOLFS: _DISK,
-    sqlite3.SQLITE_PROTOCOL: _DISK,
-    sqlite3.SQLITE_NOMEM: "free memory",
-}
-"""By primary result code (https://www.sqlite.org/rescode.html); any other code means damage."""
-
 # This small index contains only unfinished moves.
 _UNFINISHED = "SELECT id FROM moves INDEXED BY moves_by_progress WHERE progress NOT IN ('done')"
 _FILES = "SELECT * FROM members WHERE move IN ({}) ORDER BY move, position"
@@ -73,6 +56,11 @@ _ELSEWHERE = f"""moves.id IN (SELECT moves.id FROM moves WHERE {_STANDING} AND {
 (SELECT 1 FROM members WHERE move = moves.id AND position = 0 AND final = ? AND destination = ?)
 ORDER BY moves.id DESC LIMIT 1"""  # noqa: S608 - our own words only
 _OF_CONTENT = "moves.id IN (SELECT id FROM moves WHERE content = ? AND content != '') ORDER BY moves.id DESC LIMIT 1"
+
+_FILED_IN_PLACE = f"""SELECT 1 FROM members JOIN moves ON moves.id = members.move
+WHERE {OF_STAYING_IMAGE} AND inode = ? AND size = ? AND mtime_ns = ? AND {_STANDING}
+AND (role IN ('copy', 'hardlink') OR (source = ? AND name = ?)) LIMIT 1"""  # noqa: S608 - our own words only
+_LINKED_OR_TAGGED = f"SELECT move FROM members WHERE {OF_STAYING_IMAGE} AND role IN ('symlink', 'keywords')"  # noqa: S608 - our own words only
 
 GENERATION_FACT = "generation"  # the last generation used: numbers are never reused, even if the cache is lost
 GUARD_FACT = "guard"  # the state of the guard as JSON, see GuardState
@@ -150,6 +138,18 @@ class History:
         named = "moves.id IN (SELECT move FROM members WHERE name >= ? AND name < ? AND position = 0)"
         values = (os.fsencode(folder), since, os.fsencode(first), os.fsencode(beyond))
         return self._records(f"{_STANDING} AND source = ? AND ended_at >= ? AND {named} ORDER BY moves.id DESC", values)
+
+    def is_filed_in_place(self, stamp: Stamp, folder: str, name: str) -> bool:
+        """Return whether this version was filed and stayed where it was, and that was not undone.
+
+        A symbolic link and keywords belong to one path only; after a copy or a hard link, the image may be renamed.
+        """
+        rows = self._rows(_FILED_IN_PLACE, (*stamp.columns[1:], os.fsencode(folder), os.fsencode(name)))
+        return bool(rows)
+
+    def filed_in_place(self) -> list[Record]:
+        """Return the moves of images that have a class by a symbolic link or by keywords only, oldest first."""
+        return self._records(f"{_STANDING} AND moves.id IN ({_LINKED_OR_TAGGED}) ORDER BY moves.id", ())
 
     def last_put(self, folder: str, name: str) -> Record | None:
         """Return the last move of an image to this folder and name, if not undone."""
@@ -432,7 +432,7 @@ def translated(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError, ValueError, TypeError, LookupError, OverflowError) as error:
-        problem, advice = _problem_and_advice(error, path)
+        problem, advice = problem_and_advice(error, path)
         raise JournalError(f"{path}: {problem}; nothing is moved without it: {advice}") from error
 
 
@@ -446,41 +446,6 @@ def check_journal(connection: sqlite3.Connection, path: Path) -> None:
             found = connection.execute(question.format(_marks(words)), words).fetchone()
             if found is not None:
                 raise ValueError(f"record {found[0]} has the unknown value {found[1]!r}")
-
-
-def _problem_and_advice(error: Exception, path: Path) -> tuple[str, str]:
-    """Return what is wrong with the journal, and what to do."""
-    if isinstance(error, OSError):
-        return _refused(error)
-    number = getattr(error, "sqlite_errorcode", 0)
-    if number == sqlite3.SQLITE_READONLY_DBMOVED:
-        return "the journal was removed or replaced while it was open", "do not change it while sortd runs"
-    if number & 0xFF in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
-        return "another program has locked the journal", f"end that program (`fuser -v {path}` shows it)"
-    if number & 0xFF == sqlite3.SQLITE_CANTOPEN and (refusal := _refusal_to_open(path)) is not None:
-        return _refused(refusal)
-    if number & 0xFF in _ADVICE:
-        return f"the journal cannot be used: {error}", _ADVICE[number & 0xFF]
-    return f"the journal is damaged ({error})", _RESTORE
-
-
-def _refused(error: OSError) -> tuple[str, str]:
-    said = error.strerror or error
-    return f"the journal cannot be opened: {said}", errors.advice_for_write(error) or "check its disk"
-
-
-def _refusal_to_open(path: Path) -> OSError | None:
-    """Return the system's error if the journal, or a file that SQLite opens beside it, cannot be opened."""
-    opened: list[int] = []
-    try:
-        opened.append(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
-        opened.extend(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) for _ in range(2))
-    except OSError as error:
-        return error
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-    return None
 
 
 def check_version(connection: sqlite3.Connection, path: Path) -> int:

@@ -41,6 +41,11 @@ class Role(StrEnum):
     REMOVED = "removed"  # a copy or link that an undo removes; its original is in the destination
 
 
+_STAYING = ", ".join(f"'{role.value}'" for role in (Role.COPY, Role.HARDLINK, Role.SYMLINK, Role.KEYWORDS))
+OF_STAYING_IMAGE = f"position = 0 AND role IN ({_STAYING})"
+"""The condition of the rows of ``members`` of images that stayed where they were; their partial index has it."""
+
+
 class MoveProgress(StrEnum):
     """The progress of a move; each value is durable before the next step begins."""
 
@@ -99,6 +104,11 @@ class MoveRecord:
     def stays(self) -> bool:
         """Whether the image stays: a copy or link of it is made or removed, or its sidecar is changed."""
         return not self.image.leaves
+
+    @property
+    def action(self) -> str:
+        """What was done with the image: a value of ``events.Action``, or ``removed`` by an undo of a copy or link."""
+        return "move" if self.image.leaves else self.image.role.value
 
     def with_file(self, file: MoveFile) -> Self:
         """Return the move with one more file."""
