@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sortd.api.dataset import open_dataset
 from tests.command_line import sortd, write_config
 from tests.daemon_process import DaemonProcess, draw_strangers, make_dataset, picture, running, teach
 
@@ -23,9 +24,9 @@ def names(dataset: Path, area: str) -> list[str]:
 
 
 def moves(config: Path, path: Path) -> list[dict[str, Any]]:
-    """Return the moves of an image, newest first."""
-    found: list[dict[str, Any]] = json.loads(sortd("history", str(path), "--json", "-c", str(config)).out)
-    return found
+    """Return the moves of an image of Images/, newest first."""
+    with open_dataset(path.parents[1], config=config) as dataset:
+        return dataset.history(path=path)
 
 
 def put(dataset: Path, name: str, colour: str = "red", seed: int = 9001) -> Path:
