@@ -342,3 +342,198 @@ def test_filed_in_place_lists_links_and_keywords(dataset: Dataset, journal: Jour
     assert [record.source_path for record in journal.history.filed_in_place()] == ["Images/b.jpg", "Images/c.jpg"]
     assert all(is_image(record.move.image.name) for record in done(journal))
     assert {record.move.image.role for record in done(journal)} >= {Role.COPY, Role.SYMLINK, Role.KEYWORDS}
+
+
+# ---------------------------------------------------------------- crashes
+
+
+class CrashError(BaseException):
+    """Ends a move in the middle, as kill -9 does: no handler of errors runs."""
+
+
+def crash(*_: object, **__: object) -> None:
+    """Crash."""
+    raise CrashError
+
+
+def crashed_at(dataset: Dataset, monkeypatch: pytest.MonkeyPatch, place: str, act: Callable[[Mover], object]) -> None:
+    """Let an act crash where it calls the function at this place."""
+    with dataset.journal() as journal, monkeypatch.context() as context:
+        context.setattr(place, crash)
+        mover = Mover(dataset.root, journal)
+        with pytest.raises(CrashError):
+            act(mover)
+
+
+def recovered(dataset: Dataset) -> list[MoveProgress]:
+    """Start again; return how the open moves ended."""
+    with dataset.journal() as journal:
+        ended = [move.progress for move in Mover(dataset.root, journal).recover()]
+        assert journal.history.unfinished() == []
+    return ended
+
+
+@pytest.mark.parametrize("action", ["hardlink", "symlink"])
+def test_recover_link_that_was_not_published_is_removed(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, action: Action
+) -> None:
+    """Also beside a user's file under the name that the journal has."""
+    path = dataset.put("Images/a.jpg")
+    crashed_at(dataset, monkeypatch, "sortd.moving.links.publish_all", lambda mover: acted(mover, path, action))
+    dataset.put("Dataset/cat/a.jpg", "mine")
+    assert recovered(dataset) == [MoveProgress.FAILED]
+    assert dataset.tree() == {"Images/a.jpg": b"image", "Dataset/cat/a.jpg": b"mine"}
+
+
+@pytest.mark.parametrize("action", ["hardlink", "symlink"])
+def test_recover_link_that_was_published_is_completed(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, action: Action
+) -> None:
+    """The hidden name is gone, so the final one is sortd's: a second link is never made."""
+    path = dataset.put("Images/a.jpg")
+    crashed_at(dataset, monkeypatch, "sortd.moving.links._ended", lambda mover: acted(mover, path, action))
+    assert recovered(dataset) == [MoveProgress.DONE]
+    assert sorted(dataset.tree()) == ["Dataset/cat/a.jpg", "Images/a.jpg"]
+    with dataset.journal() as journal:
+        assert journal.history.is_filed_in_place(stamp_of(os.stat(path)), "Images", "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("action", "place"),
+    [
+        ("hardlink", "sortd.moving.links.publish_all"),
+        ("copy", "sortd.moving.copy.publish_all"),
+    ],
+)
+def test_recover_last_file_of_a_removed_original_is_kept(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, action: Action, place: str
+) -> None:
+    """If somebody removes the original meanwhile, the hidden file may be the last one: it gets a name."""
+    path = dataset.put("Images/a.jpg")
+    crashed_at(dataset, monkeypatch, place, lambda mover: acted(mover, path, action))
+    path.unlink()
+    assert recovered(dataset) == [MoveProgress.DONE]
+    assert dataset.tree() == {"Dataset/cat/a.jpg": b"image"}
+
+
+def undo_newest(mover: Mover) -> None:
+    """Undo the newest move."""
+    mover.undo(mover._journal.history.moves(Selection(limit=1)))
+
+
+def test_recover_undo_of_a_copy_looks_again(
+    dataset: Dataset, journal: Journal, mover: Mover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An original that changed while the copy was hidden: the copy gets its name back."""
+    path = dataset.put("Images/a.jpg")
+    acted(mover, path, "copy")
+    journal.close()
+    crashed_at(dataset, monkeypatch, "sortd.moving.removal.os.unlink", undo_newest)
+    path.write_bytes(b"other")
+    assert recovered(dataset) == [MoveProgress.FAILED]
+    assert dataset.tree() == {"Images/a.jpg": b"other", "Dataset/cat/a.jpg": b"image"}
+
+
+def test_recover_undo_of_a_copy_is_completed(
+    dataset: Dataset, journal: Journal, mover: Mover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If nothing changed, the next start removes the hidden copy, and the undo is in the journal."""
+    acted(mover, dataset.put("Images/a.jpg"), "copy")
+    journal.close()
+    crashed_at(dataset, monkeypatch, "sortd.moving.removal.os.unlink", undo_newest)
+    assert recovered(dataset) == [MoveProgress.DONE]
+    assert dataset.tree() == {"Images/a.jpg": b"image"}
+
+
+def test_undo_copy_with_a_writer_is_refused(dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    """A program that has the copy open may still change it: it keeps its name."""
+    there = Path(acted(mover, dataset.put("Images/a.jpg"), "copy"))
+    with there.open("ab"):
+        (result,) = mover.undo(done(journal))
+    assert result.restored is None
+    assert there.read_bytes() == b"image"
+
+
+def test_undo_copy_with_other_bytes_and_the_same_times_is_refused(
+    dataset: Dataset, journal: Journal, mover: Mover
+) -> None:
+    """The content decides, not the size and the time."""
+    there = Path(acted(mover, dataset.put("Images/a.jpg"), "copy"))
+    before = os.stat(there)
+    there.write_bytes(b"other")
+    os.utime(there, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (result,) = mover.undo(done(journal))
+    assert result.restored is None
+    assert there.read_bytes() == b"other"
+
+
+def test_recover_keywords_after_the_exchange_are_completed(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The former sidecar is in the journal, and its hidden file goes."""
+    dataset.put(SIDECAR, EXISTING)
+    path = dataset.put("Images/a.jpg")
+    crashed_at(dataset, monkeypatch, "sortd.moving.keywords._is_former", lambda mover: moved(mover, labelled(path)))
+    assert recovered(dataset) == [MoveProgress.DONE]
+    assert sorted(dataset.tree()) == ["Images/a.jpg", SIDECAR]
+    assert b"sortd|cat" in dataset.tree()[SIDECAR]
+    with dataset.journal() as journal:
+        assert [file.body for file in done(journal)[0].move.files if file.role is Role.FORMER] == [EXISTING]
+
+
+def test_recover_keywords_former_sidecar_that_was_written_goes_back(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that had it open wrote into the hidden file: that version gets its name back."""
+    sidecar = dataset.put(SIDECAR, EXISTING)
+    path = dataset.put("Images/a.jpg")
+    with sidecar.open("ab") as writer:
+        crashed_at(dataset, monkeypatch, "sortd.moving.keywords._is_former", lambda mover: moved(mover, labelled(path)))
+        writer.write(b"<!-- later -->")
+    assert recovered(dataset) == [MoveProgress.FAILED]
+    assert dataset.tree() == {"Images/a.jpg": b"image", SIDECAR: EXISTING + b"<!-- later -->"}
+
+
+def test_move_all_keywords_sidecar_with_a_writer_is_left(dataset: Dataset, mover: Mover) -> None:
+    """What that program writes would go into a file without a name."""
+    sidecar = dataset.put(SIDECAR, EXISTING)
+    path = dataset.put("Images/a.jpg")
+    with sidecar.open("ab"):
+        (answer,) = mover.move_all([labelled(path)])
+    assert isinstance(answer, MoveFailed)
+    assert dataset.tree() == {"Images/a.jpg": b"image", SIDECAR: EXISTING}
+
+
+def test_move_all_keywords_image_replaced_meanwhile_gets_none(
+    dataset: Dataset, journal: Journal, mover: Mover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class is that of another version."""
+    path = dataset.put("Images/a.jpg")
+    move = labelled(path)
+
+    def replaced(*arguments: object) -> None:
+        dataset.put("Images/new", "other").rename(path)
+        Journal.intend(journal, *arguments)  # type: ignore[arg-type]  # as it was called
+
+    monkeypatch.setattr(journal, "intend", replaced)
+    (answer,) = mover.move_all([move])
+    assert isinstance(answer, MoveFailed)
+    assert answer.failure is MoveFailure.CHANGED
+    assert dataset.tree() == {"Images/a.jpg": b"other"}
+
+
+@pytest.mark.parametrize("action", ["hardlink", "symlink"])
+def test_move_all_link_image_replaced_meanwhile_gets_none(
+    dataset: Dataset, journal: Journal, mover: Mover, monkeypatch: pytest.MonkeyPatch, action: Action
+) -> None:
+    """The link would be to another version than the decided one."""
+    path = dataset.put("Images/a.jpg")
+    move = replace(order(path), action=action)
+
+    def replaced(*arguments: object) -> None:
+        dataset.put("Images/new", "other").rename(path)
+        Journal.intend(journal, *arguments)  # type: ignore[arg-type]  # as it was called
+
+    monkeypatch.setattr(journal, "intend", replaced)
+    (answer,) = mover.move_all([move])
+    assert isinstance(answer, MoveFailed)
+    assert answer.failure is MoveFailure.CHANGED
+    assert dataset.tree() == {"Images/a.jpg": b"other"}
