@@ -89,8 +89,7 @@ def _made_earlier(destination: int, move: MoveRecord, earlier: Record | None) ->
     final = earlier.move.image.final
     if not final or not is_link_to(destination, final, move.image):
         return None
-    image = with_final(destination, move.image, final)
-    return replace(move, files=(image,), progress=MoveProgress.DONE, message="its link was there already")
+    return replace(move, files=(with_final(destination, move.image, final),), progress=MoveProgress.DONE)
 
 
 def _make_link(source: int, destination: int, move: MoveRecord, position: int) -> None:
@@ -137,13 +136,10 @@ def _published(destination: int, move: MoveRecord) -> dict[int, str]:
     made = {}
     for position, file in enumerate(move.files):
         part, there = lstat_at(destination, move.part_name(position)), lstat_at(destination, file.final or ".")
-        if (
-            move.progress is not MoveProgress.PUBLISHING
-            or there is None
-            or not is_link_to(destination, file.final, file)
-        ):
+        if move.progress is not MoveProgress.PUBLISHING or there is None:
             continue
-        if part is None or part.st_ino == there.st_ino:  # both exist where renames are links and unlinks
+        # Both names exist where renames are links and unlinks.
+        if is_link_to(destination, file.final, file) and (part is None or part.st_ino == there.st_ino):
             made[position] = file.final
     for position in made:
         remove_part(destination, move.part_name(position))
