@@ -39,10 +39,16 @@ def put(dataset: Path, name: str, colour: str = "red", seed: int = 9001) -> Path
     return path
 
 
-def wait_for_rescan(daemon: DaemonProcess, dataset: str) -> None:
-    """Wait until a scan of a dataset has begun and ended."""
-    seen = len(daemon.events("scan.finished", dataset=dataset))
-    daemon.wait_for("scan.finished", count=seen + 2, dataset=dataset)
+def facts_of(config: Path, dataset: str) -> dict[str, Any]:
+    """Return a dataset's entry in the status."""
+    facts: dict[str, Any] = json.loads(sortd("status", "--json", "-c", str(config)).out)["datasets"][dataset]
+    return facts
+
+
+def wait_for_rescan(daemon: DaemonProcess, config: Path, dataset: Path) -> None:
+    """Wait until each file was inspected by another scan."""
+    wanted = facts_of(config, dataset.name)["files_looked_at"] + 2 * len(names(dataset, "Images"))
+    daemon.wait_until(lambda: facts_of(config, dataset.name)["files_looked_at"] >= wanted, "a scan")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         draw_strangers(dataset / "Images", 1)
         (dataset / "Images/broken.png").write_bytes(BROKEN)
     datasets = {action: {"action": action} for action in ACTIONS}
-    write_config(folder, settle_seconds=0.1, rescan_seconds=1, log={"level": "debug"}, datasets=datasets)
+    write_config(folder, settle_seconds=0.1, rescan_seconds=1, datasets=datasets)
     return folder / "Data"
 
 
@@ -84,7 +90,7 @@ def test_daemon_action_files_an_image_once(root: Path, config: Path, daemon: Dae
     daemon.wait_for("prototypes.rebuilt", count=generations + 1, dataset=action)
     daemon.send(signal.SIGHUP)
     daemon.wait_for("prototypes.rebuilt", count=generations + 2, dataset=action)
-    wait_for_rescan(daemon, action)
+    wait_for_rescan(daemon, config, dataset)
     assert len(moves(config, path)) == 1
     assert "once.png" in names(dataset, "Images")
     assert ("red/once.png" in names(dataset, "Dataset")) == (action != "keywords")
@@ -109,8 +115,7 @@ def test_daemon_image_without_class_stays(root: Path, config: Path, daemon: Daem
     assert names(dataset, "Rejected") == []
 
     def reasons() -> dict[str, int]:
-        facts = json.loads(sortd("status", "--json", "-c", str(config)).out)["datasets"][action]
-        found: dict[str, int] = facts["left"]["reasons"]  # of other tests, too
+        found: dict[str, int] = facts_of(config, action)["left"]["reasons"]  # of other tests, too
         return {reason: found.get(reason, 0) for reason in ("unreadable", "abstained")}
 
     expected = {"unreadable": 1, "abstained": int(action not in FOLDERS)}
@@ -150,7 +155,7 @@ def test_daemon_undo_holds_the_original(root: Path, config: Path, daemon: Daemon
     path = put(dataset, "undone.png", "blue", 9020)
     there = Path(daemon.wait_for("image.filed", path=str(path))["destination"])
     reply = json.loads(sortd("undo", str(there), "--json", "-c", str(config)).out)
-    wait_for_rescan(daemon, action)
+    wait_for_rescan(daemon, config, dataset)
     daemon.wait_until(lambda: bool(moves(config, path)[-1]["undone_by"]), f"the undo {reply}")
     assert os.path.lexists(there) == (action == "keywords")
     assert path.exists()

