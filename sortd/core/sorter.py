@@ -321,7 +321,8 @@ class Sorter:
             if image.in_review:
                 self.images.abstain_again(image, generation=classifier.generation)
                 return None
-            image.turned_away = classifier.generation if decision.reason in events.LIKE_NO_CLASS else 0
+            if not image.is_doubtful:
+                image.turned_away = classifier.generation if decision.reason in events.LIKE_NO_CLASS else 0
             if leaves_doubtful(action):
                 return self._abstain_in_place(image, decision, classifier.generation)
         image.generation = classifier.generation
