@@ -135,11 +135,11 @@ def _published(destination: int, move: MoveRecord) -> dict[int, str]:
     """Return the final names of the published links, by position."""
     made = {}
     for position, file in enumerate(move.files):
-        part, there = lstat_at(destination, move.part_name(position)), lstat_at(destination, file.final or ".")
-        if move.progress is not MoveProgress.PUBLISHING or there is None:
+        if not file.final or not is_link_to(destination, file.final, file):
             continue
+        part, there = lstat_at(destination, move.part_name(position)), lstat_at(destination, file.final)
         # Both names exist where renames are links and unlinks.
-        if is_link_to(destination, file.final, file) and (part is None or part.st_ino == there.st_ino):
+        if part is None or (there is not None and part.st_ino == there.st_ino):
             made[position] = file.final
     for position in made:
         remove_part(destination, move.part_name(position))

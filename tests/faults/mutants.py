@@ -319,11 +319,7 @@ STAYING = (
     ),
     Mutant("moving/links", "    if not is_version(status, stamp):", "    if False:"),
     Mutant("moving/links", "        if _is_last_name(destination, name):", "        if False:"),
-    Mutant(
-        "moving/links",
-        "if move.progress is not MoveProgress.PUBLISHING or there is None:",
-        "if there is None:",
-    ),
+    Mutant("moving/links", "not is_link_to(destination, file.final, file):", "False:"),
     Mutant("moving/removal", "    sync_folder(copies)\n", ""),
     Mutant(
         "moving/removal", "    if not _why_kept(copies, tombstone, originals, file, is_hidden=True):", "    if True:"
