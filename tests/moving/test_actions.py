@@ -398,6 +398,18 @@ def test_recover_link_that_was_published_is_completed(
         assert journal.history.is_filed_in_place(stamp_of(os.stat(path)), "Images", "a.jpg")
 
 
+@pytest.mark.parametrize("action", ["hardlink", "symlink"])
+def test_recover_file_that_replaced_the_link_is_not_taken_for_it(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, action: Action
+) -> None:
+    """The name in the journal is not enough: the file must be the link, else the image has none and gets another."""
+    path = dataset.put("Images/a.jpg")
+    crashed_at(dataset, monkeypatch, "sortd.moving.links._ended", lambda mover: acted(mover, path, action))
+    dataset.put("Dataset/cat/new", "mine").rename(dataset.root / "Dataset/cat/a.jpg")
+    assert recovered(dataset) == [MoveProgress.FAILED]
+    assert dataset.tree() == {"Images/a.jpg": b"image", "Dataset/cat/a.jpg": b"mine"}
+
+
 @pytest.mark.parametrize(
     ("action", "place"),
     [
