@@ -61,6 +61,10 @@ bench: setup ## measure: the daemon's start, latency and idling, the encoder, de
 
 faults: setup ## thousands of kills and errors at every system call of a move (needs strace)
 	$(BIN)/python -m tests.faults.sweep --thin 9 --doubles 25
+	$(BIN)/python -m tests.faults.sweep --action copy --thin 9 --doubles 10 --grounds memory,disk
+	$(BIN)/python -m tests.faults.sweep --action hardlink --thin 7 --doubles 10 --grounds memory,disk
+	$(BIN)/python -m tests.faults.sweep --action symlink --thin 7 --doubles 10 --grounds memory,disk
+	$(BIN)/python -m tests.faults.sweep --action keywords --thin 19 --doubles 10 --grounds memory,disk
 
 bulk-faults: setup ## hundreds of kills of `sortd bulk apply`, on files and on a store (needs strace)
 	$(BIN)/python -m tests.faults.bulk_apply

@@ -288,10 +288,11 @@ def _counted_as(naming: Naming, image: str) -> str | None:
     return None if match is None else match.expand(naming.counts_as)
 
 
-def companions_of(image: str, beside: Iterable[str]) -> tuple[Companion, ...]:
+def companions_of(image: str, beside: Iterable[str], *, stays: bool = False) -> tuple[Companion, ...]:
     """Return the companions of an image among the regular files ``beside``, at least those that ``near`` finds.
 
-    A film or raw shared by several images is not copied; it moves with the last of them.
+    A film or raw shared by several images is not copied; it moves with the last of them. If the image ``stays``, none
+    of them is the last, and each has the film or raw.
     """
     others = sorted(set(beside) - {image})
     images = [name for name in others if is_image(name)]
@@ -304,7 +305,7 @@ def companions_of(image: str, beside: Iterable[str]) -> tuple[Companion, ...]:
         if claim.yields and any(not rival.yields for rival in rivals):
             continue
         is_shared = any(claim.yields or not rival.yields for rival in rivals)
-        if not (is_shared and claim.is_pair):
+        if stays or not (is_shared and claim.is_pair):
             found.append(Companion(name, shared=is_shared))
     return tuple(found)
 

@@ -19,6 +19,7 @@ from sortd import config_yaml
 from sortd.config_reporting import UNIX, Frozen, HookConfig, MetricsConfig, NotifyConfig, TargetConfig
 from sortd.config_variables import ANY, generic_key, holds, merge, variable_name, variables_in
 from sortd.errors import ConfigError
+from sortd.events import Action
 from sortd.files import open_regular
 
 DEFAULT_TEMPLATES = (
@@ -143,6 +144,7 @@ class DatasetConfig(Frozen):
     learn_from_corrections: bool = False
     settle_seconds: Seconds = 1.0
     companions: bool = True
+    action: Action = "move"
     rejected: Literal["move", "leave"] = "move"
     emptied_folders: Literal["keep", "remove"] = "keep"
     guard: bool = True

@@ -106,6 +106,7 @@ class Refusal(StrEnum):
     NOT_AN_IMAGE = "not_an_image"  # stays where it is
     EMPTY = "empty"  # stays where it is until it changes
     DENIED = "denied"  # cannot be read because of permissions or the disk: stays where it is
+    ABSTAINED = "abstained"  # no class is certain, and the action puts nothing into Review/: stays where it is
     CHANGED = "changed"  # settles again
     VANISHED = "vanished"  # forgotten
 
@@ -150,6 +151,8 @@ class ClassifierKind(StrEnum):
 
 
 DecidedBy = Mode | Literal[ClassifierKind.FINETUNED]
+
+Action = Literal["move", "copy", "hardlink", "symlink", "keywords"]  # what is done with a decided image of Images/
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,6 +465,7 @@ class Move:
     generation: int = 0
     milliseconds: Mapping[str, float] = field(default_factory=dict)  # settle, decode, encode
     wanted: str = ""  # its new name, if another one
+    action: Action = "move"
 
     @property
     def assigned_label(self) -> str | None:

@@ -13,13 +13,13 @@ from sortd.commands.explain import why_kept
 from sortd.commands.moves import JournalPlace, dataset_at, record_facts, undo_records_of
 from sortd.commands.status import settings_with_corrections
 from sortd.config import Config, read_config
-from sortd.core.sorter import order_for
+from sortd.core.sorter import leaves_doubtful, order_for
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.daemon.references import References, ReferencesAbsentError, stored_prototypes
 from sortd.daemon.resources import select_classifier
 from sortd.encoder.backends import load_with_backend
 from sortd.errors import DataError, JournalError, LayoutError, UnreadableError
-from sortd.events import EmbeddedImage, ImageRefused, Moved
+from sortd.events import Abstained, EmbeddedImage, ImageRefused, Moved
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.service import read_status
 from sortd.store.history import History
@@ -175,8 +175,10 @@ class DatasetHandle:
             raise UnreadableError(f"{path}: {'it is gone' if answer is None else answer.message}")
         assert isinstance(answer, EmbeddedImage)
         (decision,) = classifier.classify_rows(answer.embedding[None])
-        move = order_for(answer, decision, classifier.prototypes, settle_seconds=0.0)
-        companions = self.config.dataset(self.name).companions
+        companions, action = self.config.dataset(self.name).companions, self.config.dataset(self.name).action
+        if isinstance(decision, Abstained) and leaves_doubtful(action):
+            raise DataError(f"{path} stays in Images/: no class is certain ({decision.reason})")
+        move = order_for(answer, decision, classifier.prototypes, settle_seconds=0.0, action=action)
         with lock_dataset(self.layout, self.config.state_dir, companions=companions) as opened:
             if (problem := opened.presence.problem()) is not None:
                 raise LayoutError(problem)

@@ -184,6 +184,25 @@ def move_findings(_config: Config, layout: Layout, *, rename: Rename = rename_ne
         yield warning(images, what, "synchronise both clocks (NTP)", Topic.MACHINE)
 
 
+def link_findings(config: Config, layout: Layout) -> Iterator[Finding]:
+    """Check with a test file whether hard links from Images/ are possible, if the action of the dataset needs them."""
+    if config.dataset(layout.name).action != "hardlink":
+        return
+    with suppress(OSError), Folders(layout.root) as folders:
+        source = folders.open(Area.IMAGES)
+        os.close(os.open(TRIAL, CREATE, 0o600, dir_fd=source))
+        try:
+            for area in (Area.DATASET, Area.REVIEW):
+                try:
+                    os.link(TRIAL, TRIAL, src_dir_fd=source, dst_dir_fd=(target := folders.open(area)))
+                    os.unlink(TRIAL, dir_fd=target)
+                except OSError as refusal:
+                    what = f"a hard link from Images/ is impossible there: {refusal.strerror}"
+                    yield error(layout.area(area), what, "set `action: copy` or `action: symlink`")
+        finally:
+            os.unlink(TRIAL, dir_fd=source)
+
+
 def _can_rename(folders: Folders, area: Area, rename: Rename) -> bool:
     """Rename the test file into an area and back; return True also if permissions or the folder are missing."""
     source = folders.open(Area.IMAGES)
@@ -471,6 +490,7 @@ def classifier_findings(config: Config, layout: Layout) -> Iterator[Finding]:
 DATASET_CHECKS: Final[Mapping[Callable[[Config, Layout], Iterator[Finding]], Topic]] = {
     **dict.fromkeys((folder_findings, class_folder_findings), Topic.FOLDERS),
     move_findings: Topic.FILE_SYSTEM,
+    link_findings: Topic.FILE_SYSTEM,
     journal_findings: Topic.PROCESS,
     classifier_findings: Topic.MODEL,
     stored_calibration_findings: Topic.CALIBRATION,

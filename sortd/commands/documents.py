@@ -206,6 +206,7 @@ class JournalMove(Document):
     destination: str = Field(alias="to")
     size: int
     companions: list[str]
+    action: str
     score: float | None
     margin: float | None
     second_label: str | None

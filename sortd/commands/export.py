@@ -1,7 +1,8 @@
 """The command ``export``: the filed images of a dataset with all that is known of them, in formats of other programs.
 
 Every file below Dataset/ is exported with the class of the folder in which it lies now; what sortd decided comes from
-the journal. Nothing in the dataset is changed, and nothing that exists is overwritten.
+the journal. An image of Images/ that has its class by a symbolic link or by keywords is exported from there. Nothing in
+the dataset is changed, and nothing that exists is overwritten.
 """
 
 import os
@@ -127,6 +128,10 @@ def exported_images(
             if image is not None and (image.checked or not checked_only):
                 found.append(image)
             tell("reading", number, len(candidates))
+        for record in [] if history is None else history.filed_in_place():
+            image = _exported_in_place(layout, record, audited)
+            if image is not None and (image.checked or not checked_only):
+                found.append(image)
     return found
 
 
@@ -172,6 +177,18 @@ def _exported(
         content=content,
         size=candidate.stamp.size,
     )
+
+
+def _exported_in_place(layout: Layout, record: Record, audited: frozenset[int]) -> ExportedImage | None:
+    """Return an image that stayed in Images/, if this version and its link, if it has one, are still there."""
+    move, label = record.move, record.move_reason.label
+    path, link = os.path.join(layout.root, record.source_path), os.path.join(layout.root, record.destination_path)
+    version = _version(path)
+    if label is None or version is None or not version.is_same_version(move.image.stamp) or not os.path.lexists(link):
+        return None
+    image = _exported(layout, Candidate(path, version, label), record, {}, audited)
+    inside = os.path.relpath(link, layout.root / "Dataset") if link != path else f"{label}/{record.source_path}"
+    return None if image is None else replace(image, file_name=inside)
 
 
 _PROBABILISTIC = frozenset(mode.value for mode in PROBABILISTIC)

@@ -40,8 +40,9 @@ from sortd.store.prune import Pruning, rewrite
 from sortd.store.records import Record, Selection
 
 CSV_COLUMNS = (
-    *("id", "dataset", "run", "at", "outcome", "label", "from", "to", "size", "companions", "score", "margin"),
-    *("second_label", "mode", "reason", "generation", "encoder_id", "content", "undoes", "undone_by", "lost", "learnt"),
+    *("id", "dataset", "run", "at", "outcome", "label", "from", "to", "action", "size", "companions", "score"),
+    *("margin", "second_label", "mode", "reason", "generation", "encoder_id", "content", "undoes", "undone_by", "lost"),
+    "learnt",
 )
 """The keys of ``record_facts``, and whether an image that a person moved is a reference."""
 
@@ -141,6 +142,7 @@ def _given_facts(place: JournalPlace, record: Record, corrected: str, path: str)
         | unknown
         | {
             "run": "",
+            "action": "move",
             "outcome": CONFIRMED if corrected == guess else CORRECTED,
             "label": corrected,
             "from": facts["to"],
@@ -188,14 +190,15 @@ def _print_record(when: str, dataset: str, outcome: str, source: str, destinatio
     why = [f"score {score}, margin {margin}"] if score else []
     shown = ", ".join([*why, *([reason] if reason else []), *([f"run {run}"] if run else [])])
     line = f"{when}  {dataset}  {outcome}: {source} -> {destination}  ({shown})"
-    print_line(printable(line), style=STYLES.get(outcome, ""))
+    print_line(printable(line), style=STYLES.get(outcome.partition(" (")[0], ""))
 
 
 def _columns(record: Mapping[str, Any]) -> tuple[str, ...]:
+    action = "" if record["action"] == "move" else f" ({record['action']})"
     return (
         format_time(record["at"]),
         record["dataset"],
-        record["outcome"].replace("_", " ") + (" (undone)" if record["undone_by"] else ""),
+        f"{record['outcome'].replace('_', ' ')}{action}" + (" (undone)" if record["undone_by"] else ""),
         relative_to_dataset(record["from"]),
         relative_to_dataset(record["to"]),
         "" if record["score"] is None else f"{record['score']:.3f}",

@@ -27,7 +27,7 @@ from sortd.daemon.dataset_lock import inspect_dataset, lock_dataset
 from sortd.errors import DataError, LayoutError, SortdError, StartupError
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.store.history import History
-from sortd.store.records import Record, Role, Selection
+from sortd.store.records import Record, Selection
 
 _STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
 """Form of the names that ``Layout.state_folder`` gives."""
@@ -102,7 +102,6 @@ def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
 def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
     """Return a record as plain values, its paths absolute where the dataset is there."""
     reason, image = record.move_reason, record.move.image
-    others = [file for file in record.move.files if file.role is not Role.IMAGE]
     root = "" if place.root is None else f"{place.root}/"
     return {
         "id": record.id,
@@ -114,7 +113,8 @@ def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
         "from": f"{root}{record.source_path}",
         "to": f"{root}{record.destination_path}",
         "size": image.stamp.size,
-        "companions": [file.final or file.name for file in others],
+        "action": record.move.action,
+        "companions": list(dict.fromkeys(file.final or file.name for file in record.move.files[1:])),
         "score": reason.score,
         "margin": reason.margin,
         "second_label": reason.second_label,

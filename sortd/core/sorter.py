@@ -26,6 +26,7 @@ class SorterSettings:
     batch_size: int = 8  # images per request: half of a forward, so that the newest do not wait long
     batches_in_flight: int = 3  # one encoded, one decoded meanwhile, one being delivered
     backlog_limit: int = 100_000
+    action: events.Action = "move"
     set_rejected_aside: bool = True
     guard_images: int = 200
 
@@ -34,8 +35,18 @@ SET_ASIDE = frozenset({events.Refusal.UNREADABLE, events.Refusal.TOO_LARGE, even
 """Refusals of complete files; these images go to Rejected/."""
 
 
+def leaves_doubtful(action: events.Action) -> bool:
+    """Return whether images without a class stay in Images/ with this action, without a file for them in Review/."""
+    return action in {"symlink", "keywords"}
+
+
 def order_for(
-    image: events.EmbeddedImage, decision: Decision, classifier: CheckedClassifier, *, settle_seconds: float
+    image: events.EmbeddedImage,
+    decision: Decision,
+    classifier: CheckedClassifier,
+    *,
+    settle_seconds: float,
+    action: events.Action = "move",
 ) -> events.Move:
     """Return the move to Dataset/<class>, Review/<best guess> or Review/_none for a decision."""
     match decision:
@@ -54,6 +65,7 @@ def order_for(
         encoder_id=classifier.encoder_id,
         generation=classifier.generation,
         milliseconds=_milliseconds(settle=settle_seconds, decode=image.decode_seconds, encode=image.encode_seconds),
+        action=action,
     )
 
 
@@ -272,24 +284,25 @@ class Sorter:
                 self.images.embedded(image)
             self._resume()  # rows of a replaced encoder are embedded again by the current one
             return []
-        turned_away = [image.turned_away if image.in_review else 0 for _, image in known]
+        turned_away = [image.turned_away if image.has_abstained else 0 for _, image in known]
         decisions = self._decide(classifier, np.stack([answer.embedding for answer, _ in known]), turned_away)
         if self.guard.is_active(self.images.waiting):
             return self._observe([image for _, image in known], decisions, classifier.generation)
-        moves = [
+        commands = [
             self._decided(answer, image, decision, classifier)
             for (answer, image), decision in zip(known, decisions, strict=True)
         ]
-        return [move for move in moves if move is not None]
+        return [command for command in commands if command is not None]
 
     def _observe(self, images: Sequence[Image], decisions: Sequence[Decision], generation: int) -> list[events.Command]:
         """Check decisions without moving; after the trial the images are decided again, from cached embeddings.
 
-        An image of Review/ that stays there is no part of the trial: nothing moves, and nobody expected it to be filed.
+        An image that abstained before and abstains again is no part of the trial: nothing moves, and nobody expected
+        it to be filed.
         """
         tried = []
         for image, decision in zip(images, decisions, strict=True):
-            if image.in_review and isinstance(decision, Abstained):
+            if image.has_abstained and isinstance(decision, Abstained):
                 self.images.abstain_again(image, generation=generation)
                 continue
             self.images.embedded(image)
@@ -302,14 +315,25 @@ class Sorter:
 
     def _decided(
         self, answer: events.EmbeddedImage, image: Image, decision: Decision, classifier: CheckedClassifier
-    ) -> events.Move | None:
+    ) -> events.Move | events.Leave | None:
+        action = "move" if image.is_put_away else self._settings.action
         if isinstance(decision, Abstained):
             if image.in_review:
                 self.images.abstain_again(image, generation=classifier.generation)
                 return None
-            image.turned_away = classifier.generation if decision.reason in events.LIKE_NO_CLASS else 0
+            if not image.is_doubtful:
+                image.turned_away = classifier.generation if decision.reason in events.LIKE_NO_CLASS else 0
+            if leaves_doubtful(action):
+                return self._abstain_in_place(image, decision, classifier.generation)
         image.generation = classifier.generation
-        return self._move_or_wait(image, order_for(answer, decision, classifier, settle_seconds=image.settle_seconds))
+        settled = image.settle_seconds
+        return self._move_or_wait(image, order_for(answer, decision, classifier, settle_seconds=settled, action=action))
+
+    def _abstain_in_place(self, image: Image, decision: Abstained, generation: int) -> events.Leave | None:
+        guess = "" if decision.best_label is None else f", best guess: {decision.best_label}"
+        message = f"{decision.reason}{guess}"
+        is_news = self.images.abstain_in_place(image, message, generation=generation)
+        return events.Leave(image.path, events.Refusal.ABSTAINED, message) if is_news else None
 
     def _move_or_wait(self, image: Image, move: events.Move) -> events.Move | None:
         """Mark an image as moving, or let it wait if the delay of its source or destination folder is running."""

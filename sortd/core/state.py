@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate, chain
 
+from sortd.core.refusals import Refusals
 from sortd.core.schedule import doubled_seconds
 from sortd.events import ImageSeen, Refusal, Stamp, Writer
 
@@ -25,7 +26,7 @@ class State(StrEnum):
     ENCODING = "encoding"  # for the worker
     EMBEDDED = "embedded"  # for a decision, which may have to wait
     MOVING = "moving"  # for the end of its move
-    REVIEWED = "abstained"  # in Review/, for another generation
+    REVIEWED = "abstained"  # in Review/, or in Images/ with some actions: for another generation
     REFUSED = "refused"  # for another version
     HELD = "held"  # undone by the operator: for another version or a release
 
@@ -60,7 +61,6 @@ SETBACK_SECONDS = (1.0, 300.0)  # first and longest delay of a version that sett
 _NOT_YET = frozenset({Writer.PRESENT, Writer.UNFINISHED})
 
 STALE_TICKETS = 1000  # obsolete entries of the queue, beyond as many as there are valid ones, at which it is rebuilt
-MOST_REFUSALS = 1_000_000  # some 70 MB
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +81,7 @@ class Image:
     ticket: int = 0
     generation: int = 0
     in_review: bool = False
+    is_doubtful: bool = False  # abstained and stayed in Images/
     turned_away: int = 0  # the generation for which it looked like no class, in which it went to Review/; 0: none
     is_aside: bool = False
     refusal: Refusal | None = None  # why it stays where it is
@@ -98,31 +99,14 @@ class Image:
         return self.in_review or self.is_aside
 
     @property
+    def has_abstained(self) -> bool:
+        """Whether this version abstained before: it is in Review/, or stayed in Images/."""
+        return self.in_review or self.is_doubtful
+
+    @property
     def settle_seconds(self) -> float:
         """The time from its first event until it was settled."""
         return max(0.0, self.ready_at - self.first_seen)
-
-
-class Refusals:
-    """Versions of files that stay where they are and have no ``Image``, 64 bits each."""
-
-    def __init__(self, most: int = MOST_REFUSALS) -> None:
-        """Start empty; beyond ``most`` versions all are dropped, and those files are decoded once more."""
-        self._most = most
-        self._known: set[int] = set()
-
-    def has(self, path: str, stamp: Stamp, why: str = "") -> bool:
-        """Return whether this version was noted."""
-        return bool(self._known) and hash((path, stamp, why)) in self._known  # hashing a stamp takes a microsecond
-
-    def note(self, path: str, stamp: Stamp, why: str = "") -> bool:
-        """Note a version, and ``why`` if that can change; return whether it is new."""
-        if self.has(path, stamp, why):
-            return False
-        if len(self._known) >= self._most:
-            self._known.clear()
-        self._known.add(hash((path, stamp, why)))
-        return True
 
 
 class Images:
@@ -375,6 +359,16 @@ class Images:
         image.generation = generation
         self._go(image, "abstain")
 
+    def abstain_in_place(self, image: Image, message: str, *, generation: int) -> bool:
+        """Let an image of Images/ that this generation could not decide rest there; return whether this is news."""
+        if not self.has_room_in_review:
+            self.forget(image.path)
+            return self._refusals.note(image.path, image.stamp)
+        self.abstain_again(image, generation=generation)
+        is_news, image.message, image.refusal = image.message != message, message, Refusal.ABSTAINED
+        image.is_doubtful = True
+        return is_news
+
     def moved(self, path: str, stamp: Stamp) -> Image | None:
         """Remove and return the image whose move has ended; None if no such move is known."""
         image = self._moving.pop((path, stamp), None)
@@ -474,7 +468,7 @@ class Images:
     def _restart(self, image: Image, stamp: Stamp, now: float) -> None:
         image.stamp, image.still_since, image.recheck_at, image.closed = stamp, now, 0.0, False
         self._go(image, "restart")
-        image.place = ""
+        image.place, image.is_doubtful = "", False
         self._settle(image, now, None)
 
     def _queue(self, image: Image, *, newest: bool = True) -> None:

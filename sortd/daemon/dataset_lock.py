@@ -140,6 +140,8 @@ class DryRunMover(Mover):
         done: list[MoveAnswer] = []
         for move in moves:
             destination = os.path.join(self._folder, move.folder, os.path.basename(move.path))
+            if move.action == "keywords":
+                destination = move.path
             self._report(self._folder.name, move, destination)
             done.append(Moved(move.path, move.stamp, destination, move.outcome, move.stamp))
         return done

@@ -79,6 +79,8 @@ class DatasetLog:
         key = {Outcome.FILED: "label", Outcome.REVIEW: "reason"}.get(move.outcome, "")
         self.decisions[move.outcome, str(decided.get(key) or "")] += 1
         facts: dict[str, object] = {"path": move.path, "destination": result.destination, **decided}
+        if move.action != "move":
+            facts["action"] = move.action
         if result.note:
             facts["note"] = result.note
         level = self._log.warning if move.outcome is Outcome.REJECTED or result.note else self._log.info
@@ -248,7 +250,8 @@ class DatasetLog:
 
 def _left(sorter: Sorter) -> dict[str, object]:
     """Return the files of the inbox that stay where they are, and their number by reason."""
-    refused = [entry for entry in sorter.images.in_state(State.REFUSED) if not entry.is_put_away]
+    resting = [*sorter.images.in_state(State.REFUSED), *sorter.images.in_state(State.REVIEWED)]
+    refused = [entry for entry in resting if not entry.is_put_away]
     files = [
         {"path": entry.path, "reason": str(entry.refusal), "message": entry.message}
         for entry in islice(refused, LISTED)

@@ -108,7 +108,8 @@ def sorter_settings(config: DatasetConfig) -> SorterSettings:
         settle_seconds=config.settle_seconds,
         batch_size=-(-config.batch_size // 2),
         backlog_limit=config.backlog_limit,
-        set_rejected_aside=config.rejected == "move",
+        action=config.action,
+        set_rejected_aside=config.rejected == "move" and config.action == "move",
         guard_images=GUARD_IMAGES if config.guard else 0,
     )
 

@@ -7,9 +7,9 @@ from itertools import islice
 from time import monotonic, time_ns
 
 from sortd import events
+from sortd.core.refusals import Refusals
 from sortd.core.schedule import Throttle
 from sortd.core.sorter import Sorter
-from sortd.core.state import Refusals
 from sortd.daemon.dataset_lock import Presence
 from sortd.daemon.reporting import DatasetLog
 from sortd.events import Stamp, Writer
@@ -120,6 +120,7 @@ class DatasetScans:
             pause_seconds=1.0,
         )
         self._foreign = Refusals()  # versions in Review/ that the user put there
+        self._filed = Refusals()  # versions in Images/ that were filed and stay
         self.count = 0  # inspected files since the start
 
     @property
@@ -183,6 +184,8 @@ class DatasetScans:
             return
         self.count += 1
         self._missing.discard(path)
+        if self._is_filed(path, mark):
+            return
         writer = self.left_files.writer_of(path) if inspect else None
         self._receive(events.ImageSeen(path, mark, writer, closed, since=since))
 
@@ -203,11 +206,14 @@ class DatasetScans:
         below = self._inbox.take_below()
         self.count += len(below)
         for path, mark, since in below:
-            self._receive(events.ImageSeen(path, mark, since=since or None))
+            if not self._is_filed(path, mark):
+                self._receive(events.ImageSeen(path, mark, since=since or None))
         if self.is_under_way:
             found = self._inbox.take()
             self.count += len(found)
             for path, mark, writer in found:
+                if self._is_filed(path, mark):
+                    continue
                 self._receive(events.ImageSeen(path, mark, writer, still_seconds=self._still_seconds(mark)))
             if self._sorter.images.overflowed:
                 self._inbox.end()
@@ -218,6 +224,18 @@ class DatasetScans:
         if self._inbox.whole.is_wanted_again and not self.is_under_way:
             self.begin()
         self._forget_gone()
+
+    def _is_filed(self, path: str, mark: Stamp) -> bool:
+        """Return whether this version in Images/ was filed and stays; asked of the journal once for each version."""
+        if path in self._sorter.images:
+            return False
+        if self._filed.has(path, mark):
+            return True
+        folder, _, name = os.path.relpath(path, self._root).rpartition("/")
+        if not self._history.is_filed_in_place(mark, folder, name):
+            return False
+        self._filed.note(path, mark)
+        return True
 
     def _still_seconds(self, mark: Stamp) -> float:
         """Return for how long a file of the first scan has not changed; 0 if its times are of another clock."""

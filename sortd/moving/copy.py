@@ -75,10 +75,11 @@ def move_by_copy(
         BusyError, ChangedError, VanishedError: the file is in use, is another version, or is gone.
     """
     source, destination = folders.open(move.source), folders.make(move.destination)
-    check_source(source, move.source)  # otherwise every retry would make a copy and remove it again
+    if not move.stays:
+        check_source(source, move.source)  # otherwise every retry would make a copy and remove it again
     sealed = _copy_all(source, destination, move, interrupted)
     advance(sealed)  # X5
-    named = names.place(folders, sealed, lambda finals: _publish_all(destination, sealed, finals, advance))  # X6
+    named = names.place(folders, sealed, lambda finals: publish_all(destination, sealed, finals, advance))  # X6
     return remove_sources(folders, mark_published(destination, named, advance))
 
 
@@ -182,7 +183,7 @@ def restore_name(folder: int, hidden: str, move: MoveRecord, position: int) -> N
 def _copy_all(source: int, destination: int, move: MoveRecord, interrupted: Callable[[], bool]) -> MoveRecord:
     files, lost = [], set(move.lost)
     for position, file in enumerate(move.files):
-        if file.leaves:
+        if file.may_be_last:
             copy = _copy_source(source, destination, move, position, interrupted)
         else:
             copy = make_part(source, destination, move, position)
@@ -213,8 +214,8 @@ def _copy_source(
     return copy
 
 
-def _publish_all(destination: int, sealed: MoveRecord, finals: tuple[str, ...], advance: Advance) -> MoveRecord | None:
-    """Publish every part under these names; publish none and return None if a name is taken."""
+def publish_all(destination: int, sealed: MoveRecord, finals: tuple[str, ...], advance: Advance) -> MoveRecord | None:
+    """Publish every part of a move under these names; publish none and return None if a name is taken."""
     done: list[tuple[str, str]] = []
     files = tuple(replace(file, final=final) for file, final in zip(sealed.files, finals, strict=True))
     move = replace(sealed, files=files)
@@ -237,13 +238,13 @@ def _remove_source(source: int, destination: int, move: MoveRecord, position: in
     if visible is not None and lstat_at(source, tombstone) is None:
         if not is_version(visible, file.stamp) or not is_copy_intact(destination, file, file.final):
             return False
-        _hide(source, file.name, tombstone)
+        hide(source, file.name, tombstone)
     status = lstat_at(source, tombstone)
     if status is None:
         return True
     if (
         is_version(status, file.stamp)
-        and not _has_writer(source, tombstone)
+        and not has_writer(source, tombstone)
         and is_copy_intact(destination, file, file.final)
     ):
         os.unlink(tombstone, dir_fd=source)
@@ -252,7 +253,8 @@ def _remove_source(source: int, destination: int, move: MoveRecord, position: in
     return False
 
 
-def _hide(folder: int, name: str, tombstone: str) -> None:
+def hide(folder: int, name: str, tombstone: str) -> None:
+    """Rename a file to its tombstone, which removes its name atomically."""
     try:
         rename_new(folder, name, folder, tombstone)
     except OSError as error:
@@ -262,7 +264,8 @@ def _hide(folder: int, name: str, tombstone: str) -> None:
         os.rename(name, tombstone, src_dir_fd=folder, dst_dir_fd=folder)
 
 
-def _has_writer(folder: int, name: str) -> bool:
+def has_writer(folder: int, name: str) -> bool:
+    """Tell whether a process can write a file."""
     descriptor = os.open(name, FILE_FLAGS, dir_fd=folder)
     try:
         return writer_of(descriptor) is Writer.PRESENT
@@ -286,7 +289,7 @@ def copy_to_part(source: int, folder: int, part: str, interrupted: Callable[[], 
     copy = os.open(part, _PART_FLAGS, 0o600, dir_fd=folder)
     try:
         content = _copy_bytes(source, copy, before.st_size, interrupted)
-        lost = _copy_metadata(source, copy, before)
+        lost = copy_metadata(source, copy, before)
         os.fsync(copy)
         return Copy(os.fstat(copy).st_ino, content, lost)
     finally:
@@ -408,14 +411,14 @@ def _write(descriptor: int, data: bytes) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def _copy_metadata(source: int, copy: int, status: os.stat_result) -> tuple[str, ...]:
+def copy_metadata(source: int, copy: int, status: os.stat_result) -> tuple[str, ...]:
     """Set owner, attributes, mode and times, in this order, because the former would reset the latter.
 
-    The copy never grants a permission that the source did not grant: see ``_safe_mode``.
+    The copy never grants a permission that the source did not grant: see ``safe_mode``.
     """
-    lost = _copy_owner(copy, status)
+    lost = copy_owner(copy, status)
     lost += _copy_attributes(source, copy, with_acl=not lost)
-    mode = _safe_mode(status.st_mode, lost)
+    mode = safe_mode(status.st_mode, lost)
     try:
         os.fchmod(copy, mode)
     except OSError:
@@ -429,7 +432,7 @@ def _copy_metadata(source: int, copy: int, status: os.stat_result) -> tuple[str,
     return tuple(dict.fromkeys(lost))
 
 
-def _copy_owner(copy: int, status: os.stat_result) -> list[str]:
+def copy_owner(copy: int, status: os.stat_result) -> list[str]:
     """Give the copy the owner and group of its source, or at least the group; return ``["owner"]`` if one differs."""
     for owner in (status.st_uid, -1):
         with suppress(OSError):  # only root may change the owner; the result is checked below
@@ -461,7 +464,7 @@ def _copy_attributes(source: int, copy: int, *, with_acl: bool) -> list[str]:
     return lost
 
 
-def _safe_mode(mode: int, lost: Sequence[str]) -> int:
+def safe_mode(mode: int, lost: Sequence[str]) -> int:
     """Return the permissions of a copy, never wider than its source's and never with the bits 07000.
 
     Setuid on a copy with another owner would run a program as that owner. If owner or group differ, or an access list

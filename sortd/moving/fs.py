@@ -26,7 +26,7 @@ from sortd.files import sha256_of, stamp_of, sync_folder
 from sortd.store.records import MoveFile, MoveRecord, Role
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_RENAME_NOREPLACE = 1  # linux/fs.h
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2  # linux/fs.h
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 CANNOT_RENAME = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS})
@@ -55,11 +55,18 @@ def rename_new(source_folder: int, source: str, destination_folder: int, destina
         FileExistsError: the name is taken, also if by another link of the same file.
         OSError: any other error of renameat2(2).
     """
+    _renameat2(source_folder, source, destination_folder, destination, _RENAME_NOREPLACE)
+
+
+def exchange_names(folder: int, one: str, other: str) -> None:
+    """Exchange the names of two files in a folder atomically, with renameat2(2). Raises OSError."""
+    _renameat2(folder, one, folder, other, _RENAME_EXCHANGE)
+
+
+def _renameat2(source_folder: int, source: str, destination_folder: int, destination: str, flag: int) -> None:
     if not hasattr(_LIBC, "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), source, None, destination)
-    answer = _LIBC.renameat2(
-        source_folder, os.fsencode(source), destination_folder, os.fsencode(destination), _RENAME_NOREPLACE
-    )
+    answer = _LIBC.renameat2(source_folder, os.fsencode(source), destination_folder, os.fsencode(destination), flag)
     if answer != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), source, None, destination)
@@ -231,6 +238,7 @@ class Folders:
 
     def __init__(self, root: Path, listings: Listings | None = None) -> None:
         """Open the dataset; ``listings`` may have names from earlier batches."""
+        self.root = root
         self._stack = ExitStack()
         self._listings = listings or Listings()
         self._names: dict[str, FolderNames] = {}
@@ -301,8 +309,8 @@ def open_files(folders: Folders, move: MoveRecord) -> list[int]:
     try:
         folder = folders.open(move.source)
         for file in move.files:
-            if file.role is not Role.REASON:
-                _open_file(folder, file, move.source, opened)
+            if file.role not in {Role.REASON, Role.REMOVED}:
+                _open_file(folder, file, move, opened)
     except BaseException as error:
         close_files(opened)
         if isinstance(error, FileNotFoundError):
@@ -342,8 +350,8 @@ def close_files(files: Iterable[int]) -> None:
         os.close(file)
 
 
-def _open_file(folder: int, file: MoveFile, place: str, opened: list[int]) -> None:
-    path = f"{place}/{file.name}"
+def _open_file(folder: int, file: MoveFile, move: MoveRecord, opened: list[int]) -> None:
+    path = f"{move.source}/{file.name}"
     try:
         descriptor = os.open(file.name, FILE_FLAGS, dir_fd=folder)
     except PermissionError:
@@ -351,7 +359,7 @@ def _open_file(folder: int, file: MoveFile, place: str, opened: list[int]) -> No
             return
         raise
     except FileNotFoundError as error:
-        if file.role is Role.IMAGE:
+        if file is move.image:
             raise
         raise ChangedError(f"{path}: this companion is gone; sortd will look at its image again") from error
     opened.append(descriptor)

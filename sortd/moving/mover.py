@@ -15,6 +15,7 @@ from sortd import errors
 from sortd.errors import BusyError, ChangedError, DestinationError, ImageError, SourceError, VanishedError
 from sortd.events import Move, Moved, MoveFailed, MoveFailure, Outcome, Stamp
 from sortd.files import stamp_of, sync_folder
+from sortd.moving.actions import act
 from sortd.moving.copy import make_part, move_by_copy, never, remove_obsolete
 from sortd.moving.copy_queue import MOST_HANDED_OVER, CopyAdmission, MoveOrder, Submit
 from sortd.moving.fs import (
@@ -33,6 +34,7 @@ from sortd.moving.plan import (
     NO_STAMP,
     FreeNames,
     LateCompanions,
+    image_file,
     move_reason_of,
     new_token,
     reason_file,
@@ -48,7 +50,6 @@ from sortd.store.records import (
     Record,
     Role,
     checked_folder,
-    checked_name,
 )
 
 MoveAnswer = Moved | MoveFailed
@@ -236,9 +237,9 @@ class Mover:
 
     def _record_of(self, folders: Folders, move: Move) -> MoveRecord:
         source, _, name = self._relative(move.path).rpartition("/")
-        wanted = checked_name(move.wanted or name)
-        image = MoveFile(Role.IMAGE, checked_name(name), wanted, move.stamp, content=move.content)
-        record = MoveRecord(new_token(), checked_folder(source), checked_folder(move.folder), (image,))
+        image = image_file(folders, move, checked_folder(source), name)
+        destination = source if image.role is Role.KEYWORDS else checked_folder(move.folder)
+        record = MoveRecord(new_token(), source, destination, (image,))
         if move.outcome is Outcome.FOLLOWED:
             record = replace(record, joins=True)
         elif self._companions:
@@ -316,7 +317,7 @@ class Mover:
             if not ready:
                 return refused, []
             self._journal.intend([(order.move, order.move_reason) for order in ready])
-            placed = [self._placed(folders, order) for order in ready]
+            placed = [order if order.move.stays else self._placed(folders, order) for order in ready]
             to_copy = [order for order in placed if _needs_copy(order)]
             synced = _synced(folders, [order for order in placed if not _needs_copy(order)])
             ended = [_ended(folders, order, self._journal) for order in synced]
@@ -403,8 +404,10 @@ class Mover:
 
         try:
             with Folders(self._root, self._listings_of_jobs) as folders:
+                names = self._names_of_jobs
                 try:
-                    names = self._names_of_jobs
+                    if order.move.stays:
+                        return order.at(act(folders, order, advance, journal.history, names, self._interrupted))
                     return order.at(move_by_copy(folders, order.move, advance, self._interrupted, names=names))
                 except (ImageError, OSError, DestinationError, SourceError) as error:
                     return order.at(_recovered(folders, reached, journal)).with_error(error)
@@ -472,7 +475,7 @@ def _ended(folders: Folders, order: MoveOrder, journal: Journal) -> MoveOrder:
 
 
 def _needs_copy(order: MoveOrder) -> bool:
-    return isinstance(order.error, OSError) and order.error.errno in CANNOT_RENAME
+    return order.move.stays or (isinstance(order.error, OSError) and order.error.errno in CANNOT_RENAME)
 
 
 def _failure(move: Move, error: Exception, outcome: str = "") -> MoveFailed:

@@ -13,6 +13,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -45,6 +46,7 @@ from sortd.store.records import (
     Record,
     Role,
     checked_folder,
+    checked_name,
 )
 
 NO_STAMP = Stamp(0, 0, 0, 0)
@@ -60,8 +62,31 @@ def new_token() -> str:
     return secrets.token_hex(8)
 
 
+def image_file(folders: Folders, move: Move, source: str, name: str) -> MoveFile:
+    """Return the image of a move out of a folder, with its role: only an image of Images/ may stay there."""
+    wanted = checked_name(move.wanted or name)
+    image = MoveFile(Role.IMAGE, checked_name(name), wanted, move.stamp, content=move.content)
+    if move.action == "move" or source.partition("/")[0] != "Images":
+        return image
+    image = replace(image, role=Role(move.action))
+    return replace(image, body=_target(folders, image, source, move.folder)) if image.role is Role.SYMLINK else image
+
+
+def _target(folders: Folders, file: MoveFile, source: str, destination: str) -> bytes:
+    """Return the target of a symbolic link: relative, so that the dataset can be moved, unless a disk is between."""
+    path, existing = f"{source}/{file.name}", folders.open("")
+    for place in (destination.partition("/")[0], destination):
+        with suppress(FileNotFoundError):
+            existing = folders.open(place)
+    if os.fstat(existing).st_dev == os.fstat(folders.open(source)).st_dev:
+        return os.fsencode(os.path.relpath(path, destination))
+    return os.fsencode(f"{folders.root}/{path}")
+
+
 def with_companions(folders: Folders, move: MoveRecord) -> MoveRecord:
-    """Return a move extended by the companions beside its image."""
+    """Return a move extended by the companions beside its image; those of one that stays are treated as it is."""
+    if move.image.role is Role.KEYWORDS:
+        return move
     folder = folders.open(move.source)
     image = move.image.name
     found: dict[str, Stamp] = {}
@@ -69,10 +94,12 @@ def with_companions(folders: Folders, move: MoveRecord) -> MoveRecord:
         status = lstat_at(folder, name)
         if status is not None and stat.S_ISREG(status.st_mode) and not _is_unfinished(folder, name):
             found[name] = stamp_of(status)
-    files = [
-        MoveFile(Role.SHARED if one.shared else Role.COMPANION, one.name, one.name, found[one.name])
-        for one in companions_of(image, found)
-    ]
+    files = []
+    for one in companions_of(image, found, stays=move.stays):
+        role = move.image.role if move.stays else Role.SHARED if one.shared else Role.COMPANION
+        file = MoveFile(role, one.name, one.name, found[one.name])
+        is_link = role is Role.SYMLINK
+        files.append(replace(file, body=_target(folders, file, move.source, move.destination)) if is_link else file)
     return replace(move, files=(*move.files, *files))
 
 
@@ -242,7 +269,7 @@ class LateCompanions:
         if not self._is_active or folder.partition("/")[0] != "Images" or not claims(name) or self.awaits_image(path):
             return None
         record = self._image_of(folder, name)
-        if record is None:
+        if record is None or record.move.stays:
             return None
         place = places_of(self._history, record)[0]
         if not self._is_at(record, place):

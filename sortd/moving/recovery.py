@@ -17,6 +17,7 @@ from sortd.companions import owners_of, split_name
 from sortd.errors import ChangedError
 from sortd.events import Outcome, Stamp
 from sortd.files import stamp_of, sync_folder
+from sortd.moving.actions import plan_reversal, recover_action
 from sortd.moving.copy import (
     Advance,
     make_part,
@@ -55,6 +56,8 @@ def recover(folders: Folders, move: MoveRecord, advance: Advance) -> MoveRecord:
     Raises:
         OSError, JournalError: a disk returned an error; the move stays open.
     """
+    if move.stays and move.image.role is not Role.COPY:
+        return recover_action(folders, move)
     places = _Places(_open_or_absent(folders, move.source), _open_or_absent(folders, move.destination))
     match move.progress:
         case MoveProgress.INTENDED:
@@ -73,7 +76,7 @@ def recover(folders: Folders, move: MoveRecord, advance: Advance) -> MoveRecord:
 def _recover_intended(folders: Folders, places: _Places, move: MoveRecord) -> MoveRecord:
     _restore_tombstones(places, move)
     moved = _moved_files(places, move)
-    leaving = [position for position, file in enumerate(move.files) if file.leaves]
+    leaving = [position for position, file in enumerate(move.files) if file.may_be_last]
     waiting = [one for one in leaving if one not in moved and _is_in_source(places, move, one)]
     if 0 in moved and not waiting:
         return _complete(folders, places, move, moved)
@@ -182,7 +185,7 @@ def _remove_copies(places: _Places, move: MoveRecord) -> MoveRecord:
         part = move.part_name(position)
         if lstat_at(places.destination, part) is None:
             continue
-        if not file.leaves or lstat_at(places.source, file.name) is not None:
+        if not file.may_be_last or lstat_at(places.source, file.name) is not None:
             remove_part(places.destination, part)
         elif file.content and sha256_at(places.destination, part) == file.content:
             names = chain((file.wanted,), names_of_one(move, position))
@@ -235,7 +238,7 @@ def _recover_published(folders: Folders, places: _Places, move: MoveRecord, adva
 
 
 def _all_in_source(places: _Places, move: MoveRecord) -> bool:
-    return all(_is_in_source(places, move, position) for position, file in enumerate(move.files) if file.leaves)
+    return all(_is_in_source(places, move, position) for position, file in enumerate(move.files) if file.may_be_last)
 
 
 def _published(destination: int, move: MoveRecord) -> dict[int, str]:
@@ -369,9 +372,23 @@ def _plan(folders: Folders, record: Record) -> UndoPlan | UndoResult:
         if (stranger := _stranger(folders, record)) is not None:
             said = f"it would seem to belong to another image, {move.source}/{stranger}; left where it is"
             return UndoResult(record, None, f"{path}: {said}")
+        if move.stays:
+            return _planned(record, plan_reversal(folders, record))
         return _plan_in(folders, folders.open(move.destination), record)
     except OSError as error:
         return UndoResult(record, None, f"{path}: {error.strerror}")
+
+
+def _planned(record: Record, planned: tuple[MoveRecord, list[str]] | str) -> UndoPlan | UndoResult:
+    """Return the undo of an image that stayed, from its move and the files that remain, or from why it is refused."""
+    if isinstance(planned, str):
+        return UndoResult(record, None, f"{record.destination_path}: {planned}")
+    move, left = planned
+    return UndoPlan(record, move, _left_message(left))
+
+
+def _left_message(left: Sequence[str]) -> str:
+    return f"left where they are, changed or gone: {', '.join(left)}" if left else ""
 
 
 def _stranger(folders: Folders, record: Record) -> str | None:
@@ -412,7 +429,7 @@ def _plan_in(folders: Folders, folder: int, record: Record) -> UndoPlan | UndoRe
         obsolete=tuple(obsolete),
         joins=record.move_reason.outcome == Outcome.FOLLOWED,  # files that it belongs to may be in the folder
     )
-    return UndoPlan(record, undo, f"left where they are, changed or gone: {', '.join(left)}" if left else "")
+    return UndoPlan(record, undo, _left_message(left))
 
 
 def _content(folders: Folders, folder: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Queries of a journal, by sortd or by another process."""
+"""Queries of a journal, by sortd or by another process, and the checks of a journal that is opened."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from sortd.store.checks import SAME_CONTENT, CheckedImage, FiledImages
 from sortd.store.damage import translated
 from sortd.store.records import (
     EXAMPLE_OF_NO_CLASS,
+    OF_STAYING_IMAGE,
     MoveProgress,
     Record,
     Role,
@@ -57,6 +58,11 @@ _ELSEWHERE = f"""moves.id IN (SELECT moves.id FROM moves WHERE {_STANDING} AND {
 (SELECT 1 FROM members WHERE move = moves.id AND position = 0 AND final = ? AND destination = ?)
 ORDER BY moves.id DESC LIMIT 1"""  # noqa: S608 - our own words only
 _OF_CONTENT = f"moves.id IN (SELECT id FROM moves WHERE {SAME_CONTENT}) ORDER BY moves.id DESC LIMIT 1"  # noqa: S608 - our own words only
+
+_FILED_IN_PLACE = f"""SELECT 1 FROM members JOIN moves ON moves.id = members.move
+WHERE {OF_STAYING_IMAGE} AND inode = ? AND size = ? AND mtime_ns = ? AND {_STANDING}
+AND (role IN ('copy', 'hardlink') OR (source = ? AND name = ?)) LIMIT 1"""  # noqa: S608 - our own words only
+_LINKED_OR_TAGGED = f"SELECT move FROM members WHERE {OF_STAYING_IMAGE} AND role IN ('symlink', 'keywords')"  # noqa: S608 - our own words only
 
 GENERATION_FACT = "generation"  # the last generation used: numbers are never reused, even if the cache is lost
 GUARD_FACT = "guard"  # the state of the guard as JSON, see GuardState
@@ -142,6 +148,18 @@ class History:
         begun = "SELECT 1 FROM moves WHERE ended_at >= ? AND ended_at < ? AND +source = ? AND intended_at <= ? LIMIT 1"
         late = 0.02
         return bool(self._rows(begun, (at - late, at + LONGEST_END_SECONDS, os.fsencode(folder), at + late)))
+
+    def is_filed_in_place(self, stamp: Stamp, folder: str, name: str) -> bool:
+        """Return whether this version was filed and stayed where it was, and that was not undone.
+
+        A symbolic link and keywords belong to one path only; after a copy or a hard link, the image may be renamed.
+        """
+        rows = self._rows(_FILED_IN_PLACE, (*stamp.columns[1:], os.fsencode(folder), os.fsencode(name)))
+        return bool(rows)
+
+    def filed_in_place(self) -> list[Record]:
+        """Return the moves of images that have a class by a symbolic link or by keywords only, oldest first."""
+        return self._records(f"{_STANDING} AND moves.id IN ({_LINKED_OR_TAGGED}) ORDER BY moves.id", ())
 
     def last_put(self, folder: str, name: str) -> Record | None:
         """Return the last move of an image to this folder and name, if not undone."""

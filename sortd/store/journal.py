@@ -30,7 +30,7 @@ from sortd.store.history import (
     check_version,
     opened,
 )
-from sortd.store.records import UNDONE, MoveProgress, MoveReason, MoveRecord, Record, file_rows, plain
+from sortd.store.records import OF_STAYING_IMAGE, UNDONE, MoveProgress, MoveReason, MoveRecord, Record, file_rows, plain
 
 OPENING_SECONDS = 0.5  # for which opening waits for a lock: the daemon opens in its loop, and retries soon
 
@@ -110,6 +110,7 @@ LATER = (
     "CREATE INDEX IF NOT EXISTS members_by_name ON members (name) WHERE position = 0",
     "CREATE INDEX IF NOT EXISTS members_by_final ON members (final) WHERE position = 0",
     "CREATE INDEX IF NOT EXISTS followed_by_reason ON moves (reason) WHERE outcome = 'followed'",
+    f"CREATE INDEX IF NOT EXISTS members_that_stay ON members (inode) WHERE {OF_STAYING_IMAGE}",
 )
 """Tables and indices that the first journals of this version lack."""
 

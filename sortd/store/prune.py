@@ -3,6 +3,7 @@
 A move that ended before a time is removed unless something may still need it:
 
 - an undo or a correction: there is a file where the move put one, or so for the last move of the same content;
+- a scan: the image stayed in Images/ when it was copied, linked or given keywords, and would get them again;
 - figures and references: a person corrected or checked it, or it was undone, or it is an undo;
 - recovery: it has not ended, or its undo has not.
 
@@ -77,7 +78,7 @@ class Pruning:
         return True
 
     def _is_needed(self, record: Record) -> bool:
-        if self._has_files(record):
+        if record.move.stays or self._has_files(record):
             return True
         content = record.move_reason.content
         last = self._journal.history.last_known(content=content) if content else None

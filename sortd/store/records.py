@@ -37,6 +37,19 @@ class Role(StrEnum):
     COMPANION = "companion"  # moves with the image
     SHARED = "shared"  # a companion of another image as well: copied
     REASON = "reason"  # written by sortd beside a rejected image
+    # The files of an image that stays in Images/, and of its companions, have the action as their role:
+    COPY = "copy"
+    HARDLINK = "hardlink"
+    SYMLINK = "symlink"
+    KEYWORDS = "keywords"
+    SIDECAR = "sidecar"  # written with the keywords of an image that stays
+    FORMER = "former"  # the sidecar that was there before
+    REMOVED = "removed"  # a copy or link that an undo removes; its original is in the destination
+
+
+_STAYING = ", ".join(f"'{role.value}'" for role in (Role.COPY, Role.HARDLINK, Role.SYMLINK, Role.KEYWORDS))
+OF_STAYING_IMAGE = f"position = 0 AND role IN ({_STAYING})"
+"""The condition of the rows of ``members`` of images that stayed where they were; their partial index has it."""
 
 
 class MoveProgress(StrEnum):
@@ -56,9 +69,9 @@ class MoveFile:
     role: Role
     name: str  # base name in the source folder; for a reason, the image's
     wanted: str  # base name to use in the destination folder if it is free
-    stamp: Stamp  # the decided version; for a reason, zeros
+    stamp: Stamp  # the decided version; for a reason and a new sidecar, zeros
     content: str = ""  # hexadecimal sha256, if known
-    body: bytes = b""  # the bytes of a reason
+    body: bytes = b""  # the bytes of a reason or a sidecar; the target of a symbolic link
     copy_inode: int = 0  # of the copy, from PUBLISHING on
     final: str = ""  # base name in the destination folder
     moved_stamp: Stamp | None = None
@@ -67,6 +80,11 @@ class MoveFile:
     def leaves(self) -> bool:
         """Whether this file leaves the source folder; other files are made in the destination."""
         return self.role in {Role.IMAGE, Role.COMPANION}
+
+    @property
+    def may_be_last(self) -> bool:
+        """Whether a copy of this file may be the last one, if its source is gone."""
+        return self.leaves or self.role is Role.COPY
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +105,16 @@ class MoveRecord:
     def image(self) -> MoveFile:
         """The image."""
         return self.files[0]
+
+    @property
+    def stays(self) -> bool:
+        """Whether the image stays: a copy or link of it is made or removed, or its sidecar is changed."""
+        return not self.image.leaves
+
+    @property
+    def action(self) -> str:
+        """What was done with the image: a value of ``events.Action``, or ``removed`` by an undo of a copy or link."""
+        return "move" if self.image.leaves else self.image.role.value
 
     def with_file(self, file: MoveFile) -> Self:
         """Return the move with one more file."""

@@ -15,7 +15,7 @@ from sortd.classify.build import build
 from sortd.classify.calibration import Calibration
 from sortd.classify.types import AbstainSettings, DecisionSettings
 from sortd.commands.check import check_all, machine_findings, watching_findings
-from sortd.commands.check_dataset import calibration_findings, move_findings, name_findings
+from sortd.commands.check_dataset import calibration_findings, link_findings, move_findings, name_findings
 from sortd.commands.evaluation import evaluate_datasets
 from sortd.commands.findings import Finding, Severity, Topic, error, exit_code, note, warning
 from sortd.config import Config, read_config
@@ -342,6 +342,13 @@ class TestDisks:
         assert finding.severity is Severity.NOTE
         assert list((site / "Images").iterdir()) == []
 
+    def test_check_hard_links_within_one_file_system_have_no_finding(self, site: Path, tmp_path: Path) -> None:
+        """The trial leaves nothing behind, and other actions need none."""
+        linked = config_of(tmp_path).model_copy(update={"action": "hardlink"})
+        before = sorted(site.rglob("*"))
+        assert list(link_findings(linked, Layout(site))) == []
+        assert sorted(site.rglob("*")) == before
+
     def test_check_mounted_area_is_found_by_a_rename(self, site: Path, tmp_path: Path) -> None:
         """Dataset/ on another file system is found by the rename that fails, not by st_dev."""
         if (
@@ -352,6 +359,10 @@ class TestDisks:
         try:
             (finding,) = move_findings(config_of(tmp_path), Layout(site))
             assert "into Dataset/ is refused" in finding.what
+            linked = config_of(tmp_path).model_copy(update={"action": "hardlink"})
+            (finding,) = link_findings(linked, Layout(site))
+            assert "a hard link from Images/ is impossible there" in finding.what
+            assert finding.severity is Severity.ERROR
         finally:
             subprocess.run(["umount", site / "Dataset"], check=True)
 

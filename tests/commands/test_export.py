@@ -10,11 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sortd.api.dataset import open_dataset
 from sortd.commands.export import export_dataset, exported_images
 from sortd.commands.export_formats import COLUMNS, WRITERS, ExportFormat, ExportOptions, Link
 from sortd.config import read_config
 from sortd.errors import DataError
-from sortd.layout import Layout
+from sortd.events import Action, Move, Moved, Outcome
+from sortd.files import stamp_of
+from sortd.layout import JOURNAL_FILE, Layout
+from sortd.moving.mover import Mover
+from sortd.store.journal import Journal
+from sortd.store.records import Selection
 from tests.command_line import Ran, sortd, write_config
 from tests.daemon_process import DaemonProcess, picture, teach, tree
 
@@ -320,3 +326,37 @@ def test_empty_dataset_is_refused(colours: Path, tmp_path: Path) -> None:
     write_config(tmp_path)
     done = run_export(colours)
     assert (done.code, "Dataset" in done.err) == (65, True)
+
+
+def test_export_has_images_that_stayed_with_links_or_keywords(colours: Path, tmp_path: Path) -> None:
+    """They are exported from Images/ with the class of the journal; one that changed since, or was undone, is not."""
+    actions: dict[str, Action] = {
+        "a": "symlink",
+        "b": "keywords",
+        "changed": "keywords",
+        "c": "copy",
+        "undone": "symlink",
+    }
+    config = read_config(write_config(tmp_path), {"HOME": str(tmp_path)})
+    layout = Layout(colours)
+    layout.make()
+    with Journal(layout.state_folder(config.state_dir) / JOURNAL_FILE) as journal:
+        mover = Mover(layout.root, journal)
+        for seed, (name, action) in enumerate(actions.items()):
+            path = colours / "Images" / f"{name}.png"
+            picture("red", 9100 + seed).save(path)
+            version = stamp_of(os.stat(path))
+            (answer,) = mover.move_all([Move(str(path), version, "Dataset/red", Outcome.ASSIGNED, action=action)])
+            assert isinstance(answer, Moved)
+        mover.undo(journal.history.moves(Selection(limit=1)))
+        picture("blue", 9200).save(colours / "Images/changed.png")
+    found = {image.file_name: (image.path, image.label, image.outcome) for image in exported_images(config, layout)}
+    assert found == {
+        "red/c.png": (str(colours / "Dataset/red/c.png"), "red", "assigned"),
+        "red/a.png": (str(colours / "Images/a.png"), "red", "assigned"),
+        "red/Images/b.png": (str(colours / "Images/b.png"), "red", "assigned"),
+    }
+    with open_dataset(colours, config=tmp_path / "config.yaml") as dataset:
+        shown = {Path(str(one["from"])).stem: one["action"] for one in dataset.history(outcome="assigned")}
+        assert shown == actions
+        assert dataset.history(outcome="undone")[0]["action"] == "removed"

@@ -13,6 +13,7 @@ from sortd.core.sorter import MOST_LOOKS, Sorter, SorterSettings, order_for
 from sortd.core.state import State
 from sortd.events import (
     Abstained,
+    Action,
     Command,
     Decision,
     Embed,
@@ -37,6 +38,7 @@ from sortd.events import (
     ReferencesTouched,
     Refusal,
     Released,
+    ReviewSeen,
     Scan,
     ScanFinished,
     ScanStarted,
@@ -101,6 +103,80 @@ def test_sorter_image_is_embedded_decided_and_moved() -> None:
     assert not sorter.is_drained
     assert sorter.receive(Moved("a.png", mark, "Dataset/torx/a.png", Outcome.FILED, mark), 112) == []
     assert sorter.is_drained
+
+
+def doubt(sorter: Sorter) -> None:
+    """Let every decision be an abstention."""
+    verdict = Abstained("margin", "cross", 0.5, 0.0, "torx", Mode.MAX)
+    sorter._decide = lambda _classifier, rows, _turned_away: [verdict] * len(rows)
+
+
+@pytest.mark.parametrize("action", ["copy", "hardlink", "symlink", "keywords"])
+def test_sorter_action_is_in_the_move_of_an_image_of_the_inbox_only(action: Action) -> None:
+    """What sortd put into Review/ is moved on, whatever the action is."""
+    sorter, mark = ready_sorter(action=action), stamp()
+    settle(sorter, "Images/a.png", mark, 100)
+    (move,) = sorter.receive(embedded("Images/a.png", mark), 111)
+    assert isinstance(move, Move)
+    assert move.action == action
+    sorter.receive(ReviewSeen("Review/torx/b.png", mark, generation=0), 200)
+    (move,) = sorter.receive(embedded("Review/torx/b.png", mark), 201)
+    assert isinstance(move, Move)
+    assert move.action == "move"
+
+
+@pytest.mark.parametrize("action", ["symlink", "keywords"])
+def test_sorter_abstained_image_stays_and_is_decided_again(action: Action) -> None:
+    """It is told once, counts as at rest, is forgotten by no scan, and moves when other prototypes are sure."""
+    sorter, mark = ready_sorter(action=action), stamp()
+    decide = sorter._decide
+    doubt(sorter)
+    settle(sorter, "Images/a.png", mark, 100)
+    left = [Leave("Images/a.png", Refusal.ABSTAINED, "margin, best guess: cross")]
+    assert sorter.receive(embedded("Images/a.png", mark), 111) == left
+    assert (sorter.images.counts[State.REVIEWED], sorter.is_drained) == (1, True)
+    sorter.receive(ScanStarted(), 112)
+    sorter.receive(ImageSeen("Images/a.png", mark), 112)
+    assert sorter.receive(ScanFinished(), 112) == []
+    for job in (2, 3):
+        if job == 3:
+            sorter._decide = decide
+        sorter.receive(ReferencesTouched(), 100 * job)
+        sorter.receive(Tick(), 100 * job + 10)
+        answer = sorter.receive(PrototypesBuilt(prototypes(generation=job), job=job), 100 * job + 11)
+        assert answer == [Embed((("Images/a.png", mark),))]
+        answer = sorter.receive(embedded("Images/a.png", mark), 100 * job + 12)
+        assert [type(one) for one in answer] == ([] if job == 2 else [Move])
+
+
+def test_sorter_abstained_images_that_stay_are_no_part_of_a_later_trial() -> None:
+    """Those that abstain again say nothing against new references."""
+    sorter = ready_sorter(action="keywords", guard_images=2)
+    marks = [stamp(inode=inode) for inode in (1, 2, 3)]
+    doubt(sorter)
+    for at, mark in enumerate(marks):
+        settle(sorter, f"Images/{at}.png", mark, 100 + 20 * at)
+        sorter.receive(embedded(f"Images/{at}.png", mark), 111 + 20 * at)
+    sorter.receive(ReferencesTouched(), 200)
+    sorter.receive(Tick(), 210)
+    sorter.receive(PrototypesBuilt(prototypes(generation=2), job=2), 211)
+    for at, mark in enumerate(marks):
+        sorter.receive(embedded(f"Images/{at}.png", mark), 212)
+    assert sorter.images.counts[State.REVIEWED] == 3
+    assert sorter.guard.reason is None
+
+
+def test_sorter_abstained_images_that_stay_beyond_the_limit_are_noted() -> None:
+    """They are not decided again at each scan."""
+    sorter = ready_sorter(action="keywords", backlog_limit=1)
+    doubt(sorter)
+    for at in (1, 2):
+        settle(sorter, f"Images/{at}.png", stamp(inode=at), 100 * at)
+        (left,) = sorter.receive(embedded(f"Images/{at}.png", stamp(inode=at)), 100 * at + 11)
+        assert isinstance(left, Leave)
+    assert len(sorter.images) == 1
+    sorter.receive(ImageSeen("Images/2.png", stamp(inode=2)), 300)
+    assert len(sorter.images) == 1
 
 
 def test_sorter_growing_file_settles_again() -> None:

@@ -4,7 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sortd.core.state import LEASELESS_QUIET_SECONDS, RESTING, SETBACK_SECONDS, STALE_TICKETS, Images, Refusals, State
+from sortd.core.refusals import Refusals
+from sortd.core.state import LEASELESS_QUIET_SECONDS, RESTING, SETBACK_SECONDS, STALE_TICKETS, Images, State
 from sortd.events import ImageSeen, Refusal, Stamp, Writer
 
 SETTLE = 2.0

@@ -16,7 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MUTATING = frozenset(
-    {"openat", "write", "pwrite64", "fsync", "fdatasync", "renameat2", "rename", "renameat", "link", "linkat"}
+    {
+        "openat",
+        "write",
+        "pwrite64",
+        "fsync",
+        "fdatasync",
+        "renameat2",
+        "rename",
+        "renameat",
+        "link",
+        "linkat",
+        "symlinkat",
+    }
     | {"unlink", "unlinkat", "mkdir", "mkdirat", "fchmod", "fchown", "utimensat", "fsetxattr", "ftruncate"}
 )
 READING = frozenset(

@@ -20,6 +20,7 @@ FILING = "tests/moving/test_mover.py"
 RECOVERY = "tests/moving/test_recovery.py"
 STATES = "tests/core/test_sorter_states.py"
 DATASET = "tests/daemon/test_dataset.py"
+ACTIONS = "tests/moving/test_actions.py"
 PATROL = "tests/daemon/test_corrections.py"
 TESTS = {
     "files": ("tests/test_files.py", "tests/moving/test_fs.py", STEPS),
@@ -30,7 +31,11 @@ TESTS = {
     "moving/plan": (PATROL, FILING),
     "moving/copy": ("tests/moving/test_copy.py", STEPS, "tests/moving/test_fs.py", RECOVERY, FILING),
     "moving/copy_queue": ("tests/moving/test_copy_queue.py", "tests/daemon/test_move_queue.py", FILING),
-    "moving/recovery": (STEPS, RECOVERY, PATROL, FILING),
+    "moving/links": (STEPS, ACTIONS),
+    "moving/removal": (STEPS, ACTIONS),
+    "moving/keywords": (STEPS, ACTIONS),
+    "xmp": ("tests/test_xmp.py", ACTIONS),
+    "moving/recovery": (STEPS, ACTIONS, RECOVERY, PATROL, FILING),
     "moving/mover": (STEPS, FILING),
     "daemon/dataset": ("tests/daemon/test_move_queue.py", DATASET),
     "daemon/datasets": ("tests/daemon/test_datasets.py", DATASET),
@@ -92,7 +97,7 @@ SYNCS = (
 )
 
 REFUSALS = (
-    Mutant("moving/fs", "os.fsencode(destination), _RENAME_NOREPLACE", "os.fsencode(destination), 0"),
+    Mutant("moving/fs", "destination_folder, destination, _RENAME_NOREPLACE)", "destination_folder, destination, 0)"),
     Mutant("moving/copy", "os.O_WRONLY | os.O_CREAT | os.O_EXCL |", "os.O_WRONLY | os.O_CREAT |"),
     Mutant("moving/copy", "os.open(final, _PART_FLAGS", "os.open(final, _PART_FLAGS & ~os.O_EXCL"),
     Mutant("moving/fs", "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW |", "os.O_RDONLY | os.O_DIRECTORY |"),
@@ -154,8 +159,8 @@ IDENTITIES = (
         "if not is_version(visible, file.stamp) or not is_copy_intact(destination, file, file.final):",
         "if False:",
     ),
-    Mutant("moving/copy", "        is_version(status, file.stamp)\n        and not _has", "        not _has"),
-    Mutant("moving/copy", "        and not _has_writer(source, tombstone)\n", ""),
+    Mutant("moving/copy", "        is_version(status, file.stamp)\n        and not has", "        not has"),
+    Mutant("moving/copy", "        and not has_writer(source, tombstone)\n", ""),
     Mutant("moving/copy", "        and is_copy_intact(destination, file, file.final)\n", ""),
     Mutant("moving/copy", "if there is None or (there.st_ino, there.st_size) != (ours.st_ino, 0):", "if False:"),
     Mutant("moving/copy", "return status.st_ino == file.copy_inode or", "return True or"),
@@ -165,7 +170,7 @@ IDENTITIES = (
         "if status is not None and is_version(status, file.stamp):\n            moved",
         "if status is not None:\n            moved",
     ),
-    Mutant("moving/recovery", "if not file.leaves or lstat_at(places.source, file.name) is not None:", "if True:"),
+    Mutant("moving/recovery", "if not file.may_be_last or lstat_at(places.source, file.name) is not None:", "if True:"),
     Mutant(
         "moving/recovery",
         "elif file.content and sha256_at(places.destination, part) == file.content:",
@@ -305,7 +310,45 @@ HOLDS = (
 )
 """What keeps a hold, a move under way and a rebuild from being ended by anything but what ends them."""
 
-ALL = SYNCS + REFUSALS + RIGHTS + IDENTITIES + APART + HOLDS
+STAYING = (
+    Mutant("moving/links", "    advance(replace(sealed, files=files))\n", ""),
+    Mutant(
+        "moving/links",
+        "    sync_folder(destination)\n    files = tuple(with_final(destination, file, file",
+        "    files = tuple(with_final(destination, file, file",
+    ),
+    Mutant("moving/links", "    if not is_version(status, stamp):", "    if False:"),
+    Mutant("moving/links", "        if _is_last_name(destination, name):", "        if False:"),
+    Mutant("moving/links", "not is_link_to(destination, file.final, file):", "False:"),
+    Mutant("moving/removal", "    sync_folder(copies)\n", ""),
+    Mutant(
+        "moving/removal", "    if not _why_kept(copies, tombstone, originals, file, is_hidden=True):", "    if True:"
+    ),
+    Mutant("moving/removal", "(is_hidden and has_writer(copies, name))", "False"),
+    Mutant("moving/removal", "if not is_version(copy, file.stamp) or", "if"),
+    Mutant("moving/removal", "sha256_at(originals, file.wanted) != file.content:", "False:"),
+    Mutant("moving/removal", 'return "" if sha256_at(copies, name) == file.content else _CHANGED', 'return ""'),
+    Mutant("moving/removal", 'return "" if is_link else _CHANGED', 'return ""'),
+    Mutant("moving/keywords", "    _check_image(folder, move)\n", ""),
+    Mutant("moving/keywords", "    advance(changed)  # K3\n", ""),
+    Mutant("moving/keywords", "    if not _is_former(folder, part, move):", "    if False:"),
+    Mutant("moving/keywords", " and not has_writer(folder, name)\n", "\n"),
+    Mutant(
+        "moving/keywords", "        exchange_names(folder, part, sidecar.name)  # another", "        pass  # another"
+    ),
+    Mutant("moving/keywords", "    sync_folder(folder)\n    os.unlink(part", "    os.unlink(part"),
+    Mutant("xmp", "        parser.StartDoctypeDeclHandler = self._doctype\n", ""),
+    Mutant("xmp", "    if len(content) > MOST_SIDECAR_BYTES:", "    if False:"),
+    Mutant("xmp", "if keyword not in before[one.key] and", "if"),
+    Mutant(
+        "moving/recovery",
+        "for position, file in enumerate(move.files) if file.may_be_last)",
+        "for position, file in enumerate(move.files) if file.leaves)",
+    ),
+)
+"""What keeps originals intact, and copies, links and sidecars that may be the last of their content."""
+
+ALL = STAYING + SYNCS + REFUSALS + RIGHTS + IDENTITIES + APART + HOLDS
 
 
 def copy_with(mutant: Mutant, place: Path) -> None:

@@ -59,8 +59,9 @@ def _step(line: str, root: Path) -> str:  # noqa: PLR0911 - one answer for each 
         case "mkdir" | "mkdirat" if paths and not paths[0].startswith("/"):
             return f"folder {paths[0]}{failed}"
         case "rename" | "renameat" | "renameat2":
-            careless = "" if "RENAME_NOREPLACE" in arguments else " CARELESSLY"
-            return f"rename {paths[0]} -> {paths[1]}{careless}{failed}"
+            how = {"NOREPLACE": "", "EXCHANGE": " EXCHANGED"}
+            flag = re.search("RENAME_([A-Z]+)", arguments)
+            return f"rename {paths[0]} -> {paths[1]}{how[flag[1]] if flag else ' CARELESSLY'}{failed}"
         case "link" | "linkat":
             return f"link {paths[0]} -> {paths[1]}{failed}"
         case _:

@@ -16,9 +16,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sortd.events import Action
+from tests.faults.actions import (
+    PLOTS,
+    ActionWorld,
+    broken_action_after_recovery,
+    broken_action_before_recovery,
+    build_action,
+)
 from tests.faults.injection import CALLS, MUTATING, Fault, can_trace, run_child
 from tests.faults.namespace import enter
 from tests.faults.world import MOVES, World, broken_after_recovery, broken_before_recovery, build
+
+AnyWorld = World | ActionWorld
 
 ERRORS = ("EIO", "ENOSPC", "EACCES")
 SEED = 20_241
@@ -64,6 +74,13 @@ def grounds(disk: Path, memory: Path, *, can_mount: bool) -> list[Ground]:
     return same + (crossing if can_mount else [])
 
 
+def is_possible(ground: Ground, action: Action) -> bool:
+    """Return whether an action can be tried on a ground: a hard link cannot cross, keywords and links are no copies."""
+    return action == "move" or not (
+        ground.copies or (ground.destination is not None and action in {"hardlink", "keywords"})
+    )
+
+
 def prepare(ground: Ground) -> None:
     """Mount the destination over the folders that sortd moves files to, in this mount namespace."""
     for name in ("Images", "Dataset", "Review", "Rejected"):
@@ -73,7 +90,7 @@ def prepare(ground: Ground) -> None:
             subprocess.run(["mount", "--bind", ground.destination / name, ground.source / name], check=True)
 
 
-def faults_of(world: World, names: frozenset[str], thin: int) -> Iterator[Fault]:
+def faults_of(world: AnyWorld, names: frozenset[str], thin: int) -> Iterator[Fault]:
     """Yield every fault for every call that the plot makes, or each ``thin``-th of them."""
     counts = _least_counts(world)
     number = 0
@@ -88,27 +105,33 @@ def faults_of(world: World, names: frozenset[str], thin: int) -> Iterator[Fault]
                         yield Fault(name, count, error, lasting=True)
 
 
-def _least_counts(world: World) -> Counter[str]:
+def _least_counts(world: AnyWorld) -> Counter[str]:
     first, second = (run_child(_again(world).act).calls() for _ in range(2))
     return first & second
 
 
-def _again(world: World) -> World:
+def _again(world: AnyWorld) -> AnyWorld:
+    if isinstance(world, ActionWorld):
+        return build_action(world.root, world.state, world.plot, world.action)
     return build(world.root, world.state, world.plot, copies=world.copies)
 
 
-def sweep_single(world: World, tally: Tally, thin: int) -> None:
+def _broken_before(world: AnyWorld) -> list[str]:
+    return broken_action_before_recovery(world) if isinstance(world, ActionWorld) else broken_before_recovery(world)
+
+
+def sweep_single(world: AnyWorld, tally: Tally, thin: int) -> None:
     """Let each fault strike once, look, start again, look."""
     for fault in faults_of(world, CALLS, thin):
         world = _again(world)
         run = run_child(world.act, (fault,))
         label = f"{world.plot}: {fault}"
-        broken = [*broken_before_recovery(world), *_recovered(world)]
+        broken = [*_broken_before(world), *_recovered(world)]
         struck = run.was_killed if not fault.error else run.has_struck
         tally.count("killed" if not fault.error else "error", label, broken, struck=struck)
 
 
-def sweep_double(world: World, tally: Tally, most: int) -> None:
+def sweep_double(world: AnyWorld, tally: Tally, most: int) -> None:
     """Kill a move, then let a fault strike its recovery, then recover."""
     chosen = random.Random(SEED)  # noqa: S311 - which faults are tried is no secret
     firsts = [fault for fault in faults_of(world, MUTATING, 1) if not fault.error]
@@ -121,11 +144,11 @@ def sweep_double(world: World, tally: Tally, most: int) -> None:
         again = _again(world)
         run_child(again.act, (first,))
         run = run_child(again.recover, (second,))
-        broken = [*broken_before_recovery(again), *_recovered(again)]
+        broken = [*_broken_before(again), *_recovered(again)]
         tally.count("double", f"{again.plot}: {first} then {second}", broken, struck=run.has_struck)
 
 
-def _second_faults(world: World, first: Fault) -> list[Fault]:
+def _second_faults(world: AnyWorld, first: Fault) -> list[Fault]:
     """Return the faults that can strike the recovery after that first one."""
     struck = _again(world)
     run_child(struck.act, (first,))
@@ -138,16 +161,21 @@ def _second_faults(world: World, first: Fault) -> list[Fault]:
     ]
 
 
-def _recovered(world: World) -> list[str]:
+def _recovered(world: AnyWorld) -> list[str]:
     run = run_child(world.recover, traced=False)
-    return ["recovery failed", *broken_after_recovery(world)] if run.status else broken_after_recovery(world)
+    broken = broken_action_after_recovery(world) if isinstance(world, ActionWorld) else broken_after_recovery(world)
+    return ["recovery failed", *broken] if run.status else broken
 
 
-def sweep(ground: Ground, state: Path, tally: Tally, *, thin: int, most_doubles: int) -> None:
-    """Sweep all plots on one ground."""
+def sweep(ground: Ground, state: Path, tally: Tally, *, action: Action, thin: int, most_doubles: int) -> None:
+    """Sweep all plots of an action on one ground."""
     prepare(ground)
-    for plot in MOVES:
-        world = build(ground.source, state, plot, copies=ground.copies)
+    for plot in MOVES if action == "move" else PLOTS[action]:
+        world: AnyWorld
+        if action == "move":
+            world = build(ground.source, state, plot, copies=ground.copies)
+        else:
+            world = build_action(ground.source, state, plot, action)
         sweep_single(world, tally, thin)
         sweep_double(world, tally, most_doubles)
 
@@ -159,6 +187,7 @@ def main() -> int:
     parser.add_argument("--doubles", type=int, default=100, help="pairs of faults for each plot and ground")
     parser.add_argument("--disk", type=Path, default=None, help="a folder on a disk")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="a folder on tmpfs")  # noqa: S108
+    parser.add_argument("--action", default="move", choices=["move", *PLOTS], help="the action of the dataset")
     parser.add_argument("--grounds", default="", help="only these, by name, comma between")
     arguments = parser.parse_args()
     if reason := can_trace():
@@ -172,9 +201,11 @@ def main() -> int:
     ):
         chosen = [one for one in arguments.grounds.split(",") if one]
         for ground in grounds(Path(disk), Path(memory), can_mount=can_mount):
-            if not chosen or ground.name in chosen:
+            if (not chosen or ground.name in chosen) and is_possible(ground, arguments.action):
                 state = (Path(memory) if ground.name == "memory" else Path(disk)) / "state"
-                sweep(ground, state, tally, thin=arguments.thin, most_doubles=arguments.doubles)
+                sweep(
+                    ground, state, tally, action=arguments.action, thin=arguments.thin, most_doubles=arguments.doubles
+                )
         if can_mount:
             for ground in grounds(Path(disk), Path(memory), can_mount=True):
                 for name in ("Dataset", "Review", "Rejected"):

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from sortd.events import Action
 from sortd.store.journal import Journal
+from tests.faults.actions import build_action
 from tests.faults.injection import Fault, can_trace, run_child
 from tests.faults.steps import steps_of
 from tests.faults.world import World, build
@@ -130,6 +132,73 @@ def test_journal_new_file_and_its_folder_are_durable(tmp_path: Path) -> None:
     below.mkdir()
     steps = steps_of(lambda: Journal(below / "state" / "journal.db"), tmp_path)
     assert steps[-2:] == ["sync below/state", "sync below"]
+
+
+ACTIONS: dict[tuple[Action, str], list[str]] = {
+    # The copy is durable before it gets its name, and the name before the outcome.
+    ("copy", "filed"): [
+        "sync Images/a.jpg",
+        "sync Images/a.MOV",
+        "journal",
+        "make Dataset/cat/.sortd-T.0.part",
+        "write Dataset/cat/.sortd-T.0.part",
+        "sync Dataset/cat/.sortd-T.0.part",
+        "make Dataset/cat/.sortd-T.1.part",
+        "write Dataset/cat/.sortd-T.1.part",
+        "sync Dataset/cat/.sortd-T.1.part",
+        "journal",
+        "rename Dataset/cat/.sortd-T.0.part -> Dataset/cat/a (2).jpg",
+        "rename Dataset/cat/.sortd-T.1.part -> Dataset/cat/a (2).MOV",
+        "sync Dataset/cat",
+        "journal",
+        "sync Images",
+        "journal",
+    ],
+    # The names to try are in the journal before each attempt.
+    ("hardlink", "filed"): [
+        "sync Images/a.jpg",
+        "sync Images/a.MOV",
+        "journal",
+        "link Images/a.jpg -> Dataset/cat/.sortd-T.0.part",
+        "link Images/a.MOV -> Dataset/cat/.sortd-T.1.part",
+        "journal",
+        "rename Dataset/cat/.sortd-T.0.part -> Dataset/cat/a (2).jpg",
+        "rename Dataset/cat/.sortd-T.1.part -> Dataset/cat/a (2).MOV",
+        "sync Dataset/cat",
+        "journal",
+    ],
+    ("copy", "undone"): [
+        "journal",
+        "rename Dataset/cat/a (2).jpg -> Dataset/cat/.sortd-T.0.del",
+        "remove Dataset/cat/.sortd-T.0.del",
+        "rename Dataset/cat/a (2).MOV -> Dataset/cat/.sortd-T.1.del",
+        "remove Dataset/cat/.sortd-T.1.del",
+        "sync Dataset/cat",
+        "journal",
+    ],
+    # The former bytes are in the journal before the exchange, and the names are durable before the former file goes.
+    ("keywords", "existing"): [
+        "sync Images/a.jpg",
+        "journal",
+        "make Images/.sortd-T.1.part",
+        "write Images/.sortd-T.1.part",
+        "sync Images/.sortd-T.1.part",
+        "journal",
+        "rename Images/.sortd-T.1.part -> Images/a.jpg.xmp EXCHANGED",
+        "sync Images",
+        "remove Images/.sortd-T.1.part",
+        "sync Images",
+        "journal",
+    ],
+}
+
+
+@pytest.mark.parametrize(("action", "plot"), ACTIONS, ids=str)
+def test_action_takes_its_steps(tmp_path: Path, action: Action, plot: str) -> None:
+    """Of images that stay: every sync and every entry in the journal is in its place."""
+    world = build_action(tmp_path / "set", tmp_path / "state", plot, action)
+    world.journal().close()
+    assert steps_of(world.act, world.root) == ACTIONS[action, plot]
 
 
 RECOVERIES = {

@@ -37,6 +37,17 @@ def test_sweep_fault_at_any_system_call_loses_nothing(tmp_path: Path) -> None:
     assert found["double"] > 0
 
 
+@pytest.mark.parametrize(
+    ("action", "thin"), [("copy", "467"), ("hardlink", "367"), ("symlink", "367"), ("keywords", "997")]
+)
+def test_sweep_fault_at_any_system_call_leaves_originals_intact(tmp_path: Path, action: str, thin: str) -> None:
+    """Some faults of each kind for each action whose images stay; every one of them struck."""
+    arguments = ("--thin", thin, "--doubles", "1", "--grounds", "memory", "--disk", str(tmp_path))
+    found = found_by("sweep", "--action", action, *arguments)
+    assert (found["violations"], found["silent"]) == (0, 0), found
+    assert found["runs"] > 3
+
+
 def test_mutants_each_text_occurs_once() -> None:
     """The text that a mutant replaces stands exactly once in its module: code that moves on takes its mutants along."""
     misplaced = [
@@ -53,6 +64,16 @@ def test_soak_two_thousand_faults_lose_nothing(tmp_path: Path) -> None:
     found = found_by("sweep", "--thin", "9", "--doubles", "25", "--disk", str(tmp_path))
     assert (found["violations"], found["silent"]) == (0, 0), found
     assert found["runs"] >= 2000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("action", "thin"), [("copy", "9"), ("hardlink", "7"), ("symlink", "7"), ("keywords", "19")])
+def test_soak_five_hundred_faults_leave_originals_intact(tmp_path: Path, action: str, thin: str) -> None:
+    """On a disk and on tmpfs, single and double faults, for each action whose images stay."""
+    arguments = ("--thin", thin, "--doubles", "10", "--grounds", "memory,disk", "--disk", str(tmp_path))
+    found = found_by("sweep", "--action", action, *arguments)
+    assert (found["violations"], found["silent"]) == (0, 0), found
+    assert found["runs"] >= 500
 
 
 @pytest.mark.long

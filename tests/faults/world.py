@@ -116,16 +116,13 @@ FOLDERS = ("Images", "Dataset", "Review", "Rejected")
 
 def build(root: Path, state: Path, plot: str, *, copies: bool = False) -> World:
     """Clear the ground and put the plot's files on it."""
-    for folder in (*(root / name for name in FOLDERS), state):
-        folder.mkdir(parents=True, exist_ok=True)
-        for entry in list(os.scandir(folder)):
-            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
-    arrived = {f"Images/{name}": _put(root / "Images" / name, name) for name in ARRIVE[plot]}
+    cleared(root, state)
+    arrived = {f"Images/{name}": put_file(root / "Images" / name, name) for name in ARRIVE[plot]}
     shared = {path for path in arrived if plot == "rejected" and path.endswith(".xmp")}
     standing: dict[str, tuple[str, int]] = {}
     for path in STAND[plot]:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        standing[path] = (_put(root / path, f"standing {path}"), os.stat(root / path).st_ino)
+        standing[path] = (put_file(root / path, f"standing {path}"), os.stat(root / path).st_ino)
     for path in shared:
         standing[path] = (arrived.pop(path), os.stat(root / path).st_ino)
     world = World(root, state, plot, copies, arrived, standing)
@@ -136,7 +133,16 @@ def build(root: Path, state: Path, plot: str, *, copies: bool = False) -> World:
     return world
 
 
-def _put(path: Path, seed: str) -> str:
+def cleared(root: Path, state: Path) -> None:
+    """Make the folders, and remove what is in them."""
+    for folder in (*(root / name for name in FOLDERS), state):
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in list(os.scandir(folder)):
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+
+
+def put_file(path: Path, seed: str) -> str:
+    """Write bytes that no other seed gives, and return their hash."""
     data = bytearray((hashlib.sha256(seed.encode()).digest() * (IMAGE_BYTES // 32 + 1))[:IMAGE_BYTES])
     with path.open("xb") as file:
         file.write(data)

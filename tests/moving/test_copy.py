@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sortd.moving.copy import Copy, _safe_mode, copy_to_part, write_part
+from sortd.moving.copy import Copy, copy_to_part, safe_mode, write_part
 from sortd.moving.fs import FILE_FLAGS, FOLDER_FLAGS
 
 NOBODY = 65_534
@@ -155,8 +155,8 @@ def test_copy_keeps_an_access_list_only_with_its_owner(source: Path, folder: int
 
 def test_copy_without_its_access_list_gives_its_mask_to_nobody() -> None:
     """Where the new disk has no access lists, owner and group are kept and the bits of the group were the mask's."""
-    assert _safe_mode(0o660, [ACCESS_LIST]) == 0o600
-    assert _safe_mode(0o660, ["user.note"]) == 0o660
+    assert safe_mode(0o660, [ACCESS_LIST]) == 0o600
+    assert safe_mode(0o660, ["user.note"]) == 0o660
 
 
 def test_part_is_never_written_through_a_link(folder: int, tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ class TestPublished:
             raise AssertionError(names)
 
         dataset.put(whose, "changed by now")
-        monkeypatch.setattr("sortd.moving.copy._hide", taken)
+        monkeypatch.setattr("sortd.moving.copy.hide", taken)
         assert crash.recover().progress is MoveProgress.DONE
         assert len(dataset.tree()) == 2
 
@@ -404,7 +404,7 @@ class TestPublished:
         crash.named("a.jpg", "a.xmp")
         if is_gone:
             (dataset.root / "Images/a.jpg").unlink()
-        monkeypatch.setattr("sortd.moving.copy._hide", refuse)
+        monkeypatch.setattr("sortd.moving.copy.hide", refuse)
         ended = crash.recover()
         if is_gone:
             assert ended.progress is MoveProgress.PUBLISHED
