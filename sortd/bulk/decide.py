@@ -1,7 +1,8 @@
 """Decisions on the images of one part of a manifest: read, decode, encode, decide; the same in every engine.
 
-A row does not depend on which process decides it, nor on whether its neighbours could be read: batches are those of
-the manifest, and have always the same number of rows, with blank images in the place of those that are unreadable.
+A row does not depend on which process decides it: batches are those of the manifest, and have always the same number
+of rows, with blank images in the place of those that are unreadable. So embedding and probability do not depend on
+whether the neighbours of an image could be read, either; the familiarity does in its last digits.
 """
 
 import errno

@@ -23,7 +23,7 @@ from sortd import errors
 from sortd.bulk.decide import STAGES, DecideSettings, Load, PartDecider, Result, require_equal_settings
 from sortd.bulk.plan import DECISIONS, MANIFEST, Tell, parts_of, read_run
 from sortd.commands.console import counted, print_table, say
-from sortd.errors import DataError, SortdError
+from sortd.errors import DataError, SortdError, StartupError
 
 BLOCKS = 4096
 """Tasks of Ray, at most: it keeps some kilobytes for each."""
@@ -124,6 +124,7 @@ def _started_ray(options: RayOptions, *, processors: int) -> Iterator[Any]:
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
     if options.address is None:  # its ports run what they are sent, so only this process may use them
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        environment["RAY_worker_niceness"] = "0"  # as a shard; by default 15
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     import ray
@@ -137,7 +138,7 @@ def _started_ray(options: RayOptions, *, processors: int) -> Iterator[Any]:
             if own is None:
                 ray.init(options.address, **quiet)
             else:
-                ray.init("local", _temp_dir=own, **here, **quiet)
+                _start_here(ray, {"_temp_dir": own, **here, **quiet})
             logging.getLogger("ray.data").setLevel(logging.ERROR)
             ray.data.DataContext.get_current().enable_progress_bars = False
             yield ray
@@ -147,6 +148,25 @@ def _started_ray(options: RayOptions, *, processors: int) -> Iterator[Any]:
             ray.shutdown()
             if own is not None:
                 shutil.rmtree(own, ignore_errors=True)
+
+
+def _start_here(ray: Any, options: Mapping[str, object]) -> None:  # noqa: ANN401 -- a module without types
+    """Start Ray on this machine; a few times, since it waits only 30 s for its processes.
+
+    Raises:
+        StartupError: it does not start.
+    """
+    for tries_left in (2, 1, 0):
+        try:
+            ray.init("local", **options)
+        except Exception as error:  # Ray raises nothing narrower
+            ray.shutdown()
+            if "timed out during startup" not in str(error):
+                raise
+            if not tries_left:
+                raise StartupError(f"Ray does not start; use --shard, or a machine with less load: {error}") from error
+        else:
+            return
 
 
 def _parts(run: Path, settings: DecideSettings, shard: tuple[int, int] = (1, 1)) -> tuple[list[int], int]:
