@@ -1,11 +1,10 @@
 """sortd but for its model: the real command, loop, worker, decoders and moves, with the fake encoder of the tests."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from sortd import exits
-from sortd.commands.console import load_config
+from sortd.cli import read_quietly
 from sortd.commands.encode import serve_encoder
 from sortd.commands.run import file_once, run_daemon, show_dry_run
 from sortd.config import Config
@@ -30,7 +29,7 @@ def main() -> None:
     parser.add_argument("--group")
     parser.add_argument("--metrics", type=Path)
     arguments = parser.parse_args()
-    configured = partial(load_config, arguments.config)
+    configured = read_quietly(arguments.config)
     with exits.exit_on_error():
         if arguments.command == "encode":
             encoder = FakeEncoder(encoder_id=arguments.encoder_id)

@@ -246,7 +246,7 @@ def test_init_of_a_dataset_that_sortd_would_ignore_is_refused(tmp_path: Path, pl
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("arguments", ["status", "history", "models list", "check", "once", "once --dry-run"])
+@pytest.mark.parametrize("arguments", ["status", "history", "models list", "check"])
 def test_commands_report_a_dataset_inside_another(tmp_path: Path, arguments: str) -> None:
     """It is ignored, so each command says so, with the sentence of `sortd init`."""
     inner = make_dataset(tmp_path / "Data") / "Inner"

@@ -79,7 +79,7 @@ def test_the_spanish_readme_says_no_less() -> None:
 
 def texts() -> Iterator[Path]:
     """Yield every file of the repository that people read or that prints to them."""
-    for name in ("sortd", "docs", "systemd", "tests", "benchmarks", "training", "Data", ".ci"):
+    for name in ("sortd", "docs", "systemd", "tests", "benchmarks", "training", "Data", ".ci", "packaging"):
         found = (path for path in sorted((REPOSITORY / name).rglob("*")) if "__pycache__" not in path.parts)
         yield from (path for path in found if path.suffix in {".py", ".md", ".j2", ".html", ".service", ".yaml", ""})
     yield from sorted(path for path in REPOSITORY.iterdir() if path.suffix in {".md", ".toml", ".txt", ".yaml"})

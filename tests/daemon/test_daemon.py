@@ -401,6 +401,17 @@ def test_once_times_beyond_64_bits_of_nanoseconds_are_files_like_others(colours:
     assert sortd("status", "-c", config, "--json").facts["datasets"]["Colours"]["total"] == {"filed": 1}
 
 
+def test_once_with_a_dataset_inside_another_logs_it(colours: Path, write_config: Write) -> None:
+    """The inner one is ignored, the outer one is served; each line of the log is JSON."""
+    (colours / "Inner" / "Clases").mkdir(parents=True)
+    with DaemonProcess(write_config(), "once") as daemon:
+        assert daemon.wait() == 0
+    (line,) = daemon.events("dataset.nested")
+    assert (line["path"], line["error"]) == (str(colours / "Inner"), f"lies inside the dataset {colours}")
+    assert line["advice"].startswith(f"set `root` to {colours.parent}")
+    assert daemon.noise == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_once_that_is_stopped_says_that_something_is_left(
     colours: Path, write_config: Write, number: signal.Signals
