@@ -185,10 +185,10 @@ def test_review_pile_is_told_and_counted(place: Place, daemon: DaemonProcess) ->
     daemon.wait_for("image.sent_to_review", count=5)
     daemon.wait_until(lambda: ("review_pile", "Colours") in place.events(), "the hook")
     daemon.wait_until(lambda: place.metrics()["sortd_review_images", "Colours"] == 5, "the gauge")
-    assert place.metrics()["sortd_backlog", "Colours"] == 0
+    daemon.wait_until(lambda: place.metrics()["sortd_backlog", "Colours"] == 0, "no image to wait")
     assert place.metrics()["sortd_precision_wanted_ratio", "Colours"] == 0.9
     assert place.metrics()["sortd_prototypes_built_timestamp_seconds", "Colours"] > 0
-    assert place.metrics()["sortd_notifications_total", "sent"] == len(place.events())
+    daemon.wait_until(lambda: place.metrics()["sortd_notifications_total", "sent"] == len(place.events()), "the count")
 
 
 def test_metrics_of_a_daemon_pass_promtool(place: Place, daemon: DaemonProcess) -> None:
