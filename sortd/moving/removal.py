@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from sortd.files import stamp_of, sync_folder
 from sortd.moving.copy import has_writer, hide, restore_name, sha256_at
-from sortd.moving.fs import Folders, is_version, lstat_at
+from sortd.moving.fs import Folders, lstat_at
 from sortd.moving.plan import NO_STAMP, new_token
 from sortd.store.records import MoveFile, MoveProgress, MoveRecord, Record, Role
 
@@ -94,7 +94,7 @@ def _why_kept(copies: int, name: str, originals: int, file: MoveFile, *, is_hidd
         return "" if is_link else _CHANGED
     if (copy.st_dev, copy.st_ino) == (original.st_dev, original.st_ino):
         return "" if copy.st_nlink > 1 else "it is the original itself; left where it is"
-    if not is_version(copy, file.stamp) or (is_hidden and has_writer(copies, name)):
+    if is_hidden and has_writer(copies, name):
         return _CHANGED
     if not file.content or sha256_at(originals, file.wanted) != file.content:
         return "its original was changed or replaced; left where it is"

@@ -324,8 +324,7 @@ STAYING = (
     Mutant(
         "moving/removal", "    if not _why_kept(copies, tombstone, originals, file, is_hidden=True):", "    if True:"
     ),
-    Mutant("moving/removal", "(is_hidden and has_writer(copies, name))", "False"),
-    Mutant("moving/removal", "if not is_version(copy, file.stamp) or", "if"),
+    Mutant("moving/removal", "if is_hidden and has_writer(copies, name):", "if False:"),
     Mutant("moving/removal", "sha256_at(originals, file.wanted) != file.content:", "False:"),
     Mutant("moving/removal", 'return "" if sha256_at(copies, name) == file.content else _CHANGED', 'return ""'),
     Mutant("moving/removal", 'return "" if is_link else _CHANGED', 'return ""'),
