@@ -3,11 +3,14 @@
 # PYTHON       the interpreter that the virtual environment is made with (3.11 or newer)
 # TORCH_INDEX  a package index or a folder with the torch build you want: a CPU index keeps gigabytes of CUDA packages
 #              away, a CUDA one brings them. See README, "Which torch".
-# EXTRAS       optional parts of sortd: lora, onnx, review, train (comma-separated)
+# LOCK         the locked versions that `make setup` installs; empty: the newest that pyproject.toml allows
 
 PYTHON ?= python3
 TORCH_INDEX ?=
-EXTRAS ?= review,train
+LOCK ?= packaging/requirements.lock
+
+# What the Debian package and the container have of sortd.
+SERVICE_EXTRAS := notify onnx review train
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,22 +18,28 @@ STAMP := $(VENV)/.installed
 TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-repeat slow lint bench faults powercuts mutants soak overflow hostile long clean
+.PHONY: help setup lock run test test-repeat slow lint bench faults powercuts mutants soak overflow hostile long clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 setup: $(STAMP) ## make .venv with sortd, its dependencies and the tools of its tests
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt packaging/requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sortd needs Python 3.11 or newer; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	packaging/install_locked $(BIN)/python "$(LOCK)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) 'torch>=2.7'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) --editable '.[$(EXTRAS)]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) --group dev 'hatchling>=1.26'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) --no-build-isolation --editable '.[review,train]'
 	@if $(BIN)/python -m pip list 2>/dev/null | grep -q '^nvidia-'; then \
 	  echo "CUDA packages came along with torch; make clean setup TORCH_INDEX=... chooses a CPU build (README, Which torch)"; fi
 	touch $(STAMP)
+
+lock: setup ## renew packaging/*.lock: the newest versions of everything but torch, with hashes
+	packaging/lock $(BIN)/uv packaging/requirements.lock --all-extras --group dev
+	packaging/lock $(BIN)/uv packaging/service.lock $(patsubst %,--extra %,$(SERVICE_EXTRAS)) --constraint packaging/requirements.lock
 
 run: setup ## run the daemon on the sample data, with the model that needs no download
 	$(BIN)/python Data/draw.py incoming
