@@ -10,15 +10,21 @@ TORCH_INDEX ?=
 LOCK ?= packaging/requirements.lock
 
 # What the Debian package and the container have of sortd.
-SERVICE_EXTRAS := notify onnx review train
+SERVICE_EXTRAS := notify,onnx,review,train
 
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+WHEEL := dist/sortd_images-$(VERSION)-py3-none-any.whl
+SDIST := dist/sortd_images-$(VERSION).tar.gz
+TESTS ?= tests/test_config.py tests/test_docs.py tests/test_sample_data.py tests/test_architecture.py tests/core tests/store
+
+comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock run test test-repeat slow lint bench faults powercuts mutants soak overflow hostile long clean
+.PHONY: help setup lock generated wheel sdist deb deb-test container container-test floors run test test-repeat slow lint bench faults powercuts mutants soak overflow hostile long clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -39,7 +45,21 @@ $(STAMP): pyproject.toml constraints.txt packaging/requirements.lock
 
 lock: setup ## renew packaging/*.lock: the newest versions of everything but torch, with hashes
 	packaging/lock $(BIN)/uv packaging/requirements.lock --all-extras --group dev
-	packaging/lock $(BIN)/uv packaging/service.lock $(patsubst %,--extra %,$(SERVICE_EXTRAS)) --constraint packaging/requirements.lock
+	packaging/lock $(BIN)/uv packaging/service.lock $(patsubst %,--extra %,$(subst $(comma), ,$(SERVICE_EXTRAS))) --constraint packaging/requirements.lock
+
+generated: setup
+	rm -rf build/generated
+	test ! -e packaging/generate.py || $(BIN)/python packaging/generate.py build/generated
+
+wheel: generated ## build a wheel in dist/, install it in an environment of its own and try it
+	$(BIN)/python -m hatchling build --target wheel --directory dist
+	packaging/environment build/wheel $(PYTHON) $(WHEEL) $(SERVICE_EXTRAS) $(TORCH_FROM)
+	cd build && wheel/bin/python ../packaging/smoke.py
+
+sdist: generated ## build a source archive in dist/ and run tests from it (TESTS=tests: all)
+	$(BIN)/python -m hatchling build --target sdist --directory dist
+	rm -rf build/sdist && mkdir -p build/sdist && tar --extract --file $(SDIST) --directory build/sdist --strip-components 1
+	cd build/sdist && $(abspath $(BIN))/python -m pytest -q $(TESTS)
 
 run: setup ## run the daemon on the sample data, with the model that needs no download
 	$(BIN)/python Data/draw.py incoming
@@ -86,5 +106,5 @@ hostile: setup ## images that are made to harm, and the memory that they take
 long: setup ## shorter forms of the seven runs above as tests (an hour)
 	$(BIN)/python -m pytest -m long --timeout 3600
 
-clean: ## remove the virtual environment and caches; your data stays
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ## remove the virtual environment, packages and caches; your data stays
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
