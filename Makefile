@@ -61,6 +61,13 @@ sdist: generated ## build a source archive in dist/ and run tests from it (TESTS
 	rm -rf build/sdist && mkdir -p build/sdist && tar --extract --file $(SDIST) --directory build/sdist --strip-components 1
 	cd build/sdist && $(abspath $(BIN))/python -m pytest -q $(TESTS)
 
+deb: generated ## build a Debian package in dist/ (on Debian, with python3-venv)
+	$(BIN)/python -m hatchling build --target wheel --directory dist
+	packaging/build_deb $(WHEEL) $(VERSION) $(SERVICE_EXTRAS) $(TORCH_FROM)
+
+deb-test: deb ## install the Debian package in a Debian of its own, use it, remove it (root, mmdebstrap)
+	$(BIN)/python -m pytest -m long tests/test_packages.py -k deb
+
 run: setup ## run the daemon on the sample data, with the model that needs no download
 	$(BIN)/python Data/draw.py incoming
 	$(BIN)/sortd run --config Data/sample.yaml
