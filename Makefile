@@ -53,7 +53,7 @@ generated: setup
 
 wheel: generated ## build a wheel in dist/, install it in an environment of its own and try it
 	$(BIN)/python -m hatchling build --target wheel --directory dist
-	packaging/environment build/wheel $(PYTHON) $(WHEEL) $(SERVICE_EXTRAS) $(TORCH_FROM)
+	packaging/environment build/wheel $(PYTHON) $(WHEEL) $(SERVICE_EXTRAS) "$(TORCH_INDEX)"
 	cd build && wheel/bin/python ../packaging/smoke.py
 
 sdist: generated ## build a source archive in dist/ and run tests from it (TESTS=tests: all)
@@ -63,10 +63,16 @@ sdist: generated ## build a source archive in dist/ and run tests from it (TESTS
 
 deb: generated ## build a Debian package in dist/ (on Debian, with python3-venv)
 	$(BIN)/python -m hatchling build --target wheel --directory dist
-	packaging/build_deb $(WHEEL) $(VERSION) $(SERVICE_EXTRAS) $(TORCH_FROM)
+	packaging/build_deb $(WHEEL) $(VERSION) $(SERVICE_EXTRAS) "$(TORCH_INDEX)"
 
 deb-test: deb ## install the Debian package in a Debian of its own, use it, remove it (root, mmdebstrap)
 	$(BIN)/python -m pytest -m long tests/test_packages.py -k deb
+
+container: ## build the container sortd with podman (README, Install)
+	podman build --build-arg TORCH_INDEX="$(TORCH_INDEX)" --tag sortd .
+
+container-test: setup ## build the container on a Debian made by mmdebstrap and use it (root, podman, buildah)
+	$(BIN)/python -m pytest -m long tests/test_packages.py -k container
 
 run: setup ## run the daemon on the sample data, with the model that needs no download
 	$(BIN)/python Data/draw.py incoming

@@ -232,3 +232,75 @@ def test_deb_image_is_filed_and_removal_keeps_data(debian: Path, folder: Path) -
         assert "sortd" in run("id", "-un", "sortd")
     finally:
         output(lab, "stop", scratch)
+
+
+@pytest.fixture(scope="module")
+def podman(folder: Path) -> Iterator[list[str]]:
+    """The command of a podman with images of its own, among mounts in which its runtime finds control groups."""
+    need("mmdebstrap", "podman", "buildah", "unshare", "nsenter")
+    unified = "mount -t cgroup2 cgroup2 /sys/fs/cgroup && echo ready && cat"
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", unified],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stderr is not None
+        if holder.stdout.readline() != "ready\n":
+            pytest.skip(f"namespaces are not allowed here: {holder.stderr.read()}")
+        storage = ["--root", f"{folder}/images", "--runroot", f"{folder}/run", "--storage-driver", "overlay"]
+        command = ["nsenter", "--target", str(holder.pid), "--mount", "--"]
+        try:
+            yield [*command, "podman", *storage, "--cgroup-manager", "cgroupfs"]
+        finally:
+            subprocess.run([*command, "umount", f"{folder}/images/overlay"], capture_output=True, check=False)
+            holder.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def image(podman: list[str], folder: Path) -> str:
+    """The name of an image that the Containerfile made, from a Debian that mmdebstrap made."""
+    base = folder / "base.tar"
+    output("mmdebstrap", "--quiet", "--variant=minbase", "bookworm", base)
+    output(*podman, "import", base, "localhost/debian:bookworm-slim")
+    build = [*(word if word != "podman" else "buildah" for word in podman[: podman.index("--cgroup-manager")]), "build"]
+    # An index that only this machine reaches: CONTAINER_OPTIONS="--volume ... --build-arg TORCH_INDEX=...".
+    options = os.environ.get("CONTAINER_OPTIONS", "").split()
+    base_image = ("--build-arg", "BASE=localhost/debian:bookworm-slim")
+    output(*build, "--isolation", "chroot", *base_image, *options, "--tag", "localhost/sortd", REPOSITORY)
+    return "localhost/sortd"
+
+
+@pytest.mark.long
+def test_container_image_in_the_volume_is_filed(podman: list[str], image: str, folder: Path) -> None:
+    """Without network, capabilities and a writable root, as another user, an image in the volume is filed."""
+    data = folder / "data"
+    dataset = make_dataset(data / "images")
+    output("chown", "-R", "1000:1000", data)
+    confined = (
+        "--network=none --read-only --tmpfs=/tmp --user=1000:1000 --cap-drop=all --security-opt=no-new-privileges"
+    )
+    here = "--cgroups=disabled --ulimit=nofile=4096:4096 --ulimit=nproc=4096:4096 --log-driver=k8s-file"
+    volume = f"--volume={data}:/data"
+    started = [*podman, "run", "--detach", "--name=sortd", "--env=SORTD_ABSTAIN=off"]
+    output(*started, *confined.split(), *here.split(), volume, image)
+    try:
+
+        def log() -> str:
+            return output(*podman, "logs", "--tail=40", "sortd")
+
+        picture("red", 7).save(data / "new.png")
+        os.chown(data / "new.png", 1000, 1000)
+        (data / "new.png").rename(dataset / "Images" / "new.png")
+        filed = dataset / "Dataset" / "red" / "new.png"
+        wait(filed.exists, os.fspath(filed), log)
+        output(*podman, "exec", "sortd", "sortd", "status")  # the health check of compose.yaml
+        assert "Read-only" in output(*podman, "exec", "sortd", "sh", "-c", "touch /etc/x 2>&1 || true")
+        output(*podman, "stop", "--time=60", "sortd")
+        assert "daemon.stopped" in log()
+        assert output(*podman, "inspect", "--format={{.State.ExitCode}}", "sortd").strip() == "0"
+    finally:
+        output(*podman, "rm", "--force", "sortd")
