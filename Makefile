@@ -87,11 +87,12 @@ test-repeat: setup ## run the tests 20 times on a bare clone, ten of them beside
 slow: setup ## run the tests that take long by computing: a training, an export, thousands of files
 	$(BIN)/python -m pytest -m slow --numprocesses auto --dist worksteal
 
-lint: setup ## format and types, as the tests check them
+lint: setup ## format and types, as the tests check them; known vulnerabilities, where the database can be reached
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	-$(BIN)/python packaging/audit.py
 
 bench: setup ## measure: the daemon's start, latency and idling, the encoder, decoding
 	$(BIN)/python -m benchmarks.daemon startup latency idle

@@ -4,16 +4,20 @@ The long tests need root, mmdebstrap and what ``make deb`` built: ``make deb-tes
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -111,6 +115,51 @@ def test_install_locked_wrong_hash_fails(index: Path) -> None:
     assert done.returncode == 1
     assert "other files" in done.stderr
     assert not (index.parent / "installed").exists()
+
+
+# ---------------------------------------------------------------- packaging/audit.py
+
+
+class Database(BaseHTTPRequestHandler):
+    """A database that knows of one vulnerability, in pillow."""
+
+    def do_POST(self) -> None:
+        """Answer a batch of queries."""
+        queries = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["queries"]
+        results = [{"vulns": [{"id": "TEST-1"}]} if one["package"]["name"] == "pillow" else {} for one in queries]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"results": results}).encode())
+
+    def log_message(self, *arguments: object) -> None:
+        """Log nothing."""
+
+
+def audit(address: str) -> subprocess.CompletedProcess[str]:
+    """Look up the lock file of the set-up."""
+    command = [sys.executable, os.fspath(PACKAGING / "audit.py"), os.fspath(LOCKS[0]), address]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_audit_known_vulnerability_is_printed_and_fails() -> None:
+    """The versions are asked for in one request; what the database knows is printed."""
+    with HTTPServer(("127.0.0.1", 0), Database) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        done = audit(f"http://127.0.0.1:{server.server_port}/")
+        thread.join()
+    version = re.findall(r"pillow==(\S+)", pins(LOCKS[0])["pillow"])[0]
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"pillow {version}: TEST-1" in done.stdout.splitlines()
+
+
+def test_audit_no_database_says_so_and_goes_on() -> None:
+    """A machine without the network can be checked for all else."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    done = audit(f"http://127.0.0.1:{port}/")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "not checked" in done.stderr
 
 
 # ---------------------------------------------------------------- the Debian package and the container
