@@ -24,7 +24,7 @@ STAMP := $(VENV)/.installed
 TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock generated wheel sdist deb deb-test container container-test floors run test test-repeat slow lint bench faults powercuts mutants soak overflow hostile long clean
+.PHONY: help setup lock wheel sdist deb deb-test container container-test floors run test test-repeat slow lint bench faults powercuts mutants soak overflow hostile long clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -47,21 +47,17 @@ lock: setup ## renew packaging/*.lock: the newest versions of everything but tor
 	packaging/lock $(BIN)/uv packaging/requirements.lock --all-extras --group dev
 	packaging/lock $(BIN)/uv packaging/service.lock $(patsubst %,--extra %,$(subst $(comma), ,$(SERVICE_EXTRAS))) --constraint packaging/requirements.lock
 
-generated: setup
-	rm -rf build/generated
-	test ! -e packaging/generate.py || $(BIN)/python packaging/generate.py build/generated
-
-wheel: generated ## build a wheel in dist/, install it in an environment of its own and try it
+wheel: setup ## build a wheel in dist/, install it in an environment of its own and try it
 	$(BIN)/python -m hatchling build --target wheel --directory dist
 	packaging/environment build/wheel $(PYTHON) $(WHEEL) $(SERVICE_EXTRAS) "$(TORCH_INDEX)"
 	cd build && wheel/bin/python ../packaging/smoke.py
 
-sdist: generated ## build a source archive in dist/ and run tests from it (TESTS=tests: all)
+sdist: setup ## build a source archive in dist/ and run tests from it (TESTS=tests: all)
 	$(BIN)/python -m hatchling build --target sdist --directory dist
 	rm -rf build/sdist && mkdir -p build/sdist && tar --extract --file $(SDIST) --directory build/sdist --strip-components 1
 	cd build/sdist && $(abspath $(BIN))/python -m pytest -q $(TESTS)
 
-deb: generated ## build a Debian package in dist/ (on Debian, with python3-venv)
+deb: setup ## build a Debian package in dist/ (on Debian, with python3-venv)
 	$(BIN)/python -m hatchling build --target wheel --directory dist
 	packaging/build_deb $(WHEEL) $(VERSION) $(SERVICE_EXTRAS) "$(TORCH_INDEX)"
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 COLOURS = {"red": (200, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 200)}
 CONFIG = "root: .\nmodel: packaged\nmode: max\nabstain: off\nsettle_seconds: 0.1\nstate_dir: state\ncache_dir: cache\n"
-PACKAGED = ("config.example.yaml", "systemd/sortd.service", "model/model.safetensors", "py.typed")
+PACKAGED = ("shipped/config.example.yaml", "shipped/systemd/sortd.service", "model/model.safetensors", "py.typed")
 
 
 def draw(root: Path) -> None:
