@@ -12,6 +12,10 @@ LOCK ?= packaging/requirements.lock
 # What the Debian package and the container have of sortd.
 SERVICE_EXTRAS := notify,onnx,review,train
 
+# For make floors: a version of torch in place of the minimum (2.13.0+cpu), and the tests to run.
+FLOORS_TORCH ?=
+FLOORS_TESTS ?= tests
+
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 WHEEL := dist/sortd_images-$(VERSION)-py3-none-any.whl
 SDIST := dist/sortd_images-$(VERSION).tar.gz
@@ -69,6 +73,10 @@ container: ## build the container sortd with podman (README, Install)
 
 container-test: setup ## build the container on a Debian made by mmdebstrap and use it (root, podman, buildah)
 	$(BIN)/python -m pytest -m long tests/test_packages.py -k container
+
+floors: setup ## run the tests with the minimum versions of pyproject.toml (FLOORS_TORCH, FLOORS_TESTS)
+	packaging/floors $(BIN)/uv $(PYTHON) build/floors "$(FLOORS_TORCH)" "$(TORCH_INDEX)"
+	build/floors/bin/python -m pytest --numprocesses auto --dist loadfile $(FLOORS_TESTS)
 
 run: setup ## run the daemon on the sample data, with the model that needs no download
 	$(BIN)/python Data/draw.py incoming
