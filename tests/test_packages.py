@@ -268,7 +268,12 @@ def test_deb_image_is_filed_and_removal_keeps_data(debian: Path, folder: Path) -
         assert "new.png" in run("runuser", "-u", "sortd", "--", "sortd", "history")
         assert run("systemd-analyze", "verify", "/usr/lib/systemd/system/sortd.service") == ""
         files = run("dpkg", "--listfiles", "sortd")
-        assert "/usr/lib/systemd/system/sortd-review.socket" in files
+        for path in (
+            "lib/systemd/system/sortd-review.socket",
+            "share/man/man1/sortd.1.gz",
+            "share/zsh/site-functions/_sortd",
+        ):
+            assert f"/usr/{path}\n" in files
 
         run("dpkg", "--remove", "sortd")
         assert subprocess.run([lab, "run", scratch, "pgrep", "-u", "sortd"], check=False).returncode != 0
