@@ -66,13 +66,13 @@ deb: setup ## build a Debian package in dist/ (on Debian, with python3-venv)
 	packaging/build_deb $(WHEEL) $(VERSION) $(SERVICE_EXTRAS) "$(TORCH_INDEX)"
 
 deb-test: deb ## install the Debian package in a Debian of its own, use it, remove it (root, mmdebstrap)
-	$(BIN)/python -m pytest -m long tests/test_packages.py -k deb
+	$(BIN)/python -m pytest -m long --timeout 3600 tests/test_packages.py -k deb
 
 container: ## build the container sortd with podman (README, Install)
 	podman build --build-arg TORCH_INDEX="$(TORCH_INDEX)" --tag sortd .
 
 container-test: setup ## build the container on a Debian made by mmdebstrap and use it (root, podman, buildah)
-	$(BIN)/python -m pytest -m long tests/test_packages.py -k container
+	$(BIN)/python -m pytest -m long --timeout 3600 tests/test_packages.py -k container
 
 floors: setup ## run the tests with the minimum versions of pyproject.toml (FLOORS_TORCH, FLOORS_TESTS)
 	packaging/floors $(BIN)/uv $(PYTHON) build/floors "$(FLOORS_TORCH)" "$(TORCH_INDEX)"
