@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.daemon_process import PATIENCE_SECONDS, make_dataset, picture
 
@@ -330,17 +331,18 @@ def image(podman: list[str], folder: Path) -> str:
 
 @pytest.mark.long
 def test_container_image_in_the_volume_is_filed(podman: list[str], image: str, folder: Path) -> None:
-    """Without network, capabilities and a writable root, as another user, an image in the volume is filed."""
+    """Confined as compose.yaml says, as another user than root, an image in the volume is filed."""
     data = folder / "data"
     dataset = make_dataset(data / "images")
     output("chown", "-R", "1000:1000", data)
-    confined = (
-        "--network=none --read-only --tmpfs=/tmp --user=1000:1000 --cap-drop=all --security-opt=no-new-privileges"
-    )
+    service = yaml.safe_load((REPOSITORY / "compose.yaml").read_text(encoding="utf-8"))["services"]["sortd"]
+    confined = [f"--read-only={service['read_only']}", f"--network={service['network_mode']}", "--user=1000:1000"]
+    for option, key in (("cap-drop", "cap_drop"), ("security-opt", "security_opt"), ("tmpfs", "tmpfs")):
+        confined += [f"--{option}={value}" for value in service[key]]
     here = "--cgroups=disabled --ulimit=nofile=4096:4096 --ulimit=nproc=4096:4096 --log-driver=k8s-file"
-    volume = f"--volume={data}:/data"
+    [volume] = service["volumes"]
     started = [*podman, "run", "--detach", "--name=sortd", "--env=SORTD_ABSTAIN=off"]
-    output(*started, *confined.split(), *here.split(), volume, image)
+    output(*started, *confined, *here.split(), f"--volume={volume.replace('./data', os.fspath(data))}", image)
     try:
 
         def log() -> str:
@@ -351,7 +353,7 @@ def test_container_image_in_the_volume_is_filed(podman: list[str], image: str, f
         (data / "new.png").rename(dataset / "Images" / "new.png")
         filed = dataset / "Dataset" / "red" / "new.png"
         wait(filed.exists, os.fspath(filed), log)
-        output(*podman, "exec", "sortd", "sortd", "status")  # the health check of compose.yaml
+        output(*podman, "exec", "sortd", *service["healthcheck"]["test"][1:])
         assert "Read-only" in output(*podman, "exec", "sortd", "sh", "-c", "touch /etc/x 2>&1 || true")
         output(*podman, "stop", "--time=60", "sortd")
         assert "daemon.stopped" in log()
