@@ -28,7 +28,7 @@ STAMP := $(VENV)/.installed
 TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock wheel sdist deb deb-test container container-test floors run test test-repeat slow lint bench faults powercuts mutants soak overflow hostile long clean
+.PHONY: help setup lock wheel sdist deb deb-test container container-test floors run test test-repeat slow lint docs bench faults powercuts mutants soak overflow hostile long clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -98,6 +98,9 @@ lint: setup ## format and types, as the tests check them; known vulnerabilities,
 	$(BIN)/lint-imports --no-cache
 	-$(BIN)/python packaging/audit.py
 
+docs: setup ## build the documentation as a site in site/, without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
+
 bench: setup ## measure: the daemon's start, latency and idling, the encoder, decoding
 	$(BIN)/python -m benchmarks.daemon startup latency idle
 	$(BIN)/python -m benchmarks.encoder
@@ -125,4 +128,4 @@ long: setup ## shorter forms of the seven runs above as tests (an hour)
 	$(BIN)/python -m pytest -m long --timeout 3600
 
 clean: ## remove the virtual environment, packages and caches; your data stays
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

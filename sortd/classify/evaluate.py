@@ -72,6 +72,7 @@ class ClassReport:
     judged: int  # references that could be left out
     precision: float | None
     decided: int  # references that were decided to be of this class
+    f1: float | None  # harmonic mean of recall and precision; None without judged references
     confused_with: str | None  # the most frequent wrong class of its references
     needs_images: str | None  # why it needs more images, or None
 
@@ -120,6 +121,7 @@ class EvaluationReport:
     mode: str  # the mode of class_reports, confusion, trade_offs and suspects
     modes: tuple[ModeReport, ...]
     class_reports: tuple[ClassReport, ...]
+    macro_f1: float | None  # mean F1 of the classes that have one
     confusion: tuple[tuple[str, str, int], ...]  # (class, decided class, count); errors first, largest first
     trade_offs: tuple[TradeOff, ...]
     suspects: tuple[Suspect, ...]
@@ -163,6 +165,8 @@ def evaluate(
         if mine is None
         else _trade_offs(library, mine, mode, blends[mode is Mode.MIXED], settings.abstain, support.evidence)
     )
+    classes = _class_reports(prototypes, library, mine)
+    scores = [one.f1 for one in classes if one.f1 is not None]
     return EvaluationReport(
         encoder_id=support.encoder_id,
         classes=len(support.labels),
@@ -170,7 +174,8 @@ def evaluate(
         distinct=len(library.rows),
         mode=mode.value,
         modes=reports,
-        class_reports=_class_reports(prototypes, library, mine),
+        class_reports=classes,
+        macro_f1=float(np.mean(scores)) if scores else None,
         confusion=_confusion(support.labels, mine) if mine is not None else (),
         trade_offs=trade_offs,
         suspects=_suspects(support, library, mine) if mine is not None else (),
@@ -241,6 +246,7 @@ def _class_reports(
                 judged=int(judged[index]),
                 precision=float(right[index] / taken[index]) if taken[index] else None,
                 decided=int(taken[index]),
+                f1=float(2 * right[index] / (judged[index] + taken[index])) if judged[index] else None,
                 confused_with=prototypes.labels[int(np.bincount(wrong).argmax())] if len(wrong) else None,
                 needs_images=_need(int(library.counts[index]), recall, int(judged[index])),
             )

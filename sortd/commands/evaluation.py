@@ -38,12 +38,13 @@ MODE_COLUMNS = {
     "by class": "balanced_accuracy",
     "by image": "accuracy",
 }
-TRADE_COLUMNS = {"precision wanted": "precision", "filed": "filed", "of these right": "expected", "": "note"}
+TRADE_COLUMNS = {"precision wanted": "precision", "coverage": "filed", "precision": "expected", "": "note"}
 CLASS_COLUMNS = {
     "class": "label",
     "images": "references",
     "recall": "recall",
     "precision": "precision",
+    "F1": "f1",
     "confused with": "confused_with",
     "needs images": "needs_images",
 }
@@ -212,7 +213,8 @@ def _print_evaluation(name: str, facts: Mapping[str, Any]) -> None:
     ]
     if trades:
         _print_facts(trades, TRADE_COLUMNS, JUDGED["trade_offs"])
-    _print_facts(facts["class_reports"], CLASS_COLUMNS, JUDGED["class_reports"])
+    classes = [{**one, "f1": "" if one["f1"] is None else f"{one['f1']:.2f}"} for one in facts["class_reports"]]
+    _print_facts(classes, CLASS_COLUMNS, JUDGED["class_reports"])
     for kind in ("mislabelled", "duplicate", "outlier"):
         doubtful = [one for one in facts["suspects"] if one["kind"] == kind]
         for one in doubtful[:SUSPECTS_PRINTED]:

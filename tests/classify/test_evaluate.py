@@ -136,7 +136,10 @@ class TestReport:
         assert sum(number for _, _, number in report.confusion) == 64
         for one in report.class_reports:
             diagonal = sum(number for own, best, number in report.confusion if own == best == one.label)
+            decided = sum(number for _, best, number in report.confusion if best == one.label)
             assert one.recall == pytest.approx(diagonal / 8)
+            assert one.f1 == pytest.approx(2 * diagonal / (8 + decided))
+        assert report.macro_f1 == pytest.approx(np.mean([one.f1 for one in report.class_reports]))
 
     def test_it_is_json(self) -> None:
         """Every field survives JSON as it is."""

@@ -95,19 +95,20 @@ def facts_of(folder: Path, **sizes: int) -> dict[str, Any]:
     ).facts()
 
 
+def explained(dataset: Path, name: str = "it.png") -> dict[str, Any]:
+    """Return the facts of an explanation, as ``explain`` gives them."""
+    prototypes = make_prototypes(dataset)
+    found = explain(prototypes, prototypes.references[0])
+    return ImageExplanation(str(dataset / name), "Colours", "00", found, is_stored=True, records=()).facts()
+
+
 class TestExplainPage:
     """The page of one decision."""
-
-    def facts(self, dataset: Path, name: str = "it.png") -> dict[str, Any]:
-        """Return the facts of an explanation, as ``explain`` gives them."""
-        prototypes = make_prototypes(dataset)
-        found = explain(prototypes, prototypes.references[0])
-        return ImageExplanation(str(dataset / name), "Colours", "00", found, is_stored=True, records=()).facts()
 
     def test_explain_page_is_complete_and_loads_nothing(self, tmp_path: Path) -> None:
         """Every tag is closed, every picture inside, nothing comes from elsewhere."""
         dataset = make_dataset(tmp_path)
-        page = Page(explain_page(self.facts(dataset), now=NOW))
+        page = Page(explain_page(explained(dataset), now=NOW))
         assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
         assert len(page.addresses) == 5
         assert "Nearest references" in page.text
@@ -117,14 +118,14 @@ class TestExplainPage:
         """A file or a class named like a tag is shown, not obeyed; bytes that are no text are escaped."""
         dataset = make_dataset(tmp_path)
         (dataset / "Clases" / "blue").rename(dataset / "Clases" / "<script>alert(1)")
-        text = explain_page(self.facts(dataset, "<img src=x onerror=alert(1)>\udcff\n.png"), now=NOW)
+        text = explain_page(explained(dataset, "<img src=x onerror=alert(1)>\udcff\n.png"), now=NOW)
         assert "<script" not in text
         assert "<img src=x" not in text
         assert "\\xff\\n.png" in Page(text).text
 
     def test_explain_page_has_light_and_dark_colours(self, tmp_path: Path) -> None:
         """Light and dark, small and large screens."""
-        text = explain_page(self.facts(make_dataset(tmp_path)), now=NOW)
+        text = explain_page(explained(make_dataset(tmp_path)), now=NOW)
         assert "prefers-color-scheme: dark" in text
         assert "width=device-width" in text
 

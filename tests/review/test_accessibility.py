@@ -4,12 +4,16 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
 
 from benchmarks.harness import write_config
+from sortd.commands.evaluation import evaluation_page
+from sortd.commands.explain import explain_page
+from tests.commands.test_evaluation import NOW, explained, facts_of
 from tests.daemon_process import DaemonProcess, draw_strangers, make_dataset, picture, running, teach
 from tests.review.world import PHONE, ReviewProcess, chromium, load_with_groups, needs_browser, session
 
@@ -157,4 +161,29 @@ def test_pages_break_no_rule_of_accessibility(site: Site, size: "ViewportSize") 
             found[name] += evaluated(page, SMALL_TARGETS % [SMALLEST_TARGET, PHONE_BUTTON if is_phone else 0])
             width = evaluated(page, "document.documentElement.scrollWidth")
             found[name] += [f"{width} pixels wide"] if width > size["width"] else []
+    assert {name: one for name, one in found.items() if one} == {}
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_reports_break_no_rule_of_accessibility(site: Site, size: "ViewportSize", tmp_path: Path) -> None:
+    """No finding of axe-core; only tables and plots scroll, and the keyboard reaches those that do."""
+    reports = {
+        "eval": evaluation_page({"Noise": facts_of(tmp_path, classes=16)}, now=NOW),
+        "explain": explain_page(explained(make_dataset(tmp_path / "Data")), now=NOW),
+    }
+    found: dict[str, list[str]] = {}
+    context = site.browser.new_context(viewport=size)
+    page = context.new_page()
+    for name, report in reports.items():
+        page.set_content(report)
+        page.emulate_media(color_scheme="light")
+        found[name] = findings(page, STANDARDS)
+        page.emulate_media(color_scheme="dark")
+        found[name] += [f"dark: {one}" for one in findings(page, CONTRAST)]
+        width = evaluated(page, "document.documentElement.scrollWidth")
+        found[name] += [f"{width} pixels wide"] if width > size["width"] else []
+        found[name] += evaluated(
+            page, "[...document.querySelectorAll('table')].filter((one) => !one.closest('.scroll')).map(String)"
+        )
+    context.close()
     assert {name: one for name, one in found.items() if one} == {}
