@@ -141,6 +141,8 @@ def test_project_is_called_otherwise_than_its_import() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["name"] == DISTRIBUTION
     assert project["project"]["scripts"] == {"sortd": "sortd.cli:main"}
-    assert project["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["sortd"]}
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["sortd"]
+    assert all((REPOSITORY / source).exists() for source in wheel["force-include"])
     # Without a list the source archive holds all that git does not ignore: what the tests open is in it.
     assert "sdist" not in project["tool"]["hatch"]["build"]["targets"]
