@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt packaging/requirements.lock
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	packaging/install_locked $(BIN)/python "$(LOCK)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) 'torch>=2.7'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) --group dev 'hatchling>=1.26'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) --group dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) --no-build-isolation --editable '.[review,train]'
 	@if $(BIN)/python -m pip list 2>/dev/null | grep -q '^nvidia-'; then \
 	  echo "CUDA packages came along with torch; make clean setup TORCH_INDEX=... chooses a CPU build (README, Which torch)"; fi
