@@ -206,7 +206,7 @@ def how_to_use(name: str, use: Use, config: Config) -> str:
             return (
                 f"it takes images but no text: set `model: {name}` {restart}, to decide by references alone "
                 f"(`mode: mixed` is then `best`); it can also be the base of a fine-tuned model: "
-                f"`sortd finetune DATASET --base {name}`"
+                f"`sortd finetune --dataset NAME --base {name}`"
             )
         case Use.WORDS if config.text_model == name:
             return "`text_model:` names it: sortd uses it for the class names after a restart"

@@ -373,7 +373,7 @@ def test_command_interrupted_leaves_a_checkpoint_and_says_how_to_resume(
         over.set()
         hand.join()
     assert ran.code == 130
-    assert f"sortd finetune Shapes --config {config} --resume" in ran.err
+    assert f"sortd finetune --dataset Shapes --config {config} --resume" in ran.err
     (work,) = (tmp_path / "state").glob("*/finetuned/*.unfinished")
     assert newest_checkpoint(work) is not None
     assert not list((tmp_path / "state").glob("*/finetuned/*/README.md"))
