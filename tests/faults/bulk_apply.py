@@ -41,6 +41,7 @@ CONTENTS = {name: f"content of {name}".encode() * 1000 for name in LABELS}
 SIDECAR = "a.xmp"
 STANDING = {"Dataset/red/d.jpg": b"of the user"}
 PLACES = {name: "Images" if label is None else f"Dataset/{label}" for name, label in LABELS.items()}
+REPETITIONS = 3
 DOUBLES = 4  # every so many kills of files are followed by another one
 
 
@@ -212,11 +213,8 @@ class Objects:
 
         def act() -> None:
             store_of.cache_clear()
-            checked(
-                apply_run(
-                    self.config, self.run, make_store=lambda scheme: FailingStore(store_of(scheme), at, kills=kills)
-                )
-            )
+            store = FailingStore(store_of("s3"), at, kills=kills)  # one, whose steps count through all groups
+            checked(apply_run(self.config, self.run, make_store=lambda _: store))
 
         return act
 
@@ -257,8 +255,9 @@ def kill_objects(world: Objects, tally: Tally, runs: int, dice: random.Random) -
             has_struck = run.was_killed if kills else run.status != 0
         present = set(objects(world.client).values())
         problems = [f"{name} is lost at once" for name, content in CONTENTS.items() if content not in present]
-        last = run_child(world.attempt(), traced=False)
-        problems += ["the repetition failed"] * (last.status != 0) + world.broken()
+        # The server may not answer in time on a busy machine; such a call says so and is repeated.
+        is_done = any(run_child(world.attempt(), traced=False).status == 0 for _ in range(REPETITIONS))
+        problems += ["the repetitions failed"] * (not is_done) + world.broken()
         tally.count(f"objects: {kind}", f"{kind} {at} {call}", problems, struck=has_struck)
 
 
