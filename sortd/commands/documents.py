@@ -43,24 +43,6 @@ class CheckDocument(Document):
     findings: list[CheckFinding]
 
 
-class DryRunDocument(Document):
-    """``sortd once --dry-run``: one image, on one line."""
-
-    dataset: str
-    path: str
-    destination: str
-    outcome: str
-    label: str | None = None
-    """The class, or the best guess of an image that would go to Review/."""
-    reason: str | None = None
-    score: float | None = None
-    margin: float | None = None
-    second_label: str | None = None
-    mode: str | None = None
-    generation: int | None = None
-    encoder_id: str | None = None
-
-
 class CheckedProportion(Document):
     """How many checked images are right, and what that says of all."""
 

@@ -17,7 +17,6 @@ from sortd.commands.documents import (
     AssignDocument,
     CheckDocument,
     Document,
-    DryRunDocument,
     ExplainDocument,
     ExportDocument,
     FailedDocument,
@@ -45,6 +44,16 @@ from sortd.commands.model_documents import (
     ModelsPruneDocument,
     PromoteDocument,
 )
+from sortd.commands.run_documents import (
+    BulkApplyDocument,
+    BulkDecideDocument,
+    BulkPlanDocument,
+    BulkReportDocument,
+    ConfigDocument,
+    DryRunDocument,
+    NotifyDocument,
+    OnceDocument,
+)
 
 TEXT = """# JSON output
 
@@ -70,7 +79,7 @@ This file is made by `python -m sortd.commands.json_schema docs`.
 """
 
 DOCUMENTS: dict[str, tuple[type[Document], ...]] = {
-    "once": (DryRunDocument,),
+    "once": (DryRunDocument, OnceDocument),
     "check": (CheckDocument,),
     "status": (StatusDocument,),
     "explain": (ExplainDocument,),
@@ -94,6 +103,13 @@ DOCUMENTS: dict[str, tuple[type[Document], ...]] = {
     "models demote": (DemoteDocument,),
     "models prune": (ModelsPruneDocument,),
     "finetune": (FinetuneDocument,),
+    "config": (ConfigDocument,),
+    "notify": (NotifyDocument,),
+    "bulk plan": (BulkPlanDocument,),
+    "bulk decide": (BulkDecideDocument,),
+    "bulk apply": (BulkApplyDocument,),
+    "bulk undo": (BulkApplyDocument,),
+    "bulk report": (BulkReportDocument,),
 }
 """The documents of each command."""
 

@@ -48,6 +48,8 @@ class DatasetEvaluated(Document):
     mode: str
     modes: list[Figures]
     class_reports: list[Figures]
+    macro_f1: float | None
+    """Mean F1 of the classes that have one."""
     confusion: list[tuple[str, str, int]]
     """Class, decided class, and number."""
     trade_offs: list[Figures]

@@ -110,7 +110,7 @@ def file_once(
     if logs.is_json():
         daemon.run()
         if as_json:
-            show(summary_facts(daemon.decisions()), _print_done, as_json=True)
+            show({"datasets": summary_facts(daemon.decisions())}, _print_done, as_json=True)
         return
     try:
         with progress("starting") as tell:
@@ -120,7 +120,7 @@ def file_once(
             logs.configure("console", "warning" if is_brief else config.log.level, without=without)
             daemon.run(progress=tell)
     finally:
-        show(summary_facts(daemon.decisions()), _print_done, as_json=as_json)
+        show({"datasets": summary_facts(daemon.decisions())}, _print_done, as_json=as_json)
 
 
 def show_dry_run(
@@ -159,7 +159,7 @@ def show_dry_run(
     if not as_json:
         if rows:
             print_table(("image", "destination", "best class", "score", "second class", "reason"), rows)
-        show(summary_facts(decisions), _print_planned, as_json=False)
+        show({"datasets": summary_facts(decisions)}, _print_planned, as_json=False)
 
 
 REASONS = {
@@ -189,12 +189,12 @@ def summary_facts(decisions: Mapping[str, Decisions]) -> dict[str, dict[str, Any
     }
 
 
-def _print_done(facts: Mapping[str, dict[str, Any]]) -> None:
-    _print_summary(facts, filed="filed", sent="sent to Review", rejected="rejected")
+def _print_done(facts: Mapping[str, Any]) -> None:
+    _print_summary(facts["datasets"], filed="filed", sent="sent to Review", rejected="rejected")
 
 
-def _print_planned(facts: Mapping[str, dict[str, Any]]) -> None:
-    _print_summary(facts, filed="would be filed", sent="would go to Review", rejected="would be rejected")
+def _print_planned(facts: Mapping[str, Any]) -> None:
+    _print_summary(facts["datasets"], filed="would be filed", sent="would go to Review", rejected="would be rejected")
     say("sortd: nothing was changed")
 
 
