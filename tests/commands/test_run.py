@@ -56,5 +56,5 @@ def test_once_verbose_prints_a_line_for_each_image(config: Path, capsys: pytest.
         file_once(lambda: load_config(config), verbose=True, as_json=True, load_encoder=load_encoder)
     done = capsys.readouterr()
     assert len([line for line in done.err.splitlines() if "image." in line]) == 5
-    facts = json.loads(done.out)["Colours"]
+    facts = json.loads(done.out)["datasets"]["Colours"]
     assert (facts["filed"], sum(facts["review"].values()), facts["rejected"]) == ({"red": 2}, 2, 1)
