@@ -215,7 +215,7 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
     equal["two shards"] = bench.decide("shards", "--shard", "2/2")[1].equals(loop)
     kills, table = bench.decide_while_killed("killed")
     equal["killed"] = table.equals(loop)
-    off = labels_in(bench.decide("off", "--shard", "1/1", classifier="off")[1])
+    off = labels_in(bench.decide("without abstention", "--shard", "1/1", classifier="off")[1])
     loops, ones, twos = (seconds[side] for side in sides)
     return {
         "images": loop.num_rows,
