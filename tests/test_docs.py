@@ -59,6 +59,25 @@ def test_the_readme_names_every_command_and_no_other() -> None:
             assert {*group.commands} - {"list"} <= {*re.findall(r"[a-z]+", row)}
 
 
+def options(command: typer.core.TyperCommand | typer.core.TyperGroup) -> set[str]:
+    """Return the options of a command and of the commands below it."""
+    below = command.commands.values() if isinstance(command, typer.core.TyperGroup) else ()
+    own = {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
+    return own.union(*(options(one) for one in below if isinstance(one, typer.core.TyperCommand)))
+
+
+def test_every_option_of_a_command_in_the_documents_exists() -> None:
+    """What follows `sortd COMMAND --` in a line of code, or between backticks, is an option of that command."""
+    unknown, known = set[str](), commands()
+    for file in [README, SPANISH, REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]:
+        for name, rest in re.findall(r"sortd ([a-z]+)([^`\n|#]*)", file.read_text(encoding="utf-8")):
+            command = known.get(name)
+            if isinstance(command, typer.core.TyperCommand | typer.core.TyperGroup):
+                named = {*re.findall(r"(?<![\w-])--[a-z-]+", rest)} - {"--config"}
+                unknown |= {f"{file.name}: sortd {name} {option}" for option in named - options(command)}
+    assert unknown == set()
+
+
 def exit_codes(errors: type[SortdError] = SortdError) -> set[int]:
     """Return the exit codes of an error and its kinds."""
     return {errors.exit_code}.union(*map(exit_codes, errors.__subclasses__()))
