@@ -2,7 +2,7 @@
 #
 # PYTHON       the interpreter that the virtual environment is made with (3.11 or newer)
 # TORCH_INDEX  a package index or a folder with the torch build you want: a CPU index keeps gigabytes of CUDA packages
-#              away, a CUDA one brings them. See README, "Which torch".
+#              away, a CUDA one brings them. See docs/packaging.md, "Which torch".
 # LOCK         the locked versions that `make setup` installs; empty: the newest that pyproject.toml allows
 
 PYTHON ?= python3
@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt packaging/requirements.lock
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) --group dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) --no-build-isolation --editable '.[review,train]'
 	@if $(BIN)/python -m pip list 2>/dev/null | grep -q '^nvidia-'; then \
-	  echo "CUDA packages came along with torch; make clean setup TORCH_INDEX=... chooses a CPU build (README, Which torch)"; fi
+	  echo "CUDA packages came along with torch; make clean setup TORCH_INDEX=... chooses a CPU build (docs/packaging.md, Which torch)"; fi
 	touch $(STAMP)
 
 lock: setup ## renew packaging/*.lock: the newest versions of everything but torch, with hashes

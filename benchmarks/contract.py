@@ -176,9 +176,9 @@ def _spoilt(values: Mapping[str, Any], wrong: object) -> Facts:
     return {key: _spoilt(value, wrong) if isinstance(value, dict) and value else wrong for key, value in values.items()}
 
 
-def events_in_readme() -> Facts:
+def documented_events() -> Facts:
     """Return the documented log events and their meaning."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / "log.md").read_text(encoding="utf-8")
     table = text[text.index("<!-- events") : text.index("<!-- /events")]
     return dict(re.findall(r"^\| `([\w.]+)` \| (.+) \|$", table, re.MULTILINE))
 
@@ -383,7 +383,7 @@ def record() -> Facts:
         return {
             "help": dict(helps(sortd)),
             "configuration": configuration(sortd),
-            "events": events_in_readme(),
+            "events": documented_events(),
             "run": scripted(sortd, mask),
             "journal": schema(place),
             "exit codes": mask(refused(sortd)),

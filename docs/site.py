@@ -20,8 +20,13 @@ COPIED = {
     "model-card.md": "sortd/model/MODEL_CARD.md",
     "changelog.md": "CHANGELOG.md",
 }
-"""Pages that are files outside of docs/; links to these files lead to their pages."""
-FILES = {"LICENSE": "licence.md", "config.example.yaml": "configuration.md"}
+"""Pages that are files outside of docs/."""
+FILES = {
+    **{file: page for page, file in COPIED.items()},
+    "LICENSE": "licence.md",
+    "config.example.yaml": "configuration.md",
+}
+"""Links to these files lead to these pages."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -33,7 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: object, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001 -- mkdocs passes all
     """Return the text of a page of docs/ with its links to files outside leading to their pages."""
-    return redirected(markdown, {f"../{file}": name for name, file in COPIED.items()})
+    return redirected(markdown, {f"../{path}": page for path, page in FILES.items()})
 
 
 def pages() -> Mapping[str, Callable[[], str]]:
@@ -57,8 +62,7 @@ def _copy(file: str) -> Callable[[], str]:
 
     def make() -> str:
         text = (REPOSITORY / file).read_text(encoding="utf-8")
-        targets = {path: page for page, path in COPIED.items()} | FILES
-        text = redirected(text, targets)
+        text = redirected(text, FILES)
         return re.sub(r'((?:\]\(|src="))docs/', r"\1", text)
 
     return make

@@ -1,6 +1,6 @@
 """Event names, and the log on stderr with the lines of sortd, of other libraries and of Python's warnings.
 
-The README explains each event. On a terminal, lines are shortened unless the level is debug (see ``render_console``);
+docs/log.md explains each event. On a terminal, lines are shortened unless the level is debug (see ``render_console``);
 elsewhere each is one JSON object, after the ``<N>`` level prefix of sd-daemon(3) if stderr is the systemd journal.
 """
 

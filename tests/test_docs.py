@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import typer
 import typer.core
 
 from sortd import cli, logs
+from sortd.errors import SortdError
 
 REPOSITORY = Path(__file__).parents[1]
 DISTRIBUTION = "sortd-images"
 README = REPOSITORY / "README.md"
+SPANISH = REPOSITORY / "README.es.md"
 
 
 def marked(name: str) -> re.Pattern[str]:
@@ -24,9 +27,9 @@ def marked(name: str) -> re.Pattern[str]:
 EVENTS = {value for name, value in vars(logs).items() if name.isupper() and isinstance(value, str)}
 
 
-def test_the_readme_says_what_every_event_means() -> None:
+def test_the_page_of_the_log_says_what_every_event_means() -> None:
     """A line of the log is looked up there."""
-    found = marked("events").search(README.read_text(encoding="utf-8"))
+    found = marked("events").search((REPOSITORY / "docs" / "log.md").read_text(encoding="utf-8"))
     assert found is not None
     assert {*re.findall(r"^\| `([a-z_.]+)` \| \S", found.group(2), re.MULTILINE)} == EVENTS
 
@@ -50,9 +53,49 @@ def test_the_readme_names_every_command_and_no_other() -> None:
         if (word := part.removeprefix("sortd ").split()[0])
     }
     assert named == set(commands()) - {"version"}
+    for name, group in commands().items():
+        if isinstance(group, typer.core.TyperGroup):
+            (row,) = (row for row in rows if f"`sortd {name} " in row)
+            assert {*group.commands} - {"list"} <= {*re.findall(r"[a-z]+", row)}
 
 
-@pytest.mark.parametrize("document", ["README.md", "README.es.md", "docs", "sortd/model/MODEL_CARD.md"])
+def options(command: typer.core.TyperCommand | typer.core.TyperGroup) -> set[str]:
+    """Return the options of a command and of the commands below it."""
+    below = command.commands.values() if isinstance(command, typer.core.TyperGroup) else ()
+    own = {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
+    return own.union(*(options(one) for one in below if isinstance(one, typer.core.TyperCommand)))
+
+
+def test_every_option_of_a_command_in_the_documents_exists() -> None:
+    """What follows `sortd COMMAND --` in a line of code, or between backticks, is an option of that command."""
+    unknown, known = set[str](), commands()
+    for file in [README, SPANISH, REPOSITORY / "CHANGELOG.md", *sorted((REPOSITORY / "docs").glob("*.md"))]:
+        for name, rest in re.findall(r"sortd ([a-z]+)([^`\n|#]*)", file.read_text(encoding="utf-8")):
+            command = known.get(name)
+            if isinstance(command, typer.core.TyperCommand | typer.core.TyperGroup):
+                named = {*re.findall(r"(?<![\w-])--[a-z-]+", rest)} - {"--config"}
+                unknown |= {f"{file.name}: sortd {name} {option}" for option in named - options(command)}
+    assert unknown == set()
+
+
+def exit_codes(errors: type[SortdError] = SortdError) -> set[int]:
+    """Return the exit codes of an error and its kinds."""
+    return {errors.exit_code}.union(*map(exit_codes, errors.__subclasses__()))
+
+
+def test_the_page_of_the_command_line_says_what_every_exit_code_means() -> None:
+    """The codes of the errors stand there, but that of a defect, which comes with a traceback."""
+    page = (REPOSITORY / "docs" / "command-line.md").read_text(encoding="utf-8")
+    section = page.split("## Exit codes")[1]
+    rows = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", section, re.MULTILINE) for code in row.split(", ")}
+    assert rows == exit_codes() - {SortdError.exit_code} | {0, 2, 130}
+    (line,) = re.findall(r"^Exit codes: (.*(?:\n.+)*)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {int(code) for code in re.findall(r"\b\d+\b", line)} == rows
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "README.es.md", "docs", "docs/monitoring", "CHANGELOG.md", "sortd/model/MODEL_CARD.md"]
+)
 def test_every_link_leads_somewhere(document: str) -> None:
     """Relative links in the documents name files that are there."""
     path = REPOSITORY / document
@@ -61,20 +104,65 @@ def test_every_link_leads_somewhere(document: str) -> None:
             assert (file.parent / target).exists(), f"{file.name} links to {target}"
 
 
-def first_cells(document: Path) -> set[str]:
-    """Return what the rows of a document's tables are about, as far as it is written in code and in Latin letters."""
+def first_cells(document: Path) -> list[str]:
+    """Return what the rows of a document's tables are about, as far as it is written in code."""
     rows = re.findall(r"^\| `([^`|]+)`", document.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.split(r"[ <…\[]", row)[0] if not row.startswith("sortd ") else row.split()[1] for row in rows}
+    return [re.split(r"[ <…\[]", row)[0] if not row.startswith("sortd ") else row.split()[1] for row in rows]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What does not depend on the language in the sections of a README, in order."""
+
+    headings: list[int]
+    """The level of each heading."""
+    commands: list[list[list[list[str]]]]
+    """By section and block of code: the program of each command, the command of sortd, and the options."""
+    tables: list[list[tuple[int, int]]]
+    """By section: the rows and columns of each table."""
+    links: list[set[str]]
+    """By section: the files that it links to."""
+
+
+def invariable(line: str) -> list[str]:
+    """Return the words of a command that are the same in all languages."""
+    program, *words = line.split("#", maxsplit=1)[0].split()[1:]
+    is_named = program.rpartition("/")[2] in {"sortd", "make"}
+    return [program, *words[:is_named], *(word for word in words[is_named:] if word.startswith("-"))]
+
+
+def outline(readme: Path) -> Outline:
+    """Return the outline of a README."""
+    text = readme.read_text(encoding="utf-8")
+    headings = re.findall(r"^(#+) ", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    sections = re.split(r"^#+ .*$", text, flags=re.MULTILINE)[1:]
+    blocks = [re.findall(r"^```console\n(.*?)^```", section, re.DOTALL | re.MULTILINE) for section in sections]
+    tables = [re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE) for section in sections]
+    return Outline(
+        headings=[len(marks) for marks in headings],
+        commands=[
+            [[invariable(line) for line in block.splitlines() if line.startswith("$ ")] for block in inside]
+            for inside in blocks
+        ],
+        tables=[[(table.count("\n"), table.splitlines()[1].count("|")) for table in inside] for inside in tables],
+        links=[set(re.findall(r"\]\(([^)]+)\)", section)) - {"README.md", "README.es.md"} for section in sections],
+    )
+
+
+def test_the_spanish_readme_has_the_sections_of_the_english_one() -> None:
+    """Headings, commands, tables and links are the same, section by section."""
+    assert outline(SPANISH) == outline(README)
 
 
 def test_the_spanish_readme_says_no_less() -> None:
-    """Folders, modes, commands, troubles and exit codes of the README stand in the Spanish one; events need not."""
-    spanish = REPOSITORY / "README.es.md"
-    assert first_cells(README) - EVENTS - first_cells(spanish) == set()
-    codes = re.compile(r"\b(?:2|65|69|73|74|75|78|130)\b")
-    ours = README.read_text(encoding="utf-8").split("## Commands")[1].split("\n## ")[0]
-    theirs = spanish.read_text(encoding="utf-8").split("## Órdenes")[1].split("\n## ")[0]
-    assert sorted(codes.findall(ours)) == sorted(codes.findall(theirs))
+    """Folders, models, commands, troubles and exit codes of the README stand in the Spanish one, in the same order."""
+    assert first_cells(SPANISH) == first_cells(README)
+    numbers = re.compile(r"\b(?:2|65|69|73|74|75|78|130)\b")
+    ours, theirs = (
+        readme.read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0]
+        for readme, heading in ((README, "## Commands"), (SPANISH, "## Órdenes"))
+    )
+    assert numbers.findall(theirs) == numbers.findall(ours)
 
 
 def texts() -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Draw the pictures of the README: the review page of the sample, on a desktop and on a phone.
+"""Draw the pictures of the README and of docs/review.md: the review page of the sample, on a desktop and on a phone.
 
 python -m tests.review.readme_pictures
 """
