@@ -246,6 +246,8 @@ class PartDecider:
             if error.errno in RESOURCE_ERRORS | _FULL_DISK:
                 raise
             return _Unread(text_of(error.strerror or str(error)), time.perf_counter() - began)
+        except ValueError as error:  # of a name with a null byte, and pyarrow's own errors
+            return _Unread(text_of(str(error)), time.perf_counter() - began)
         seconds = time.perf_counter() - began
         if version is None:
             return _Unread("it does not exist any more", seconds)
@@ -264,7 +266,7 @@ class PartDecider:
         try:
             with open(descriptor, "wb") as file:
                 file.writelines(read_blocks(row["uri"], limit=self._limits.max_bytes))
-        except OSError:
+        except (OSError, ValueError):
             os.unlink(path)
             raise
         return path

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sortd.bulk.storage import StoredFile, list_images, local_path
+from sortd.bulk.storage import StoredFile, list_images, local_path, uri_of
 from sortd.commands.console import counted, printable, say
 from sortd.errors import DataError, DestinationError
 from sortd.files import read_regular, text_of, write_atomic, write_json
@@ -98,10 +98,6 @@ def make_plan(
     """
     if os.path.lexists(run) and not (run.is_dir() and not any(run.iterdir())):
         raise DataError(f"{run} exists; nothing is overwritten, so name another folder or move it away")
-    try:
-        (run / MANIFEST).mkdir(parents=True)
-    except OSError as error:
-        raise DestinationError(f"{run} cannot be made: {error.strerror}; name another folder") from error
     unread: list[str] = []
     errors = 0
 
@@ -112,8 +108,10 @@ def make_plan(
             unread.append(text_of(str(error)))
 
     images = list_images(source, report=report)
-    count = parts = 0
+    path, count, parts = local_path(source), 0, 0
     while rows := list(islice(images, min(MOST_ROWS, max(fewest_rows, count // PARTS_BEFORE)))):
+        if not parts:  # a source that cannot be listed leaves no folder behind
+            _make_folder(run)
         write_table(run / MANIFEST / part_name(parts), _manifest_table(rows))
         count, parts = count + len(rows), parts + 1
         tell("listing", count, 0)
@@ -121,12 +119,19 @@ def make_plan(
         raise DataError(f"{source} has no image" + (f"; {unread[0]}" if unread else ""))
     facts = {
         "version": VERSION,
-        "source": source if local_path(source) is None else os.path.abspath(source),
+        "source": source if path is None else uri_of(os.path.abspath(path)),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "count": count,
     }
     write_json(run / PLAN_FILE, facts)  # the last file: it says that the manifest is complete
     return {**facts, "run": os.fspath(run), "parts": parts, "errors": errors, "examples": unread}
+
+
+def _make_folder(run: Path) -> None:
+    try:
+        (run / MANIFEST).mkdir(parents=True)
+    except OSError as error:
+        raise DestinationError(f"{run} cannot be made: {error.strerror}; name another folder") from error
 
 
 def _manifest_table(images: list[StoredFile]) -> pa.Table:
