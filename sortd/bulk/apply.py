@@ -22,6 +22,7 @@ from sortd.bulk.storage import local_path, store_of
 from sortd.bulk.transfers import (
     APPLY,
     AT_ONCE,
+    JOURNAL,
     UNDO,
     ObjectStore,
     Transfer,
@@ -331,10 +332,12 @@ class _Objects:
                 self._count(prefix, result)
 
     def _results(self, store: ObjectStore, wanted: Sequence[Transfer]) -> list[TransferResult]:
-        if self._is_dry:
-            return list(self._pool.map(lambda one: dry_run_transfer(store, one), wanted))
-        if self._journal is None:
+        if self._journal is None and (not self._is_dry or (self._run / JOURNAL).is_file()):
             self._journal = self._stack.enter_context(open_transfers(self._run))
+        if self._is_dry:
+            known = wanted if self._journal is None else self._journal.known(wanted)
+            return list(self._pool.map(lambda one: dry_run_transfer(store, one), known))
+        assert self._journal is not None
         return transfer_all(store, self._journal, wanted, self._pool)
 
     def _count(self, prefix: str, result: TransferResult) -> None:
@@ -397,13 +400,13 @@ def undo_run(
 
 def _undo_transfers(run: Path, store: ObjectStore, scheme: str, undone: Applied) -> None:
     with open_transfers(run) as journal, ThreadPoolExecutor(THREADS, "bulk") as pool:
-        waiting = list[Transfer]()
-        for done in journal.done(APPLY):
-            waiting.append(Transfer(done.id, UNDO, done.destination, done.source, done.label, done.sha256))
-            if len(waiting) == AT_ONCE:
-                _undo_group(store, journal, waiting, pool, scheme, undone)
-                waiting = []
-        _undo_group(store, journal, waiting, pool, scheme, undone)
+        for begun in journal.groups(APPLY, done=False):  # a crash may have left copies, which are undone as the others
+            for result in transfer_all(store, journal, begun, pool):
+                if result.message:
+                    undone.refuse(f"{scheme}://{result.transfer.source}", result.message)
+        for done in journal.groups(APPLY, done=True):
+            wanted = [Transfer(one.id, UNDO, one.destination, one.source, one.label, one.sha256) for one in done]
+            _undo_group(store, journal, wanted, pool, scheme, undone)
 
 
 def _undo_group(

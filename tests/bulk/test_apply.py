@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from sortd.api.dataset import open_dataset
 from sortd.bulk.engines import decide_shard
 from sortd.bulk.plan import make_plan
+from sortd.bulk.transfers import APPLY, open_transfers
 from sortd.core.guard import GuardState
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.layout import Layout
+from sortd.store.records import MoveProgress
 from tests.bulk.bulk_run import decisions_of, draw_images, load_fake, save_classifier, settings_for
 from tests.bulk.decided_run import BUCKET, delete_all, objects, s3_server, write_run
 from tests.command_line import Ran, sortd, write_config
@@ -231,12 +234,27 @@ class TestObjects:
         assert sorted(after.values()) == sorted(before.values())
         assert after["set/Dataset/red/a b.jpg"] == b"of the user"
         assert {key.rpartition("/")[0] for key in after} == {"set/Images", "set/Dataset/red", "set/Dataset/green"}
-        again = self.bulk(tmp_path, "apply")
-        assert (again.code, again.facts["moved"], again.facts["before"]) == (0, {}, 3)
+        for arguments in ((), ("--dry-run",)):
+            again = self.bulk(tmp_path, "apply", *arguments)
+            assert (again.code, again.facts["moved"], again.facts["before"]) == (0, {}, 3)
+            assert again.facts["refused"] == {}
         undone = self.bulk(tmp_path, "undo")
         assert (undone.code, undone.facts["moved"]) == (0, {"green": 2, "red": 1})
         assert objects(client) == before
         assert self.bulk(tmp_path, "apply").facts["before"] == 3
+
+    def test_undo_after_a_crash_takes_back_copies(self, client: Any, tmp_path: Path) -> None:
+        """One was copied and not deleted at its source yet."""
+        before = objects(client)
+        assert self.bulk(tmp_path, "apply").code == 0
+        with open_transfers(tmp_path / "run") as journal:
+            (group,) = journal.groups(APPLY, done=True)
+            one = next(one for one in group if one.label == "red")
+            journal.write([replace(one, progress=MoveProgress.PUBLISHED)])
+        client.put_object(Bucket=BUCKET, Key="set/Images/a b.jpg", Body=CONTENTS["a b.jpg"])
+        undone = self.bulk(tmp_path, "undo")
+        assert (undone.code, undone.facts["moved"]) == (0, {"green": 2, "red": 1})
+        assert objects(client) == before
 
     def test_apply_refuses_objects_that_are_not_the_decided_version(self, client: Any, tmp_path: Path) -> None:
         """A changed and a missing object stay as they are; the other one is moved below the named prefix."""
