@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from sortd.bulk.plan import decided_parts, read_run
+from sortd.bulk.plan import decided_rows, read_run
 from sortd.bulk.storage import local_path, store_of
 from sortd.bulk.transfers import (
     APPLY,
@@ -118,20 +119,19 @@ def assigned_images(
         DataError: the decisions are damaged, or there are none.
     """
     done, count = 0, int(read_run(run)["count"])
-    for part in decided_parts(run):
-        if missing := {"reason", *COLUMNS} - set(part.schema_arrow.names):
-            raise DataError(f"the decisions in {run} have no {', '.join(sorted(missing))}; decide again")
-        for batch in part.iter_batches(MOST_IN_A_REQUEST, columns=["reason", *COLUMNS], use_threads=False):
-            found: dict[str, AssignedImage] = {}
-            for row in batch.to_pylist():
-                reason = row.pop("reason") or "unknown"
-                if None in row.values():
-                    count_abstained(reason.partition(":")[0] if row["label"] is None else "incomplete row")
-                else:
-                    found[row["id"]] = AssignedImage(**row)
-            yield list(found.values())
-            done += batch.num_rows
-            tell("images", done, count)
+    for rows in decided_rows(run, ("reason", *COLUMNS), at_once=MOST_IN_A_REQUEST):
+        found: dict[str, AssignedImage] = {}
+        for row in rows:
+            reason = row.pop("reason") or "unknown"
+            if row["label"] is None:
+                count_abstained(reason.partition(":")[0])
+            elif None in row.values() or not (0 <= row["probability"] <= 1 and isfinite(row["margin"])):
+                count_abstained("incomplete row")
+            else:
+                found[row["id"]] = AssignedImage(**row)
+        yield list(found.values())
+        done += len(rows)
+        tell("images", done, count)
     if not done:
         raise DataError(f"{run} has no decisions; make them: sortd bulk decide {run} --classifier FILE")
 

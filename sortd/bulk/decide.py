@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from sortd.api.classifier import FACTS_FILE, Classifier
 from sortd.api.images import LoadedEncoder
 from sortd.arrays import FloatArray
-from sortd.bulk.plan import DECISIONS, MANIFEST, MANIFEST_SCHEMA, part_name, write_table
+from sortd.bulk.plan import DECISIONS, DECISIONS_SCHEMA, MANIFEST, MANIFEST_SCHEMA, part_name, write_table
 from sortd.bulk.storage import local_path, read_blocks
 from sortd.config import Config
 from sortd.encoder.backends import load_fastest
@@ -45,20 +45,6 @@ UNREADABLE = "unreadable: "
 """Begins the reason of an image that was not decided on."""
 STAGES = ("read", "decode", "encode", "decide", "write")
 READERS = 16  # objects that are read at the same time
-DECISIONS_SCHEMA = pa.schema([
-    pa.field("id", pa.string(), nullable=False),
-    pa.field("uri", pa.string(), nullable=False),
-    ("label", pa.string()),
-    ("probability", pa.float64()),
-    ("margin", pa.float64()),
-    ("familiarity", pa.float64()),
-    ("reason", pa.string()),
-    ("mode", pa.string()),
-    ("encoder_id", pa.string()),
-    ("embedding", pa.list_(pa.float16())),
-    ("sha256", pa.string()),
-])  # fmt: skip
-"""Of the images that could not be read, all but id, uri and reason are null."""
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 Load = Callable[[Config], Encoder]

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sortd.bulk.plan import MANIFEST, decided_parts, parts_of, version_id
+from sortd.bulk.plan import MANIFEST, decided_rows, parts_of, version_id
 from sortd.bulk.storage import StoredFile, local_path, read_bytes
 from sortd.commands.console import counted, printable, say
 from sortd.config import Config
@@ -55,8 +55,8 @@ def training_images(run: Path, labels: LabelSource, config: Config) -> Iterator[
 
 def _decided(run: Path) -> Iterator[dict[str, Any]]:
     """Yield the assigned images of a run."""
-    for part in decided_parts(run):
-        for row in part.read(["id", "uri", "label", "sha256"], use_threads=False).to_pylist():
+    for rows in decided_rows(run, ("id", "uri", "label", "sha256")):
+        for row in rows:
             if row["label"] is not None and class_name_problem(row["label"]) is None:
                 yield row
 

@@ -1,11 +1,14 @@
 """Decided images moved to their classes: files by the mover, objects within their store; repeated, refused, undone."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sortd.api.dataset import open_dataset
@@ -113,6 +116,35 @@ class TestFiles:
         assert (ran.code, ran.facts["refused"], ran.facts["moved"]) == (65, expected, {"red": 1})
         assert places(site)["e.png"] == "Dataset/red"
         assert outside.read_bytes() == b"other"
+
+    @pytest.mark.parametrize(
+        ("column", "values"),
+        [
+            ("uri", pa.array([1])),
+            ("label", pa.array([["red"]])),
+            ("sha256", pa.array([b"\xff"]).view(pa.string())),
+            ("mode", None),
+        ],
+    )
+    def test_apply_of_damaged_decisions_names_the_part(self, site: Path, column: str, values: Any) -> None:
+        """A column of another type, text that is not UTF-8, and a column that is not there."""
+        (part, *_) = sorted((site.parents[1] / "run" / "decisions").iterdir())
+        table = pq.read_table(part)
+        table = table.drop_columns([column])
+        pq.write_table(table if values is None else table.append_column(column, values), part)
+        ran = bulk(site, "apply")
+        assert (ran.code, str(part) in ran.err, "decide again" in ran.err) == (65, True, True)
+        assert places(site).keys() == FILED.keys()
+
+    @pytest.mark.parametrize("number", [math.nan, math.inf, -1.0])
+    def test_apply_leaves_images_whose_probability_is_none(self, site: Path, number: float) -> None:
+        """The journal has probabilities only."""
+        for part in (site.parents[1] / "run" / "decisions").iterdir():
+            table = pq.read_table(part)
+            at = table.schema.get_field_index("probability")
+            pq.write_table(table.set_column(at, "probability", pa.array([number] * len(table))), part)
+        ran = bulk(site, "apply")
+        assert (ran.code, ran.facts["moved"], ran.facts["abstained"]) == (0, {}, {"incomplete row": 3, "margin": 1})
 
     def test_undo_returns_the_images_which_apply_then_leaves(self, site: Path) -> None:
         """``sortd bulk undo`` takes back the run only; what was taken back is held."""

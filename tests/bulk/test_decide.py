@@ -17,8 +17,8 @@ from PIL import Image
 
 from sortd.api.classifier import Classifier
 from sortd.api.images import LoadedEncoder
-from sortd.bulk.decide import DECISIONS_SCHEMA, DecideSettings, PartDecider
-from sortd.bulk.plan import MANIFEST, make_plan, part_name, parts_of, version_id
+from sortd.bulk.decide import DecideSettings, PartDecider
+from sortd.bulk.plan import DECISIONS_SCHEMA, MANIFEST, make_plan, part_name, parts_of, version_id
 from sortd.bulk.storage import StoredFile, list_images, read_bytes, uri_of
 from sortd.commands.console import load_config
 from sortd.config import Config
