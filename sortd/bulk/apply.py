@@ -206,6 +206,10 @@ class _Files:
 
     def _apply(self, layout: Layout, images: Sequence[tuple[AssignedImage, str]]) -> None:
         config = _config_of(self._config, layout)
+        if (action := config.dataset(layout.name).action) != "move":
+            raise DataError(
+                f"`action: {action}` of its dataset leaves images where they are; bulk apply would move them"
+            )
         if layout not in self._refile:
             self._refile[layout] = self._stack.enter_context(refiling(config, layout, dry_run=self._is_dry))
             self._refile[layout]([])  # recovers moves that did not end: their images are not where they were decided on

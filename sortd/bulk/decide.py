@@ -116,7 +116,9 @@ def require_equal_settings(run: Path, settings: DecideSettings) -> None:
         return
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
-    if isinstance(known, dict) and (other := [key for key in facts if known.get(key) != facts[key]]):
+    if not isinstance(known, dict):
+        raise DataError(f"{file} is damaged; plan another run")
+    if other := [key for key in facts if known.get(key) != facts[key]]:
         raise DataError(
             f"{run} has decisions with another {' and '.join(other)}; repeat those options, or plan another run"
         )

@@ -168,6 +168,16 @@ class TestFiles:
         ran = bulk(site, "apply")
         assert (ran.code, ran.facts["refused"], ran.facts["moved"]) == (65, expected, {})
 
+    @pytest.mark.parametrize("action", ["copy", "keywords"])
+    def test_apply_in_a_dataset_whose_images_stay_moves_nothing(self, site: Path, action: str) -> None:
+        """The images that a person put into Images/ are not moved there (docs/actions.md)."""
+        write_config(site.parents[1], action=action)
+        for arguments in (("--dry-run",), ()):
+            ran = bulk(site, "apply", *arguments)
+            (reason,) = ran.facts["refused"]
+            assert (ran.facts["moved"], f"`action: {action}`" in reason) == ({}, True)
+        assert places(site) == dict.fromkeys(FILED, "Images")
+
     def test_apply_by_another_process_with_the_lock_is_refused(self, site: Path) -> None:
         """No image is moved by two."""
         with lock_dataset(Layout(site), site.parents[1] / "state"):
