@@ -19,6 +19,7 @@ from sortd.config import Config
 from sortd.daemon.references import class_name_problem
 from sortd.errors import DataError
 from sortd.finetune.recipe import LabelledImage, LabelSource
+from sortd.images.formats import SUFFIXES
 from sortd.watch.scan import stamp
 
 THREADS = 16
@@ -88,6 +89,7 @@ def _file_of(row: Mapping[str, Any], folder: Path, max_bytes: int) -> str | None
         return None
     if row["sha256"] not in {None, hashlib.sha256(content).hexdigest()}:
         return None
-    own = folder / (hashlib.sha256(row["id"].encode()).hexdigest() + os.path.splitext(uri)[1])
+    suffix = os.path.splitext(uri)[1].lower()
+    own = folder / (hashlib.sha256(row["id"].encode()).hexdigest() + (suffix if suffix in SUFFIXES else ""))
     own.write_bytes(content)
     return os.fspath(own)
