@@ -12,16 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from sortd.bulk.plan import decided_parts, read_run
+from sortd.bulk.plan import decided_rows, read_run
 from sortd.bulk.storage import local_path, store_of
 from sortd.bulk.transfers import (
     APPLY,
     AT_ONCE,
+    JOURNAL,
     UNDO,
     ObjectStore,
     Transfer,
@@ -117,20 +119,19 @@ def assigned_images(
         DataError: the decisions are damaged, or there are none.
     """
     done, count = 0, int(read_run(run)["count"])
-    for part in decided_parts(run):
-        if missing := {"reason", *COLUMNS} - set(part.schema_arrow.names):
-            raise DataError(f"the decisions in {run} have no {', '.join(sorted(missing))}; decide again")
-        for batch in part.iter_batches(MOST_IN_A_REQUEST, columns=["reason", *COLUMNS], use_threads=False):
-            found: dict[str, AssignedImage] = {}
-            for row in batch.to_pylist():
-                reason = row.pop("reason") or "unknown"
-                if None in row.values():
-                    count_abstained(reason.partition(":")[0] if row["label"] is None else "incomplete row")
-                else:
-                    found[row["id"]] = AssignedImage(**row)
-            yield list(found.values())
-            done += batch.num_rows
-            tell("images", done, count)
+    for rows in decided_rows(run, ("reason", *COLUMNS), at_once=MOST_IN_A_REQUEST):
+        found: dict[str, AssignedImage] = {}
+        for row in rows:
+            reason = row.pop("reason") or "unknown"
+            if row["label"] is None:
+                count_abstained(reason.partition(":")[0])
+            elif None in row.values() or not (0 <= row["probability"] <= 1 and isfinite(row["margin"])):
+                count_abstained("incomplete row")
+            else:
+                found[row["id"]] = AssignedImage(**row)
+        yield list(found.values())
+        done += len(rows)
+        tell("images", done, count)
     if not done:
         raise DataError(f"{run} has no decisions; make them: sortd bulk decide {run} --classifier FILE")
 
@@ -205,6 +206,10 @@ class _Files:
 
     def _apply(self, layout: Layout, images: Sequence[tuple[AssignedImage, str]]) -> None:
         config = _config_of(self._config, layout)
+        if (action := config.dataset(layout.name).action) != "move":
+            raise DataError(
+                f"`action: {action}` of its dataset leaves images where they are; bulk apply would move them"
+            )
         if layout not in self._refile:
             self._refile[layout] = self._stack.enter_context(refiling(config, layout, dry_run=self._is_dry))
             self._refile[layout]([])  # recovers moves that did not end: their images are not where they were decided on
@@ -331,10 +336,12 @@ class _Objects:
                 self._count(prefix, result)
 
     def _results(self, store: ObjectStore, wanted: Sequence[Transfer]) -> list[TransferResult]:
-        if self._is_dry:
-            return list(self._pool.map(lambda one: dry_run_transfer(store, one), wanted))
-        if self._journal is None:
+        if self._journal is None and (not self._is_dry or (self._run / JOURNAL).is_file()):
             self._journal = self._stack.enter_context(open_transfers(self._run))
+        if self._is_dry:
+            known = wanted if self._journal is None else self._journal.known(wanted)
+            return list(self._pool.map(lambda one: dry_run_transfer(store, one), known))
+        assert self._journal is not None
         return transfer_all(store, self._journal, wanted, self._pool)
 
     def _count(self, prefix: str, result: TransferResult) -> None:
@@ -397,13 +404,13 @@ def undo_run(
 
 def _undo_transfers(run: Path, store: ObjectStore, scheme: str, undone: Applied) -> None:
     with open_transfers(run) as journal, ThreadPoolExecutor(THREADS, "bulk") as pool:
-        waiting = list[Transfer]()
-        for done in journal.done(APPLY):
-            waiting.append(Transfer(done.id, UNDO, done.destination, done.source, done.label, done.sha256))
-            if len(waiting) == AT_ONCE:
-                _undo_group(store, journal, waiting, pool, scheme, undone)
-                waiting = []
-        _undo_group(store, journal, waiting, pool, scheme, undone)
+        for begun in journal.groups(APPLY, done=False):  # a crash may have left copies, which are undone as the others
+            for result in transfer_all(store, journal, begun, pool):
+                if result.message:
+                    undone.refuse(f"{scheme}://{result.transfer.source}", result.message)
+        for done in journal.groups(APPLY, done=True):
+            wanted = [Transfer(one.id, UNDO, one.destination, one.source, one.label, one.sha256) for one in done]
+            _undo_group(store, journal, wanted, pool, scheme, undone)
 
 
 def _undo_group(

@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from sortd.api.classifier import FACTS_FILE, Classifier
 from sortd.api.images import LoadedEncoder
 from sortd.arrays import FloatArray
-from sortd.bulk.plan import DECISIONS, MANIFEST, MANIFEST_SCHEMA, part_name, write_table
+from sortd.bulk.plan import DECISIONS, DECISIONS_SCHEMA, MANIFEST, MANIFEST_SCHEMA, part_name, write_table
 from sortd.bulk.storage import local_path, read_blocks
 from sortd.config import Config
 from sortd.encoder.backends import load_fastest
@@ -45,20 +45,6 @@ UNREADABLE = "unreadable: "
 """Begins the reason of an image that was not decided on."""
 STAGES = ("read", "decode", "encode", "decide", "write")
 READERS = 16  # objects that are read at the same time
-DECISIONS_SCHEMA = pa.schema([
-    pa.field("id", pa.string(), nullable=False),
-    pa.field("uri", pa.string(), nullable=False),
-    ("label", pa.string()),
-    ("probability", pa.float64()),
-    ("margin", pa.float64()),
-    ("familiarity", pa.float64()),
-    ("reason", pa.string()),
-    ("mode", pa.string()),
-    ("encoder_id", pa.string()),
-    ("embedding", pa.list_(pa.float16())),
-    ("sha256", pa.string()),
-])  # fmt: skip
-"""Of the images that could not be read, all but id, uri and reason are null."""
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 Load = Callable[[Config], Encoder]
@@ -130,7 +116,9 @@ def require_equal_settings(run: Path, settings: DecideSettings) -> None:
         return
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
-    if isinstance(known, dict) and (other := [key for key in facts if known.get(key) != facts[key]]):
+    if not isinstance(known, dict):
+        raise DataError(f"{file} is damaged; plan another run")
+    if other := [key for key in facts if known.get(key) != facts[key]]:
         raise DataError(
             f"{run} has decisions with another {' and '.join(other)}; repeat those options, or plan another run"
         )
@@ -246,6 +234,8 @@ class PartDecider:
             if error.errno in RESOURCE_ERRORS | _FULL_DISK:
                 raise
             return _Unread(text_of(error.strerror or str(error)), time.perf_counter() - began)
+        except ValueError as error:  # of a name with a null byte, and pyarrow's own errors
+            return _Unread(text_of(str(error)), time.perf_counter() - began)
         seconds = time.perf_counter() - began
         if version is None:
             return _Unread("it does not exist any more", seconds)
@@ -264,7 +254,7 @@ class PartDecider:
         try:
             with open(descriptor, "wb") as file:
                 file.writelines(read_blocks(row["uri"], limit=self._limits.max_bytes))
-        except OSError:
+        except (OSError, ValueError):
             os.unlink(path)
             raise
         return path

@@ -12,13 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sortd.bulk.plan import MANIFEST, decided_parts, parts_of, version_id
+from sortd.bulk.plan import MANIFEST, decided_rows, parts_of, version_id
 from sortd.bulk.storage import StoredFile, local_path, read_bytes
 from sortd.commands.console import counted, printable, say
 from sortd.config import Config
 from sortd.daemon.references import class_name_problem
 from sortd.errors import DataError
 from sortd.finetune.recipe import LabelledImage, LabelSource
+from sortd.images.formats import SUFFIXES
 from sortd.watch.scan import stamp
 
 THREADS = 16
@@ -55,8 +56,8 @@ def training_images(run: Path, labels: LabelSource, config: Config) -> Iterator[
 
 def _decided(run: Path) -> Iterator[dict[str, Any]]:
     """Yield the assigned images of a run."""
-    for part in decided_parts(run):
-        for row in part.read(["id", "uri", "label", "sha256"], use_threads=False).to_pylist():
+    for rows in decided_rows(run, ("id", "uri", "label", "sha256")):
+        for row in rows:
             if row["label"] is not None and class_name_problem(row["label"]) is None:
                 yield row
 
@@ -88,6 +89,7 @@ def _file_of(row: Mapping[str, Any], folder: Path, max_bytes: int) -> str | None
         return None
     if row["sha256"] not in {None, hashlib.sha256(content).hexdigest()}:
         return None
-    own = folder / (hashlib.sha256(row["id"].encode()).hexdigest() + os.path.splitext(uri)[1])
+    suffix = os.path.splitext(uri)[1].lower()
+    own = folder / (hashlib.sha256(row["id"].encode()).hexdigest() + (suffix if suffix in SUFFIXES else ""))
     own.write_bytes(content)
     return os.fspath(own)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sortd.bulk.storage import StoredFile, list_images, local_path
+from sortd.bulk.storage import StoredFile, list_images, local_path, uri_of
 from sortd.commands.console import counted, printable, say
 from sortd.errors import DataError, DestinationError
 from sortd.files import read_regular, text_of, write_atomic, write_json
@@ -32,6 +32,20 @@ MANIFEST_SCHEMA = pa.schema([
     ("mtime_ns", pa.int64()),
     ("etag", pa.string()),
 ])  # fmt: skip
+DECISIONS_SCHEMA = pa.schema([
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("uri", pa.string(), nullable=False),
+    ("label", pa.string()),
+    ("probability", pa.float64()),
+    ("margin", pa.float64()),
+    ("familiarity", pa.float64()),
+    ("reason", pa.string()),
+    ("mode", pa.string()),
+    ("encoder_id", pa.string()),
+    ("embedding", pa.list_(pa.float16())),
+    ("sha256", pa.string()),
+])  # fmt: skip
+"""Of the images that could not be read, all but id, uri and reason are null."""
 _PART = re.compile(r"part-(\d{5,})\.parquet")
 
 Tell = Callable[[str, int, int], None]
@@ -98,10 +112,6 @@ def make_plan(
     """
     if os.path.lexists(run) and not (run.is_dir() and not any(run.iterdir())):
         raise DataError(f"{run} exists; nothing is overwritten, so name another folder or move it away")
-    try:
-        (run / MANIFEST).mkdir(parents=True)
-    except OSError as error:
-        raise DestinationError(f"{run} cannot be made: {error.strerror}; name another folder") from error
     unread: list[str] = []
     errors = 0
 
@@ -112,8 +122,10 @@ def make_plan(
             unread.append(text_of(str(error)))
 
     images = list_images(source, report=report)
-    count = parts = 0
+    path, count, parts = local_path(source), 0, 0
     while rows := list(islice(images, min(MOST_ROWS, max(fewest_rows, count // PARTS_BEFORE)))):
+        if not parts:  # a source that cannot be listed leaves no folder behind
+            _make_folder(run)
         write_table(run / MANIFEST / part_name(parts), _manifest_table(rows))
         count, parts = count + len(rows), parts + 1
         tell("listing", count, 0)
@@ -121,12 +133,19 @@ def make_plan(
         raise DataError(f"{source} has no image" + (f"; {unread[0]}" if unread else ""))
     facts = {
         "version": VERSION,
-        "source": source if local_path(source) is None else os.path.abspath(source),
+        "source": source if path is None else uri_of(os.path.abspath(path)),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "count": count,
     }
     write_json(run / PLAN_FILE, facts)  # the last file: it says that the manifest is complete
     return {**facts, "run": os.fspath(run), "parts": parts, "errors": errors, "examples": unread}
+
+
+def _make_folder(run: Path) -> None:
+    try:
+        (run / MANIFEST).mkdir(parents=True)
+    except OSError as error:
+        raise DestinationError(f"{run} cannot be made: {error.strerror}; name another folder") from error
 
 
 def _manifest_table(images: list[StoredFile]) -> pa.Table:
@@ -137,18 +156,26 @@ def _manifest_table(images: list[StoredFile]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
 
 
-def decided_parts(run: Path) -> Iterator[pq.ParquetFile]:
-    """Yield the decisions of a run, one complete part after another, open for reading.
+def decided_rows(run: Path, columns: Sequence[str], *, at_once: int = 1_000) -> Iterator[list[dict[str, Any]]]:
+    """Yield some columns of the decisions of a run, from one complete part after another, so many rows at most.
 
     Raises:
-        DataError: a part is damaged.
+        DataError: a part is damaged, or lacks a column.
     """
     for path in parts_of(run / DECISIONS).values():
         try:
             with pq.ParquetFile(path) as part:
-                yield part
-        except (pa.ArrowInvalid, OSError) as error:
+                _require_columns(part, columns)
+                for batch in part.iter_batches(at_once, columns=list(columns), use_threads=False):
+                    yield batch.to_pylist()
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read: {error}; delete it, and decide again") from error
+
+
+def _require_columns(part: pq.ParquetFile, columns: Sequence[str]) -> None:
+    found = {field.name: field.type for field in part.schema_arrow}
+    if other := [name for name in columns if found.get(name) != DECISIONS_SCHEMA.field(name).type]:
+        raise ValueError(f"it has no valid {', '.join(other)}")
 
 
 def print_planned(facts: dict[str, Any]) -> None:

@@ -9,13 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from sortd.bulk.decide import UNREADABLE
-from sortd.bulk.plan import decided_parts, read_run
+from sortd.bulk.plan import decided_rows, read_run
 from sortd.bulk.storage import local_path, read_blocks
 from sortd.classify.proportions import out_of, proportion
 from sortd.commands.console import counted, print_line, print_table, printable, say, show
@@ -26,7 +25,7 @@ from sortd.images.thumbnails import thumbnails
 
 EXAMPLES = 10
 """Unreadable images that are named."""
-_COLUMNS = ["id", "uri", "label", "probability", "reason"]
+_COLUMNS = ("id", "uri", "label", "probability", "reason")
 
 
 def read_labels(file: Path) -> dict[str, str]:
@@ -62,7 +61,11 @@ def make_report(
     plan, counts = read_run(run), _Counts(labels or {})
     drawn = heapq.nsmallest(
         sample,
-        (row for row in counts.counted(_rows(run)) if not (row["reason"] or "").startswith(UNREADABLE)),
+        (
+            row
+            for row in counts.counted(chain.from_iterable(decided_rows(run, _COLUMNS)))
+            if not (row["reason"] or "").startswith(UNREADABLE)
+        ),
         key=lambda row: hashlib.sha256(f"{seed} {row['id']}".encode()).digest(),
     )
     right, judged = counts.right, counts.judged
@@ -112,15 +115,6 @@ class _Counts:
             else:
                 self.reasons[reason] += 1
             yield row
-
-
-def _rows(run: Path) -> Iterator[dict[str, Any]]:
-    for part in decided_parts(run):
-        try:
-            for batch in part.iter_batches(columns=_COLUMNS):
-                yield from batch.to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"a part of {run} cannot be read: {error}; delete it, and decide again") from error
 
 
 # ---------------------------------------------------------------- output

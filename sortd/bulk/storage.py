@@ -120,10 +120,13 @@ def list_images(source: str, *, report: Report) -> Iterator[StoredFile]:
     Raises:
         DataError: the source does not exist or cannot be listed.
     """
-    if local_path(source) is None:
-        yield from _list_store(source, report)
+    path = local_path(source)
+    if path is not None:
+        yield from _list_disk(os.path.abspath(path), report)
+    elif "@" in source.split("/")[2]:
+        raise DataError("a source must not have a user or a password: they come from the environment")
     else:
-        yield from _list_disk(os.path.abspath(source), report)
+        yield from _list_store(source, report)
 
 
 def _parts_of_glob(pattern: str) -> tuple[str, re.Pattern[str]]:
@@ -203,9 +206,13 @@ def _walk(store: FileSystem, entries: list[Any], report: Report) -> Iterator[Any
             yield entry
             continue
         try:
-            waiting.extend(_entries(store, entry.path))
+            found = _entries(store, entry.path)
         except OSError as error:
             report(error)
+            continue
+        if itself := [one for one in found if one.path == entry.path]:  # it would be listed again without end
+            report(OSError(errno.EINVAL, "a key with // cannot be read", entry.path))
+        waiting.extend(one for one in found if one not in itself)
 
 
 def _entries(store: FileSystem, path: str) -> list[Any]:

@@ -25,11 +25,9 @@ from pyarrow.fs import FileSystem, FileType
 
 from sortd.errors import (
     AlreadyRunningError,
-    ChangedError,
     DestinationError,
     JournalError,
     SortdError,
-    VanishedError,
 )
 from sortd.store.records import MoveProgress
 
@@ -157,16 +155,16 @@ class TransferJournal:
         with self._translated():
             return [self._known(one) for one in wanted]
 
-    def done(self, action: str) -> Iterator[Transfer]:
-        """Yield the transfers that are DONE, by id."""
-        statement = "SELECT * FROM transfers WHERE action = ? AND progress = ? AND id > ? ORDER BY id LIMIT ?"
+    def groups(self, action: str, *, done: bool) -> Iterator[list[Transfer]]:
+        """Yield the transfers that are DONE, or those that have begun and are not, by id and so many at once."""
+        statement = "SELECT * FROM transfers WHERE action = ? AND (progress = ?) = ? AND id > ? ORDER BY id LIMIT ?"
         last = ""
         while True:
             with self._translated():
-                rows = self._connection.execute(statement, (action, MoveProgress.DONE, last, AT_ONCE)).fetchall()
-            yield from map(_transfer_from, rows)
+                rows = self._connection.execute(statement, (action, MoveProgress.DONE, done, last, AT_ONCE)).fetchall()
             if not rows:
                 return
+            yield [_transfer_from(row) for row in rows]
             last = rows[-1]["id"]
 
     def is_promised(self, destination: str, to: Transfer) -> bool:
@@ -246,10 +244,10 @@ def transfer_all(
     return [TransferResult(one.transfer, was, one.message) for one, was in zip(states, before, strict=True)]
 
 
-def dry_run_transfer(store: ObjectStore, wanted: Transfer) -> TransferResult:
-    """Return what ``transfer_all`` would find of a source; nothing is written."""
-    found = _attempt(_find, store, _State(wanted))
-    return TransferResult(found.transfer, message=found.message)
+def dry_run_transfer(store: ObjectStore, known: Transfer) -> TransferResult:
+    """Return what ``transfer_all`` would find of a transfer as it is journaled; nothing is written."""
+    found = _attempt(_find, store, _State(known))
+    return TransferResult(found.transfer, known.progress is MoveProgress.DONE, found.message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +272,7 @@ def _attempt(act: Callable[[ObjectStore, _State], _State], store: ObjectStore, s
         return state
     try:
         return act(store, state)
-    except (ChangedError, VanishedError, DestinationError) as error:
+    except DestinationError as error:
         return replace(state, message=str(error))
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         return replace(state, message=f"the store refused it: {getattr(error, 'strerror', None) or error}")
@@ -283,11 +281,14 @@ def _attempt(act: Callable[[ObjectStore, _State], _State], store: ObjectStore, s
 def _find(store: ObjectStore, state: _State) -> _State:
     """Check the source, and for a transfer that had begun, what is at its destination."""
     transfer = state.transfer
+    if transfer.source == transfer.destination and transfer.progress is not None:
+        raise DestinationError(f"{JOURNAL} is damaged: {transfer.source} is its own destination")
     if transfer.progress is not None and _has_bytes(store, transfer.destination, transfer.sha256):
         return state.at(MoveProgress.PUBLISHED, version=_version_with_bytes(store, transfer))
     found = _version_with_bytes(store, transfer)
     if found is None:
-        raise VanishedError("the object is gone" if store.version(transfer.source) is None else "the object changed")
+        message = "the object is gone" if store.version(transfer.source) is None else "the object changed"
+        return replace(state.at(None), is_dropped=True, message=message)
     return state.at(None, version=found)
 
 
@@ -298,13 +299,17 @@ def _version_with_bytes(store: ObjectStore, transfer: Transfer) -> ObjectVersion
 
 
 def _has_bytes(store: ObjectStore, path: str, sha256: str) -> bool:
+    return _sha256_of_object(store, path) == sha256
+
+
+def _sha256_of_object(store: ObjectStore, path: str) -> str | None:
     digest = hashlib.sha256()
     try:
         for chunk in store.chunks(path):
             digest.update(chunk)
     except FileNotFoundError:
-        return False
-    return digest.hexdigest() == sha256
+        return None
+    return digest.hexdigest()
 
 
 def _named(store: ObjectStore, journal: TransferJournal, state: _State, promised: set[str]) -> _State:
@@ -329,7 +334,9 @@ def _copy(store: ObjectStore, state: _State) -> _State:
     is_equal = made is not None and made == state.version and bool(made.etag)
     if is_equal or _has_bytes(store, transfer.destination, transfer.sha256):
         return state.at(MoveProgress.PUBLISHED)
-    store.delete(transfer.destination)  # it was free before: this is our copy of a later version
+    copied = _sha256_of_object(store, transfer.destination)
+    if copied is not None and _has_bytes(store, transfer.source, copied):
+        store.delete(transfer.destination)  # our copy of a later version; anything else is of another program
     return state.at(None, is_dropped=True, message="the object changed while it was copied")
 
 

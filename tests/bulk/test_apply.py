@@ -1,18 +1,24 @@
 """Decided images moved to their classes: files by the mover, objects within their store; repeated, refused, undone."""
 
+import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sortd.api.dataset import open_dataset
 from sortd.bulk.engines import decide_shard
 from sortd.bulk.plan import make_plan
+from sortd.bulk.transfers import APPLY, open_transfers
 from sortd.core.guard import GuardState
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.layout import Layout
+from sortd.store.records import MoveProgress
 from tests.bulk.bulk_run import decisions_of, draw_images, load_fake, save_classifier, settings_for
 from tests.bulk.decided_run import BUCKET, delete_all, objects, s3_server, write_run
 from tests.command_line import Ran, sortd, write_config
@@ -111,6 +117,35 @@ class TestFiles:
         assert places(site)["e.png"] == "Dataset/red"
         assert outside.read_bytes() == b"other"
 
+    @pytest.mark.parametrize(
+        ("column", "values"),
+        [
+            ("uri", pa.array([1])),
+            ("label", pa.array([["red"]])),
+            ("sha256", pa.array([b"\xff"]).view(pa.string())),
+            ("mode", None),
+        ],
+    )
+    def test_apply_of_damaged_decisions_names_the_part(self, site: Path, column: str, values: Any) -> None:
+        """A column of another type, text that is not UTF-8, and a column that is not there."""
+        (part, *_) = sorted((site.parents[1] / "run" / "decisions").iterdir())
+        table = pq.read_table(part)
+        table = table.drop_columns([column])
+        pq.write_table(table if values is None else table.append_column(column, values), part)
+        ran = bulk(site, "apply")
+        assert (ran.code, str(part) in ran.err, "decide again" in ran.err) == (65, True, True)
+        assert places(site).keys() == FILED.keys()
+
+    @pytest.mark.parametrize("number", [math.nan, math.inf, -1.0])
+    def test_apply_leaves_images_whose_probability_is_none(self, site: Path, number: float) -> None:
+        """The journal has probabilities only."""
+        for part in (site.parents[1] / "run" / "decisions").iterdir():
+            table = pq.read_table(part)
+            at = table.schema.get_field_index("probability")
+            pq.write_table(table.set_column(at, "probability", pa.array([number] * len(table))), part)
+        ran = bulk(site, "apply")
+        assert (ran.code, ran.facts["moved"], ran.facts["abstained"]) == (0, {}, {"incomplete row": 3, "margin": 1})
+
     def test_undo_returns_the_images_which_apply_then_leaves(self, site: Path) -> None:
         """``sortd bulk undo`` takes back the run only; what was taken back is held."""
         before = tree(site / "Images")
@@ -132,6 +167,16 @@ class TestFiles:
         assert bulk(site, "apply", "--dry-run").facts["refused"] == expected
         ran = bulk(site, "apply")
         assert (ran.code, ran.facts["refused"], ran.facts["moved"]) == (65, expected, {})
+
+    @pytest.mark.parametrize("action", ["copy", "keywords"])
+    def test_apply_in_a_dataset_whose_images_stay_moves_nothing(self, site: Path, action: str) -> None:
+        """The images that a person put into Images/ are not moved there (docs/actions.md)."""
+        write_config(site.parents[1], action=action)
+        for arguments in (("--dry-run",), ()):
+            ran = bulk(site, "apply", *arguments)
+            (reason,) = ran.facts["refused"]
+            assert (ran.facts["moved"], f"`action: {action}`" in reason) == ({}, True)
+        assert places(site) == dict.fromkeys(FILED, "Images")
 
     def test_apply_by_another_process_with_the_lock_is_refused(self, site: Path) -> None:
         """No image is moved by two."""
@@ -231,12 +276,27 @@ class TestObjects:
         assert sorted(after.values()) == sorted(before.values())
         assert after["set/Dataset/red/a b.jpg"] == b"of the user"
         assert {key.rpartition("/")[0] for key in after} == {"set/Images", "set/Dataset/red", "set/Dataset/green"}
-        again = self.bulk(tmp_path, "apply")
-        assert (again.code, again.facts["moved"], again.facts["before"]) == (0, {}, 3)
+        for arguments in ((), ("--dry-run",)):
+            again = self.bulk(tmp_path, "apply", *arguments)
+            assert (again.code, again.facts["moved"], again.facts["before"]) == (0, {}, 3)
+            assert again.facts["refused"] == {}
         undone = self.bulk(tmp_path, "undo")
         assert (undone.code, undone.facts["moved"]) == (0, {"green": 2, "red": 1})
         assert objects(client) == before
         assert self.bulk(tmp_path, "apply").facts["before"] == 3
+
+    def test_undo_after_a_crash_takes_back_copies(self, client: Any, tmp_path: Path) -> None:
+        """One was copied and not deleted at its source yet."""
+        before = objects(client)
+        assert self.bulk(tmp_path, "apply").code == 0
+        with open_transfers(tmp_path / "run") as journal:
+            (group,) = journal.groups(APPLY, done=True)
+            one = next(one for one in group if one.label == "red")
+            journal.write([replace(one, progress=MoveProgress.PUBLISHED)])
+        client.put_object(Bucket=BUCKET, Key="set/Images/a b.jpg", Body=CONTENTS["a b.jpg"])
+        undone = self.bulk(tmp_path, "undo")
+        assert (undone.code, undone.facts["moved"]) == (0, {"green": 2, "red": 1})
+        assert objects(client) == before
 
     def test_apply_refuses_objects_that_are_not_the_decided_version(self, client: Any, tmp_path: Path) -> None:
         """A changed and a missing object stay as they are; the other one is moved below the named prefix."""

@@ -17,8 +17,8 @@ from PIL import Image
 
 from sortd.api.classifier import Classifier
 from sortd.api.images import LoadedEncoder
-from sortd.bulk.decide import DECISIONS_SCHEMA, DecideSettings, PartDecider
-from sortd.bulk.plan import MANIFEST, make_plan, part_name, parts_of, version_id
+from sortd.bulk.decide import DecideSettings, PartDecider
+from sortd.bulk.plan import DECISIONS_SCHEMA, MANIFEST, make_plan, part_name, parts_of, version_id
 from sortd.bulk.storage import StoredFile, list_images, read_bytes, uri_of
 from sortd.commands.console import load_config
 from sortd.config import Config
@@ -120,6 +120,15 @@ def test_files_that_are_not_as_planned_are_not_decided(decider: PartDecider, tmp
         assert found[name]["reason"] == "unreadable: it has changed since it was planned"
     for name in ("002.png", "004.png"):
         assert found[name]["reason"] == "unreadable: it does not exist any more"
+
+
+def test_uri_that_no_file_can_have_is_not_decided(decider: PartDecider, tmp_path: Path) -> None:
+    """It costs one row: a null byte, and what pyarrow refuses."""
+    draw_images(tmp_path, 1)
+    strange = [row_of(StoredFile(uri, 1, 1)) for uri in ("/a\0b.png", "file:///%00.png", "s3://bucket/a//b.png")]
+    decided = by_name(decider.decide([*strange, *planned(tmp_path)]))
+    assert [row["sha256"] is None for row in decided.values()].count(True) == len(strange)
+    assert decided["000.png"]["sha256"]
 
 
 def test_name_that_is_not_utf8_is_decided(decider: PartDecider, tmp_path: Path) -> None:

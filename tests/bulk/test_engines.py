@@ -169,9 +169,10 @@ def test_other_settings_are_refused(run: Path, classifier: Path) -> None:
     decide_shard(run, settings_for(classifier), (1, 7), load=load_fake)
     with pytest.raises(DataError, match="another batch_size"):
         decide_shard(run, settings_for(classifier, batch_size=4), (2, 7), load=load_fake)
-    (run / SETTINGS_FILE).write_text("{")
-    with pytest.raises(DataError, match=SETTINGS_FILE):
-        decide_shard(run, settings_for(classifier), (2, 7), load=load_fake)
+    for damaged in ("{", "[]"):
+        (run / SETTINGS_FILE).write_text(damaged)
+        with pytest.raises(DataError, match=SETTINGS_FILE):
+            decide_shard(run, settings_for(classifier), (2, 7), load=load_fake)
 
 
 def test_shard_out_of_range_is_refused(run: Path, classifier: Path) -> None:

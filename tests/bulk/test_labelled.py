@@ -67,15 +67,17 @@ def test_training_images_of_a_store_are_downloaded_for_the_block(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the decided bytes; nothing is left of them afterwards."""
-    uris = [f"s3://{BUCKET}/a/{name}" for name in ("same.png", "changed.png", "gone.png")]
+    long = "same." + "p" * 300  # no file of a disk can have such a suffix
+    uris = [f"s3://{BUCKET}/a/{name}" for name in ("same.png", "changed.png", "gone.png", long)]
     run = write_run(tmp_path / "run", f"s3://{BUCKET}/a", dict.fromkeys(uris, "red"), dict.fromkeys(uris, b"image"))
     with s3_server() as (client, environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        client.put_object(Bucket=BUCKET, Key="a/same.png", Body=b"image")
+        for name in ("same.png", long):
+            client.put_object(Bucket=BUCKET, Key=f"a/{name}", Body=b"image")
         client.put_object(Bucket=BUCKET, Key="a/changed.png", Body=b"IMAGE")
         with training_images(run, LabelSource.DECISIONS, config) as images:
-            assert [(Path(one.path).read_bytes(), one.label) for one in images] == [(b"image", "red")]
+            assert [(Path(one.path).read_bytes(), one.label) for one in images] == [(b"image", "red")] * 2
     assert list(config.state_dir.iterdir()) == []
 
 

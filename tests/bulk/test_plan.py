@@ -101,6 +101,20 @@ def test_source_without_images_is_refused(tmp_path: Path) -> None:
     ran = sortd("bulk", "plan", tmp_path / "photos", "--out", tmp_path / "run", "--json")
     assert ran.code == 65
     assert "has no image" in ran.err
+    assert not (tmp_path / "run").exists()  # so that the command can be corrected and repeated
+
+
+def test_source_as_a_url_of_this_disk_is_its_folder(tmp_path: Path) -> None:
+    """The manifest is that of the path."""
+    source = images(tmp_path / "a b", 2)
+    assert make_plan(f"file://{tmp_path}/a%20b", tmp_path / "run")["source"] == os.fspath(source)
+
+
+def test_source_with_a_password_is_refused(tmp_path: Path) -> None:
+    """It would be written into the plan and each row; the message does not repeat it."""
+    ran = sortd("bulk", "plan", "https://someone:pa55word@localhost/x", "--out", tmp_path / "run")
+    assert (ran.code, "from the environment" in ran.err, "pa55word" in ran.err) == (65, True, False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_plan_prints_its_facts(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import os
 import socket
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import boto3
 import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
@@ -80,6 +82,19 @@ def test_absent_bucket_folder_and_scheme_are_refused(bucket: str) -> None:
     for source in (f"{bucket}/nothing", "s3://no-such-bucket/x", "nowhere://a/b"):
         with pytest.raises(DataError, match=source.partition("://")[0]):
             list(list_images(source, report=refuse))
+
+
+def test_key_with_an_empty_folder_name_is_reported(bucket: str) -> None:
+    """Pyarrow lists such a folder as an entry of itself, and the listing ends nevertheless."""
+    assert bucket
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1")
+    client.create_bucket(Bucket="slashes")
+    for key in ("sub//a.jpg", "sub/b.jpg"):
+        client.put_object(Bucket="slashes", Key=key, Body=b"x")
+    errors: list[OSError] = []
+    found = list_images("s3://slashes", report=errors.append)
+    assert [image.uri for image in islice(found, 2)] == ["s3://slashes/sub/b.jpg"]
+    assert ["//" in str(error) for error in errors] == [True]
 
 
 def test_store_of_fsspec_is_read() -> None:

@@ -132,6 +132,40 @@ def test_transfer_removes_a_copy_of_a_later_version(place: Place) -> None:
     assert place.there() == {"in/a.jpg": b"a later version"}
 
 
+def test_transfer_leaves_what_another_program_wrote_after_the_copy(place: Place) -> None:
+    """It is not our copy, so it is not deleted."""
+
+    class SharedStore(ObjectStore):
+        """Has another program replace each copy."""
+
+        def copy(self, source: str, destination: str) -> None:
+            """Copy, and write over it."""
+            super().copy(source, destination)
+            place.put("out/a.jpg", b"of the user")
+
+    with open_transfers(place.folder) as journal, ThreadPoolExecutor(2) as pool:
+        (result,) = transfer_all(SharedStore(LocalFileSystem()), journal, [place.transfer], pool)
+    assert result.message == "the object changed while it was copied"
+    assert place.there() == {"in/a.jpg": BYTES, "out/a.jpg": b"of the user"}
+
+
+def test_transfer_whose_source_changed_before_its_copy_is_forgotten(place: Place) -> None:
+    """Its intent would keep the name from others."""
+    place.begin(MoveProgress.INTENDED)
+    place.put("in/a.jpg", b"a later version")
+    assert place.run().message == "the object changed"
+    with open_transfers(place.folder) as journal:
+        assert [one.progress for one in journal.known([place.transfer])] == [None]
+
+
+def test_transfer_onto_itself_is_refused(place: Place) -> None:
+    """A journal that somebody changed does not make sortd delete the only copy."""
+    place.transfer = replace(place.transfer, destination=place.transfer.source)
+    place.begin(MoveProgress.PUBLISHED)
+    assert "its own destination" in place.run().message
+    assert place.there() == {"in/a.jpg": BYTES}
+
+
 def test_journal_is_open_in_one_process_at_a_time(place: Place) -> None:
     """A second call is refused while the first one works; a damaged journal is named."""
     with open_transfers(place.folder), pytest.raises(AlreadyRunningError, match="another sortd applies this run"):
