@@ -146,6 +146,26 @@ class TestValues:
         names = ["notify.urls.0", "notify.urls.1", f"hooks.0 ({tmp_path}/b)", "hooks.1 (d)"]
         assert list(targets_of(config.notify, config.hooks)) == names
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "notify: {urls: [{url_file: json://sesame@host}]}",
+            "notify: {urls: [{url: json://host, events: [json://sesame@host]}]}",
+            "hooks: [{command: [a], events: [json://sesame@host]}]",
+            "notify: {urls: json://sesame@host}",
+            "notify: {urls: [json://sesame@host: ]}",
+            "notify: {urls: [{url: [json://sesame@host]}]}",
+            "notify: {url: json://sesame@host}",
+            "notify: json://sesame@host",
+        ],
+    )
+    def test_address_in_a_wrong_place_is_not_in_the_complaint(
+        self, tmp_path: Path, environment: dict[str, str], text: str
+    ) -> None:
+        """The log has complaints."""
+        (complaint,) = complaints(tmp_path, text, environment)
+        assert "sesame" not in complaint
+
     def test_model_is_a_path_if_such_a_folder_exists(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """Otherwise it is a name, like org/name."""
         (tmp_path / "models" / "mine").mkdir(parents=True)
