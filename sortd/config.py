@@ -423,7 +423,8 @@ def _lines(file: Path | None, tree: config_yaml.Tree, wrong: Mapping[str, str]) 
     for mistake in sorted(tree.mistakes, key=lambda mistake: (mistake.line, mistake.column)):
         parts = ("..." if is_address(str(part)) else str(part) for part in mistake.path)  # an address is a secret
         key = f"{'.'.join(parts)}: " if mistake.path else ""
-        found.append(f"{file}:{mistake.line}:{mistake.column}: {key}{mistake.message}")
+        place = "" if file is None else f"{file}:{mistake.line}:{mistake.column}: "
+        found.append(f"{place}{key}{mistake.message}")
     for name, message in wrong.items():
         meant = _meant(name, known, likeness=0.8) if message.startswith("unknown") else ""
         found.append(f"{name}: {message}{meant}")

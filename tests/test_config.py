@@ -1,5 +1,6 @@
 """The configuration: every mistake at its place, no guess, and the example says what the code does."""
 
+import os
 import re
 import subprocess
 import sys
@@ -193,8 +194,12 @@ class TestValues:
         assert (config.state_dir, config.cache_dir) == (Path("/var/lib/sortd"), Path("/var/cache/sortd"))
         assert read(tmp_path, "state_dir: here", environment).state_dir == tmp_path / "here"
 
-    def test_state_and_cache_without_a_home_are_required(self, tmp_path: Path) -> None:
-        """Without HOME there is no default for state and cache."""
+    def test_state_and_cache_without_a_home_are_required(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without HOME there is no default for state and cache; without a file, the message names no place in one."""
+        monkeypatch.chdir(tmp_path)
+        if not os.path.exists("/etc/sortd/config.yaml"):
+            with pytest.raises(ConfigError, match=r"\Astate_dir: has no default"):
+                read_config(None, {})
         assert complaints(tmp_path, "{}", {}) == [
             "1:1: state_dir: has no default, since neither HOME nor a folder of systemd is set; add it",
             "1:1: cache_dir: has no default, since neither HOME nor a folder of systemd is set; add it",
