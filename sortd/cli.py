@@ -6,6 +6,7 @@ torch.
 
 import math
 import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -435,5 +436,6 @@ app.add_typer(service)
 def main() -> None:
     """Run the command line; errors become a message on stderr and an exit code (sysexits(3))."""
     open_missing_streams()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may have ignored it: then no process has an exit code
     with exit_on_error():
         app()

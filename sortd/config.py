@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from pydantic_core import ErrorDetails
 
 from sortd import config_yaml
-from sortd.config_reporting import UNIX, Frozen, HookConfig, MetricsConfig, NotifyConfig, TargetConfig
+from sortd.config_reporting import UNIX, Frozen, HookConfig, MetricsConfig, NotifyConfig, TargetConfig, is_address
 from sortd.config_variables import ANY, generic_key, holds, merge, variable_name, variables_in
 from sortd.errors import ConfigError
 from sortd.events import Action
@@ -384,7 +384,7 @@ def _make_reporting_absolute(values: Mapping[str, Any], base: Path, environment:
     if isinstance(where := metrics.get("http"), str) and (path := where.removeprefix(UNIX)) not in {where, ""}:
         metrics["http"] = UNIX + _absolute(path, base, environment)
     for target in _groups_in(notify.get("urls")):
-        if isinstance(file := target.get("url_file"), str) and file:
+        if isinstance(file := target.get("url_file"), str) and file and not is_address(file):
             target["url_file"] = _absolute(file, base, environment)
     for hook in _groups_in(values.get("hooks")):
         command = hook.get("command")
@@ -421,9 +421,10 @@ def _lines(file: Path | None, tree: config_yaml.Tree, wrong: Mapping[str, str]) 
     known = [variable_name(key) for key in KEYS if ANY not in key]
     found = []
     for mistake in sorted(tree.mistakes, key=lambda mistake: (mistake.line, mistake.column)):
-        parts = ("..." if "://" in str(part) else str(part) for part in mistake.path)  # an address is a secret
+        parts = ("..." if is_address(str(part)) else str(part) for part in mistake.path)  # an address is a secret
         key = f"{'.'.join(parts)}: " if mistake.path else ""
-        found.append(f"{file}:{mistake.line}:{mistake.column}: {key}{mistake.message}")
+        place = "" if file is None else f"{file}:{mistake.line}:{mistake.column}: "
+        found.append(f"{place}{key}{mistake.message}")
     for name, message in wrong.items():
         meant = _meant(name, known, likeness=0.8) if message.startswith("unknown") else ""
         found.append(f"{name}: {message}{meant}")
@@ -445,7 +446,8 @@ def _message(details: ErrorDetails) -> str:
             message = f"unknown key{meant}"
         case "literal_error" if isinstance(given, str):
             allowed = [word.strip("' ") for word in str(context["expected"]).replace(" or ", ",").split(",")]
-            message = f"{given!r} is none of {', '.join(allowed)}{_meant(given, allowed)}"
+            word = "the value" if is_address(given) else repr(given)
+            message = f"{word} is none of {', '.join(allowed)}{_meant(given, allowed)}"
         case "value_error":
             message = str(context["error"])
         case _ if kind in _GROUP_WANTED:

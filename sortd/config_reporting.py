@@ -98,6 +98,17 @@ def _times(value: str) -> str:
     return value
 
 
+def is_address(text: str) -> bool:
+    """Tell whether a text is an address, which may contain a password, wherever it was written."""
+    return "://" in text
+
+
+def _file_with_address(value: object) -> object:
+    if isinstance(value, str) and is_address(value):
+        raise ValueError("is an address, not a file with one; name it `url`")
+    return value
+
+
 def _as_target(value: object) -> object:
     """Return a group of keys; a text alone is its ``url``."""
     return {"url": value} if isinstance(value, str) else value
@@ -116,7 +127,7 @@ class TargetConfig(Frozen):
     """One address of Apprise, and the events that are sent to it."""
 
     url: SecretStr | None = None
-    url_file: Path | None = None
+    url_file: Annotated[Path | None, BeforeValidator(_file_with_address)] = None
     events: Events = EVENT_NAMES
 
     @model_validator(mode="after")

@@ -272,22 +272,24 @@ def _check_passed(one: socket.socket, families: Collection[int]) -> None:
 
 
 @contextmanager
-def unix_socket(path: Path, *, group: str | None = None) -> Iterator[socket.socket]:
+def unix_socket(path: Path, *, group: str | None = None, setting: str = "--socket") -> Iterator[socket.socket]:
     """Yield a socket to which only this user can connect, or also the members of a group; remove it at the end.
+
+    ``setting`` is what names the path, for messages.
 
     Raises:
         StartupError: there can be no such socket, or another program listens on it.
     """
-    _check_folder(path.parent)
+    _check_folder(path.parent, setting)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         with _locked(path.parent):  # a socket that does not listen yet would seem unused to another process
-            _remove_unused(path)
+            _remove_unused(path, setting)
             before = os.umask(0o177)
             try:
                 listener.bind(os.fspath(path))
             except OSError as error:  # Python's own, for a long path, has no number
                 why = error.strerror or str(error)
-                raise StartupError(f"{path} cannot be a socket: {why}; name another path with --socket") from error
+                raise StartupError(f"{path} cannot be a socket: {why}; name another path with {setting}") from error
             finally:
                 os.umask(before)
             own = os.lstat(path).st_ino
@@ -302,16 +304,16 @@ def unix_socket(path: Path, *, group: str | None = None) -> Iterator[socket.sock
                     path.unlink()
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, setting: str) -> None:
     """Raise StartupError unless a folder is this user's and nobody else can put a socket there."""
     try:
         found = os.stat(folder)
     except OSError as error:
-        raise StartupError(f"{folder} cannot be used: {error.strerror}; name another path with --socket") from error
+        raise StartupError(f"{folder} cannot be used: {error.strerror}; name another path with {setting}") from error
     if found.st_uid != os.geteuid() or found.st_mode & _OTHERS_WRITE:
         raise StartupError(
             f"{folder} belongs to another user, or others can write to it; name a path in a folder of your own with "
-            "--socket, for example in $XDG_RUNTIME_DIR"
+            f"{setting}, for example in $XDG_RUNTIME_DIR"
         )
 
 
@@ -326,14 +328,14 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_unused(path: Path) -> None:
+def _remove_unused(path: Path, setting: str) -> None:
     """Remove a socket of this user that nobody listens on. Raises StartupError for anything else of that name."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
-        raise StartupError(f"{path} exists and is no socket of this user; name another path with --socket")
+        raise StartupError(f"{path} exists and is no socket of this user; name another path with {setting}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
@@ -343,7 +345,7 @@ def _remove_unused(path: Path) -> None:
             return
         except OSError:
             pass
-    raise AlreadyRunningError(f"another program listens on {path}; stop it, or name another path with --socket")
+    raise AlreadyRunningError(f"another program listens on {path}; stop it, or name another path with {setting}")
 
 
 def _give_to_group(path: Path, group: str) -> None:

@@ -1,5 +1,6 @@
 """The configuration: every mistake at its place, no guess, and the example says what the code does."""
 
+import os
 import re
 import subprocess
 import sys
@@ -146,6 +147,26 @@ class TestValues:
         names = ["notify.urls.0", "notify.urls.1", f"hooks.0 ({tmp_path}/b)", "hooks.1 (d)"]
         assert list(targets_of(config.notify, config.hooks)) == names
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "notify: {urls: [{url_file: json://sesame@host}]}",
+            "notify: {urls: [{url: json://host, events: [json://sesame@host]}]}",
+            "hooks: [{command: [a], events: [json://sesame@host]}]",
+            "notify: {urls: json://sesame@host}",
+            "notify: {urls: [json://sesame@host: ]}",
+            "notify: {urls: [{url: [json://sesame@host]}]}",
+            "notify: {url: json://sesame@host}",
+            "notify: json://sesame@host",
+        ],
+    )
+    def test_address_in_a_wrong_place_is_not_in_the_complaint(
+        self, tmp_path: Path, environment: dict[str, str], text: str
+    ) -> None:
+        """The log has complaints."""
+        (complaint,) = complaints(tmp_path, text, environment)
+        assert "sesame" not in complaint
+
     def test_model_is_a_path_if_such_a_folder_exists(self, tmp_path: Path, environment: dict[str, str]) -> None:
         """Otherwise it is a name, like org/name."""
         (tmp_path / "models" / "mine").mkdir(parents=True)
@@ -173,8 +194,12 @@ class TestValues:
         assert (config.state_dir, config.cache_dir) == (Path("/var/lib/sortd"), Path("/var/cache/sortd"))
         assert read(tmp_path, "state_dir: here", environment).state_dir == tmp_path / "here"
 
-    def test_state_and_cache_without_a_home_are_required(self, tmp_path: Path) -> None:
-        """Without HOME there is no default for state and cache."""
+    def test_state_and_cache_without_a_home_are_required(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without HOME there is no default for state and cache; without a file, the message names no place in one."""
+        monkeypatch.chdir(tmp_path)
+        if not os.path.exists("/etc/sortd/config.yaml"):
+            with pytest.raises(ConfigError, match=r"\Astate_dir: has no default"):
+                read_config(None, {})
         assert complaints(tmp_path, "{}", {}) == [
             "1:1: state_dir: has no default, since neither HOME nor a folder of systemd is set; add it",
             "1:1: cache_dir: has no default, since neither HOME nor a folder of systemd is set; add it",

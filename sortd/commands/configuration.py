@@ -67,6 +67,8 @@ def _plain(value: object) -> object:
     """Return a value as JSON has it: a path as text, a secret without its content."""
     if isinstance(value, tuple | list):
         return [_plain(one) for one in value]
+    if isinstance(value, dict):  # one of a list of groups
+        return {key: _plain(one) for key, one in value.items()}
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
@@ -94,4 +96,6 @@ def _written(value: object) -> str:
             return "yes" if value else "no"
         case list():
             return f"[{', '.join(_written(one) for one in value)}]"
+        case dict():
+            return f"{{{', '.join(f'{key}: {_written(one)}' for key, one in value.items() if one is not None)}}}"
     return str(value)

@@ -46,13 +46,18 @@ def create_dataset(directory: Path, classes: Sequence[str], config: Path | None)
     Raises:
         BadParameter: a class cannot have that name.
         LayoutError: the folder cannot be a dataset, or cannot be created.
-        ConfigError: the configuration in force is not valid, or must be edited by hand; the dataset is created.
+        ConfigError: the configuration in force is not valid, must be edited by hand, or cannot be written; the
+            dataset is created.
     """
     layout = make_dataset_folders(directory, classes)
     folder = printable(os.fspath(layout.root))
     typer.echo(f"{folder} is a dataset.")
     environment = {name: value for name, value in os.environ.items() if name != ROOT_VARIABLE}
-    configured = write_configuration(Path(os.path.realpath(layout.root)).parent, config, environment)
+    try:
+        configured = write_configuration(Path(os.path.realpath(layout.root)).parent, config, environment)
+    except OSError as error:
+        advice = "correct the permissions, or name another configuration with -c"
+        raise ConfigError(f"{error.filename} cannot be written: {error.strerror}; {advice}") from error
     typer.echo(f"{printable(os.fspath(configured.file))} {configured.done}.")
     typer.echo(f"Put 5 to 20 images of each class into {folder}/{Area.CLASES}/<class>/,")
     typer.echo(f"and the images to sort into {folder}/{Area.IMAGES}/; then run")
@@ -147,9 +152,10 @@ def _completed(file: Path, content: bytes, root: Path) -> Configured:
 
 
 def _line(root: Path) -> str:
-    """Return the root as a line of YAML; JSON's quoted text is also YAML's."""
+    """Return the root as a line of YAML; JSON's quoted text, with more escapes, is also YAML's."""
     text = os.fspath(root)
-    return f"root: {text if _PLAIN_WORD.fullmatch(text) else json.dumps(text, ensure_ascii=False)}\n"
+    quoted = "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(text, ensure_ascii=False))
+    return f"root: {text if _PLAIN_WORD.fullmatch(text) else quoted}\n"
 
 
 def run_command(file: Path, environment: Mapping[str, str]) -> str:

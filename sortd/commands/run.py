@@ -108,9 +108,11 @@ def file_once(
     logs.configure(config.log.format, config.log.level)
     daemon = _daemon(config, configured, once=True, load_encoder=load_encoder)
     if logs.is_json():
-        daemon.run()
-        if as_json:
-            show({"datasets": summary_facts(daemon.decisions())}, _print_done, as_json=True)
+        try:
+            daemon.run()
+        finally:
+            if as_json:
+                show({"datasets": summary_facts(daemon.decisions())}, _print_done, as_json=True)
         return
     try:
         with progress("starting") as tell:

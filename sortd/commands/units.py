@@ -49,8 +49,15 @@ class Unit:
         """The content under a line with its checksum, which shows later whether somebody edited it."""
         return f"{MARK}{hashlib.sha256(self.content).hexdigest()}\n".encode() + self.content
 
-    def is_edited(self, found: bytes) -> bool:
-        """Tell whether a content is neither as sortd writes it, in any version, nor as it is distributed."""
+    @property
+    def is_edited(self) -> bool:
+        """Whether something else stands there: a content that sortd wrote in no version, a link, a folder."""
+        try:
+            found = read_regular(self.path)
+        except FileNotFoundError:
+            return False
+        except OSError:  # a link, for example of `systemctl mask`, or a folder
+            return True
         first, _, rest = found.partition(b"\n")
         return found != self.distributed and first.decode(errors="replace") != MARK + hashlib.sha256(rest).hexdigest()
 
@@ -65,13 +72,13 @@ def install_service(*, is_of_user: bool, dry_run: bool) -> None:
     _require(is_of_user=is_of_user, dry_run=dry_run)
     units = [] if _is_packaged(is_of_user=is_of_user) else list(_units(is_of_user=is_of_user))
     for unit in units:
-        if unit.path.exists() and unit.is_edited(read_regular(unit.path)):
+        if unit.is_edited:
             raise ConfigError(
                 f"{unit.path} was not written by sortd, or was edited: move the changes into a drop-in "
                 f"(systemctl {'--user ' * is_of_user}edit sortd), remove the file and repeat the command"
             )
     plan = {unit.path: unit.written for unit in units}
-    if not is_of_user and not CONFIG.exists():
+    if not is_of_user and not os.path.lexists(CONFIG):
         plan[CONFIG] = CONFIG_TEXT.encode()
     for path, content in plan.items():
         _say("write", os.fspath(path), dry_run=dry_run)
@@ -94,12 +101,12 @@ def uninstall_service(*, is_of_user: bool, dry_run: bool) -> None:
     """
     _require(is_of_user=is_of_user, dry_run=dry_run, needs_config=False)
     systemctl, packaged = _systemctl(is_of_user=is_of_user), _is_packaged(is_of_user=is_of_user)
-    found = [unit for unit in ([] if packaged else _units(is_of_user=is_of_user)) if unit.path.exists()]
+    found = [unit for unit in ([] if packaged else _units(is_of_user=is_of_user)) if os.path.lexists(unit.path)]
     if not packaged and not any(unit.path.name == NAME for unit in found):
         raise ConfigError("sortd is not installed as a service; there is nothing to remove")
     _run([*systemctl, "disable", "--now", "sortd"], dry_run=dry_run)
     for unit in found:
-        if unit.is_edited(read_regular(unit.path)):
+        if unit.is_edited:
             typer.echo(f"{printable(os.fspath(unit.path))} was edited and stays; remove it yourself")
             continue
         _say("remove", os.fspath(unit.path), dry_run=dry_run)

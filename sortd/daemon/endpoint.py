@@ -165,7 +165,7 @@ class Endpoint:
 def _listening(address: Path | tuple[str, int]) -> Iterator[socket.socket]:
     """Yield a socket that listens. Raises StartupError."""
     if isinstance(address, Path):
-        with unix_socket(address) as listener:
+        with unix_socket(address, setting="metrics.http") as listener:
             yield listener
         return
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET

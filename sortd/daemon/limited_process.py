@@ -31,6 +31,7 @@ def run_limited(
     environment: Mapping[str, str],
     is_stopping: Callable[[], bool] = lambda: False,
     output: IO[bytes] | None = None,
+    folder: str | None = "/",
 ) -> str | None:
     """Run a command with ``message`` on stdin, and kill its process group in the end.
 
@@ -41,6 +42,7 @@ def run_limited(
         environment: all variables of the process.
         is_stopping: asked ten times a second; true ends the command.
         output: gets its stdout, which is dropped otherwise.
+        folder: its working directory; None: that of sortd.
 
     Returns:
         What went wrong, with the last line on stderr; None for exit code 0.
@@ -55,7 +57,7 @@ def run_limited(
             stdin=given,
             stdout=subprocess.DEVNULL if output is None else output,
             stderr=subprocess.PIPE,
-            cwd="/",
+            cwd=folder,
             env=dict(environment),
             start_new_session=True,
         )

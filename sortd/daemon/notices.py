@@ -41,7 +41,10 @@ class Condition:
 
 
 class Notices:
-    """Finds what has begun. A condition that lasts is reported once, and again after it has ended."""
+    """Finds what has begun. A condition that lasts is reported once, and again after it has ended.
+
+    One that cannot be looked at, since the dataset or the root is away, has not ended.
+    """
 
     def __init__(self) -> None:
         """Begin without any condition."""
@@ -51,10 +54,14 @@ class Notices:
 
     def begun(self, conditions: Iterable[Condition], settings: NotifyConfig, root_problem: str | None) -> list[Notice]:
         """Return a notice for each condition that has begun; while the root is missing, only for that."""
-        now = {("disk_missing", ""): Notice("disk_missing", root_problem)} if root_problem else {}
-        if root_problem is None:
+        before, conditions = self._lasting, list(conditions)
+        if root_problem is not None:
+            now, unknown = {("disk_missing", ""): Notice("disk_missing", root_problem)}, before
+        else:
             now = {(one.event, one.dataset or ""): one for found in conditions for one in self._of(found, settings)}
-        before, self._lasting = self._lasting, set(now)
+            unknown = {("review_pile", one.dataset) for one in conditions if one.review is None}
+            unknown |= {("accuracy_low", one.dataset) for one in conditions if not one.evidence}
+        self._lasting = set(now) | (before & unknown)
         return [notice for key, notice in now.items() if key not in before]
 
     def _of(self, found: Condition, settings: NotifyConfig) -> Iterable[Notice]:

@@ -55,6 +55,7 @@ class Proposals:
                 environment=os.environ,
                 is_stopping=self._stopping.is_set,
                 output=output,
+                folder=None,  # the configuration, and paths in variables, may be relative to it
             )
             output.seek(0)
             content = output.read()

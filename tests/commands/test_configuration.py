@@ -40,6 +40,22 @@ def test_config_effective_names_the_source_of_each_value(tmp_path: Path, monkeyp
     assert "datasets.Garden.guard" not in values
 
 
+def test_config_effective_shows_groups_in_lists_without_secrets(tmp_path: Path) -> None:
+    """They are groups in JSON too; an address of notifications is a secret."""
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "notify: {urls: [{url: 'json://sesame@host', events: [disk_missing]}]}\nhooks: [{command: [/bin/true, -x]}]\n"
+    )
+    printed = [sortd("config", "--effective", *more, "-c", file) for more in ((), ("--json",))]
+    assert not any("sesame" in ran.out + ran.err for ran in printed)
+    (url,), (hook,) = (printed[1].facts["values"][key]["value"] for key in ("notify.urls", "hooks"))
+    assert url == {"url": "**********", "url_file": None, "events": ["disk_missing"]}
+    assert hook["command"] == ["/bin/true", "-x"]
+    rows = dict(line.split("\t")[:2] for line in printed[0].out.splitlines())
+    assert rows["notify.urls"] == "[{url: **********, events: [disk_missing]}]"
+    assert rows["hooks"].startswith("[{command: [/bin/true, -x], events: [review_pile, ")
+
+
 def test_config_effective_of_an_invalid_file_reports_its_mistakes(tmp_path: Path) -> None:
     """No value is in force then."""
     (tmp_path / "config.yaml").write_text("speed: fast\n")

@@ -95,7 +95,10 @@ def test_init_with_a_root_in_the_environment_unsets_it_in_the_command(
     assert root_of(home / ".config" / "sortd" / "config.yaml") == home / "Pictures"
 
 
-@pytest.mark.parametrize("name", ["my pictures", 'a "b": #c', "-", "é\t", "no", "{x}", "'", "\\n"])
+@pytest.mark.parametrize(
+    "name",
+    ["my pictures", 'a "b": #c', "-", "é\t", "no", "{x}", "'", "\\n", "\x7f", "\x85x", "\uffff\u2028", "\U000e0001"],
+)
 def test_init_with_an_odd_path_writes_it_so_that_it_is_read_back(home: Path, name: str) -> None:
     """Quotes, colons, hashes and tabs have a meaning in YAML."""
     assert sortd("init", home / name / "Garden").code == 0
@@ -107,3 +110,15 @@ def test_init_with_a_path_that_is_not_utf8_is_refused(home: Path) -> None:
     ran = sortd("init", home / os.fsdecode(b"\xff") / "Garden")
     assert (ran.code, "set SORTD_ROOT instead" in ran.err) == (78, True)
     assert not (home / ".config").exists()
+
+
+@pytest.mark.parametrize("name", ["link.yaml", "file/config.yaml", "/proc/config.yaml"])
+def test_init_with_a_configuration_that_cannot_be_written_says_so(home: Path, name: str) -> None:
+    """The dataset is created, and a link that leads nowhere is not replaced."""
+    (home / "link.yaml").symlink_to(home / "nowhere")
+    (home / "file").touch()
+    ran = sortd("init", home / "Garden", "-c", name)
+    assert (ran.code, (home / "Garden" / "Clases").is_dir()) == (78, True)
+    assert "cannot be written: " in ran.err
+    assert (home / "link.yaml").is_symlink()
+    assert not (home / "nowhere").exists()

@@ -1,6 +1,9 @@
 """`sortd notify` lists where notifications go, and finds out whether they arrive."""
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,17 @@ def test_notify_test_sends_a_message_to_each_target_and_says_what_failed(config:
     }
     assert SECRET not in ran.out + ran.err
     assert json.loads((config.parent / "out").read_text())["event"] == "test"
+
+
+def test_notify_test_under_a_parent_that_ignores_the_end_of_children_sees_failures(tmp_path: Path) -> None:
+    """A program started so inherits it, and could not wait for its own children."""
+    (tmp_path / "Data").mkdir()
+    config = tmp_path / "config.yaml"
+    config.write_text("root: Data\nstate_dir: state\ncache_dir: cache\nhooks: [{command: ['false']}]\n")
+    script = f"trap '' CHLD; exec {shlex.join([sys.executable, '-m', 'sortd'])} notify --test --json -c {config}"
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (69, "")
+    assert json.loads(ran.stdout)["targets"][0]["problem"] == "exit code 1"
 
 
 def test_notify_test_without_a_target_is_an_error(tmp_path: Path) -> None:

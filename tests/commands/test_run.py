@@ -7,6 +7,7 @@ import pytest
 
 from sortd.commands.console import load_config
 from sortd.commands.run import file_once, show_dry_run
+from sortd.errors import LayoutError
 from tests.command_line import logs_as_before, write_config
 from tests.daemon_process import draw_strangers, make_dataset, picture, teach
 from tests.fast_sortd import load_encoder
@@ -58,3 +59,15 @@ def test_once_verbose_prints_a_line_for_each_image(config: Path, capsys: pytest.
     assert len([line for line in done.err.splitlines() if "image." in line]) == 5
     facts = json.loads(done.out)["datasets"]["Colours"]
     assert (facts["filed"], sum(facts["review"].values()), facts["rejected"]) == ({"red": 2}, 2, 1)
+
+
+@pytest.mark.parametrize("log", ["json", "console"])
+def test_once_that_fails_still_prints_its_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], log: str
+) -> None:
+    """It says what was done before, here nothing; the format of the log makes no difference."""
+    (tmp_path / "Data").mkdir()
+    config = write_config(tmp_path, log=f"{{format: {log}}}")
+    with logs_as_before(), pytest.raises(LayoutError, match="holds no dataset"):
+        file_once(lambda: load_config(config), verbose=False, as_json=True, load_encoder=load_encoder)
+    assert json.loads(capsys.readouterr().out)["datasets"] == {}

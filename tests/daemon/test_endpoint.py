@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sortd.daemon.endpoint import MOST_BYTES, MOST_CONNECTIONS, Endpoint, Page
-from sortd.errors import StartupError
+from sortd.errors import AlreadyRunningError, StartupError
 from tests.daemon_process import PATIENCE_SECONDS
 
 Address = tuple[str, int]
@@ -155,6 +155,16 @@ def test_endpoint_on_a_taken_address_is_an_error() -> None:
         with pytest.raises(StartupError, match=f"127.0.0.1 port {port}: Address already in use; name another"):
             Endpoint(("127.0.0.1", port), PAGES)
     assert threading.active_count() == threads
+
+
+def test_endpoint_on_a_path_that_is_taken_names_the_setting(tmp_path: Path) -> None:
+    """Other commands name the path of their socket by an option."""
+    path = tmp_path / "s"
+    with closing(Endpoint(path, PAGES)), pytest.raises(AlreadyRunningError, match=r"another path with metrics\.http"):
+        Endpoint(path, PAGES)
+    path.touch()
+    with pytest.raises(StartupError, match=r"another path with metrics\.http"):
+        Endpoint(path, PAGES)
 
 
 def test_endpoint_is_free_after_close() -> None:

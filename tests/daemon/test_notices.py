@@ -43,6 +43,20 @@ def test_missing_root_is_reported_instead_of_each_dataset() -> None:
     assert begun(notices, *lost) == [("disk_missing", name) for name in "ABC"]
 
 
+def test_condition_that_cannot_be_looked_at_has_not_ended() -> None:
+    """A disk that comes back causes no second message about what lasted before; one that has ended meanwhile does."""
+    notices = Notices()
+    lasting = Condition("A", review=11, evidence={"audit": (30, 40)}, precision=0.95)
+    assert begun(notices, lasting) == [("review_pile", "A"), ("accuracy_low", "A")]
+    assert begun(notices, root_problem="/srv is missing") == [("disk_missing", None)]
+    assert begun(notices, lasting) == []
+    assert begun(notices, Condition("A", held="another sortd")) == [("dataset_held", "A")]
+    assert begun(notices, Condition("A", review=11)) == []
+    assert begun(notices, lasting) == []
+    assert begun(notices, Condition("A", review=0, evidence={"audit": (40, 40)}, precision=0.95)) == []
+    assert begun(notices, lasting) == [("review_pile", "A"), ("accuracy_low", "A")]
+
+
 def test_accuracy_is_reported_if_the_interval_lies_below_the_promise() -> None:
     """Few checked images, or a share that may be chance, are no reason for a message."""
     for evidence, expected in [

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from structlog.testing import capture_logs
 
 from sortd.commands.run import _groups_command
@@ -58,6 +59,15 @@ def test_groups_that_may_be_classes_are_told_once(tmp_path: Path) -> None:
     look(proposals)
     assert [one.facts["id"] for one in told] == ["g1", "g4"]
     proposals.stop()
+
+
+def test_command_runs_in_the_folder_of_sortd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration that was found there is found again."""
+    (tmp_path / "groups").write_text(json.dumps({"datasets": {"A": {"groups": [group(1, "a")]}}}))
+    monkeypatch.chdir(tmp_path)
+    told = list[Notice]()
+    look(Proposals(["cat", "groups"], told.append))
+    assert [one.facts["id"] for one in told] == ["g1"]
 
 
 def test_groups_that_cannot_be_found_are_logged(tmp_path: Path) -> None:
