@@ -81,3 +81,13 @@ def test_undo_makes_a_removed_folder_again(filed: Dataset) -> None:
         (result,) = mover.undo(journal.history.moves(Selection()))
         assert isinstance(result, UndoResult)
     assert path.read_bytes() == b"one"
+
+
+def test_emptied_folders_that_are_too_deep_stay(filed: Dataset) -> None:
+    """Whoever may write to Images/ can nest folders as deep as a path is long: a call for each overflows the stack."""
+    with journal_of(filed) as journal, filed.deep(975) as deepest:
+        (deepest / "a.jpg").write_bytes(b"image")
+        there = moved(Mover(filed.root, journal), order(deepest / "a.jpg"))
+        assert there == str(filed.root / "Dataset/cat/a.jpg")
+        assert removed(filed, journal) == []
+        assert deepest.is_dir()
