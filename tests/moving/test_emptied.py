@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,15 @@ def test_emptied_folders_that_are_too_deep_stay(filed: Dataset) -> None:
         assert there == str(filed.root / "Dataset/cat/a.jpg")
         assert removed(filed, journal) == []
         assert deepest.is_dir()
+
+
+def test_emptied_folder_of_images_that_stayed_stays(filed: Dataset) -> None:
+    """A person took them away while sortd copied or linked them."""
+    path = filed.put("Images/day/a.jpg")
+    with journal_of(filed) as journal:
+        moved(Mover(filed.root, journal), replace(order(path), action="copy"))
+        path.unlink()
+        ended = journal.history.moves(Selection())[0].ended_at
+        assert ended is not None
+        os.utime(path.parent, (ended, ended))
+        assert removed(filed, journal) == []
