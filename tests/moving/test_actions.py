@@ -312,6 +312,32 @@ def test_move_all_keywords_hostile_sidecar_is_left(
     assert journal.history.unfinished() == []
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("owner", "mode", "why"),
+    [(65534, 0o444, "read-only"), (1000, 0o644, "read-only"), (1000, 0o666, "owner")],
+)
+def test_move_all_keywords_sidecar_of_others_is_left(public_folder: Path, owner: int, mode: int, why: str) -> None:
+    """A new file would belong to sortd, so that its owner could not write it any more."""
+    os.chown(public_folder, 65534, 65534)
+    dataset = Dataset.below(public_folder)
+    path, sidecar = dataset.put("Images/a.jpg"), dataset.put(SIDECAR, EXISTING)
+    for one in (dataset.root, path.parent, path):
+        os.chown(one, 65534, 65534)
+    os.chown(sidecar, owner, owner)
+    sidecar.chmod(mode)
+    os.seteuid(65534)
+    try:
+        with dataset.journal() as journal:
+            (answer,) = Mover(dataset.root, journal).move_all([labelled(path)])
+    finally:
+        os.seteuid(0)
+    assert isinstance(answer, MoveFailed)
+    assert (answer.failure, why in answer.message) == (MoveFailure.BUSY, True), answer
+    assert (sidecar.stat().st_uid, sidecar.stat().st_mode & 0o777) == (owner, mode)
+    assert dataset.tree() == {"Images/a.jpg": b"image", SIDECAR: EXISTING}
+
+
 def test_move_all_keywords_sidecar_replaced_meanwhile_is_brought_back(
     dataset: Dataset, journal: Journal, mover: Mover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
