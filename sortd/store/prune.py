@@ -64,7 +64,6 @@ class Pruning:
 
         Raises:
             JournalError: the journal cannot be read or written.
-            OSError: a disk returned an error; nothing was removed.
         """
         connection = self._journal.connection
         with translated(self._journal.path):
@@ -91,7 +90,7 @@ class Pruning:
         return last is not None and last.id != record.id and self._has_files(last)
 
     def _has_files(self, record: Record) -> bool:
-        """Return whether any file of a move is where the move put it; OSError if a disk does not say."""
+        """Return whether any file of a move is, or may be, where the move put it."""
         folder = self._root / record.move.destination
         return any(_is_there(folder / file.final) for file in record.move.files if file.leaves and file.final)
 
@@ -125,8 +124,8 @@ class Pruning:
 def _is_there(path: Path) -> bool:
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    except OSError as error:
+        return not isinstance(error, (FileNotFoundError, NotADirectoryError))  # a disk that does not say keeps it
     return True
 
 

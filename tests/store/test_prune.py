@@ -202,3 +202,15 @@ def test_prune_leaves_the_highest_number_of_a_move_that_ended(dataset: Dataset, 
     journal.settle([opened.failed("")])
     file_image(dataset, mover, "b.jpg")
     assert max(one.id for one in journal.history.moves(Selection())) > record.id
+
+
+def test_prune_keeps_a_move_of_which_the_disk_does_not_say(dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    """A folder that cannot be searched is no sign that its images are gone, and others are examined."""
+    unknown, gone = file_image(dataset, mover, "unknown.jpg"), file_image(dataset, mover, "gone.jpg", "dog")
+    gone.unlink()
+    file_image(dataset, mover, "newest.jpg")
+    folder = unknown.parent
+    folder.rename(dataset.root / "aside")
+    folder.symlink_to(folder)
+    assert pruned(dataset, journal).removed == 1
+    assert names(journal) == {"unknown.jpg", "newest.jpg"}
