@@ -268,9 +268,10 @@ def _recover_removal(folder: int, move: MoveRecord) -> MoveRecord:
 
 
 def _ended(folder: int, move: MoveRecord) -> MoveRecord:
-    """Return a move that is done, after a sync of the folder (K6)."""
+    """Return a move that is done, after a sync of the folder (K6); an undo needs the former bytes, not the new ones."""
     sync_folder(folder)
     status = lstat_at(folder, move.image.name)
     mark = move.image.stamp if status is None else stamp_of(status)
     image = replace(move.image, final=move.image.name, moved_stamp=mark)
-    return replace(move, files=(image, *move.files[1:]), progress=MoveProgress.DONE)
+    others = (replace(file, body=b"") if file.role is Role.SIDECAR else file for file in move.files[1:])
+    return replace(move, files=(image, *others), progress=MoveProgress.DONE)

@@ -255,6 +255,16 @@ def test_move_all_keywords_existing_sidecar_is_extended(
     assert sidecar.read_bytes() == EXISTING
 
 
+def test_move_all_written_keywords_leave_only_the_former_bytes_in_the_journal(
+    dataset: Dataset, journal: Journal, mover: Mover
+) -> None:
+    """The record is never pruned, and a sidecar may have megabytes."""
+    dataset.put(SIDECAR, EXISTING)
+    acted(mover, dataset.put("Images/a.jpg"), "keywords")
+    (record,) = done(journal)
+    assert {file.role: file.body for file in record.move.files[1:]} == {Role.SIDECAR: b"", Role.FORMER: EXISTING}
+
+
 @pytest.mark.usefixtures("reader")
 def test_undo_keywords_of_a_sidecar_that_changed_keeps_the_change(
     dataset: Dataset, journal: Journal, mover: Mover
