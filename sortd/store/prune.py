@@ -149,7 +149,8 @@ def free_pages(journal: Journal) -> bool:
 def rewrite(journal: Journal) -> None:
     """Write a journal that an older sortd created anew, so that it can return free pages; else only return them.
 
-    This needs as much free space as the journal has bytes, and takes a second for each 100 MB.
+    This needs as much free space as the journal has bytes, on its disk and where temporary files are (see
+    https://www.sqlite.org/tempfiles.html), and takes a second for each 100 MB.
 
     Raises:
         JournalError: the journal cannot be written.
