@@ -26,7 +26,7 @@ _DC, _LR, _DIGIKAM = (
     "http://www.digikam.org/ns/1.0/",
 )
 _CONTAINERS = frozenset({f"{_RDF} {name}" for name in ("Bag", "Seq", "Alt")})
-_TAG = re.compile(rb"<(?:[^>\"']|\"[^\"]*\"|'[^']*')*>")
+_TAG = re.compile(rb"<(?:[^>\"']++|\"[^\"]*\"|'[^']*')*+>")  # possessive: a tag of 4 MiB needs no stack
 _NEW = b"""<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/" x:xmptk="sortd">
  <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">

@@ -1,6 +1,9 @@
 """A dataset in a temporary folder with a journal, for the tests of what moves files."""
 
 import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -52,6 +55,21 @@ class Dataset:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content if isinstance(content, bytes) else content.encode())
         return target
+
+    @contextmanager
+    def deep(self, depth: int) -> Iterator[Path]:
+        """Make nested folders in Images/ and yield the deepest; Python's own removal would recurse too deeply."""
+        folder, path = os.open(self.root / "Images", os.O_RDONLY), "Images"
+        for _ in range(depth):
+            os.mkdir("d", dir_fd=folder)
+            inner = os.open("d", os.O_RDONLY, dir_fd=folder)
+            os.close(folder)
+            folder, path = inner, f"{path}/d"
+        os.close(folder)
+        try:
+            yield self.root / path
+        finally:
+            subprocess.run(["rm", "-rf", self.root / "Images" / "d"], check=True)
 
     def tree(self) -> dict[str, bytes]:
         """Return every file of the dataset and what is in it, but for reasons, which are ours."""

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -139,3 +141,17 @@ def test_with_class_unusual_form_without_exiftool_is_refused(monkeypatch: pytest
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(SidecarError, match="install exiftool"):
         with_class(FORMS["other letters"].decode().encode("utf-16"), "cat")
+
+
+def test_with_class_long_tag_needs_no_memory_for_each_byte() -> None:
+    """A tag of megabytes of blanks took half a gigabyte."""
+    code = """
+import resource
+from sortd.xmp import with_class
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+content = with_class(None, "cat").replace(b"<rdf:Description", b"<rdf:Description" + b" " * 3_900_000)
+with_class(content, "dog")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 100_000  # kilobytes

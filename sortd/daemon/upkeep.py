@@ -39,7 +39,7 @@ class Upkeep:
         """Start with nothing due; ``clock`` gives seconds since the epoch."""
         self._clock = clock
         self._began = clock()
-        self._steps: dict[DatasetId, Iterator[None]] = {}
+        self._steps: dict[DatasetId, tuple[Dataset, Iterator[None]]] = {}
         self._due: dict[DatasetId, float] = {}  # by the caller's clock
 
     def turn(self, dataset: Dataset, config: Config, now: float) -> None:
@@ -47,7 +47,6 @@ class Upkeep:
 
         Raises:
             JournalError: its journal cannot be read or written.
-            OSError: a disk returned an error.
         """
         due = self._due.setdefault(dataset.identity, now)
         if now < due:
@@ -56,13 +55,14 @@ class Upkeep:
         if not self._may_work(dataset):
             self._steps.pop(dataset.identity, None)  # begun again, since folders may be missing meanwhile
             return
-        steps = self._steps.get(dataset.identity)
-        if steps is None:
+        begun, steps = self._steps.get(dataset.identity, (None, iter(())))
+        if begun is not dataset:  # none, or those of the journal that was open before an error
             left = dataset.journal.history.number(UPKEEP_FACT) + DAY_SECONDS - self._clock()
             if 0 < left <= DAY_SECONDS:
                 self._due[dataset.identity] = now + left
                 return
-            steps = self._steps[dataset.identity] = self._work(dataset, config)
+            steps = self._work(dataset, config)
+            self._steps[dataset.identity] = dataset, steps
         if next(steps, _END) is _END:
             del self._steps[dataset.identity]
             dataset.journal.note(UPKEEP_FACT, str(int(self._clock())))

@@ -15,6 +15,7 @@ from sortd.moving.fs import Folders
 from sortd.store.history import History
 
 AFTER_SECONDS = 86_400.0
+MOST_DEPTH = 200  # folders below others in Images/; deeper ones stay, with those above them
 ENTRIES_AT_ONCE = 500  # entries of a folder that are read in one step
 
 
@@ -37,6 +38,8 @@ def _removed_below(
     root: Path, folder: str, history: History, before: float
 ) -> Generator[str | None, None, tuple[int, int]]:
     """Remove the emptied folders below one, the deepest first; return how many were removed, and what is left."""
+    if folder.count("/") > MOST_DEPTH:
+        return 0, 1
     inner, count, removed = list[str](), 0, 0
     with os.scandir(root / folder) as entries:
         for entry in entries:

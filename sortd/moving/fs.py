@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
@@ -254,28 +255,20 @@ class Folders:
 
     def open(self, folder: str) -> int:
         """Return a descriptor of a folder, relative to the dataset; no component may be a symbolic link."""
-        if folder not in self._open:
-            parent, _, name = folder.rpartition("/")
-            self._open[folder] = self._adopt(os.open(name, FOLDER_FLAGS, dir_fd=self.open(parent)))
+        for path in () if folder in self._open else accumulate(folder.split("/"), "{}/{}".format):
+            if path not in self._open:
+                parent, _, name = path.rpartition("/")
+                self._open[path] = self._adopt(os.open(name, FOLDER_FLAGS, dir_fd=self._open[parent]))
         return self._open[folder]
 
     def make(self, folder: str) -> int:
         """Like ``open``, but create missing folders durably, with the owner of their parent."""
-        try:
-            return self.open(folder)
-        except FileNotFoundError:
-            parent_path, _, name = folder.rpartition("/")
-            parent = self.make(parent_path) if parent_path else self.open("")
-        try:
-            os.mkdir(name, dir_fd=parent)
-        except FileExistsError:
-            return self.open(folder)
-        made = self.open(folder)
-        if os.geteuid() == 0:
-            owner = os.fstat(parent)
-            os.fchown(made, owner.st_uid, owner.st_gid)
-        sync_folder(parent)
-        return made
+        for path in accumulate(folder.split("/"), "{}/{}".format):
+            try:
+                self.open(path)
+            except FileNotFoundError:
+                self._make_one(path)
+        return self._open[folder]
 
     def names(self, folder: str) -> FolderNames:
         """Return the names in a folder, relative to the dataset, which is listed once for this batch."""
@@ -289,6 +282,20 @@ class Folders:
             self._names[source].discard(name)
         if destination in self._names:
             self._names[destination].add(final)
+
+    def _make_one(self, path: str) -> None:
+        parent_path, _, name = path.rpartition("/")
+        parent = self._open[parent_path]
+        try:
+            os.mkdir(name, dir_fd=parent)
+        except FileExistsError:
+            self.open(path)
+            return
+        made = self.open(path)
+        if os.geteuid() == 0:
+            owner = os.fstat(parent)
+            os.fchown(made, owner.st_uid, owner.st_gid)
+        sync_folder(parent)
 
     def _adopt(self, descriptor: int) -> int:
         self._stack.callback(os.close, descriptor)

@@ -42,7 +42,7 @@ def write_keywords(
 
     Raises:
         OSError, JournalError: a disk returned an error.
-        BusyError: the sidecar is in use, is not XMP, or cannot be exchanged.
+        BusyError: the sidecar is in use, is read-only, is not XMP, or cannot be exchanged.
         ChangedError, VanishedError: the image or the sidecar is another version, or gone.
     """
     folder = folders.open(move.source)
@@ -64,7 +64,7 @@ def write_keywords(
         files.append(MoveFile(Role.FORMER, name, name, sidecar.stamp, _hash(former), former))
     changed = replace(move, files=tuple(files), progress=MoveProgress.PUBLISHING)
     if content is not None:
-        _write_part(folder, changed)  # K2
+        changed = replace(changed, lost=_write_part(folder, changed))  # K2
     advance(changed)  # K3
     if content is None:
         _remove(folder, changed)
@@ -141,9 +141,12 @@ def _name_in(filed: MoveRecord) -> str:
 
 def _read(folder: int, name: str, move: MoveRecord) -> bytes:
     try:
-        return read_regular(name, limit=MOST_SIDECAR_BYTES, folder=folder)
+        content = read_regular(name, limit=MOST_SIDECAR_BYTES, folder=folder)
     except OSError as error:
         raise BusyError(f"{move.source}/{name} cannot be read: {error.strerror or error}") from error
+    if not os.access(name, os.W_OK, dir_fd=folder, effective_ids=True):
+        raise BusyError(f"{move.source}/{name} is read-only, so sortd does not change it")
+    return content
 
 
 def _taken_out(filed: MoveRecord, label: str, content: bytes | None) -> bytes | None:
@@ -184,11 +187,19 @@ def _is_former(folder: int, name: str, move: MoveRecord) -> bool:
     return bool(former) and _hash_at(folder, name) == former and not has_writer(folder, name)
 
 
-def _write_part(folder: int, move: MoveRecord) -> None:
-    """Write the new content under a hidden name, with the metadata of the former file, or the image's owner."""
+def _write_part(folder: int, move: MoveRecord) -> tuple[str, ...]:
+    """Write the new content under a hidden name, with the metadata of the former file, or the image's owner.
+
+    Returns:
+        The metadata that could not be kept.
+
+    Raises:
+        BusyError: owner or permissions are among them: whoever owns the sidecar could not write it any more.
+    """
     part, former = move.part_name(_SIDECAR), _former(move)
     remove_part(folder, part)
     write_part(folder, part, move.files[_SIDECAR].body)
+    lost: tuple[str, ...] = ()
     like = os.open((former or move.image).name, FILE_FLAGS, dir_fd=folder)
     copy = os.open(part, FILE_FLAGS, dir_fd=folder)
     try:
@@ -197,12 +208,16 @@ def _write_part(folder: int, move: MoveRecord) -> None:
             is_same = not copy_owner(copy, status)
             os.fchmod(copy, safe_mode(status.st_mode, () if is_same else ("owner",)) & 0o666)
         else:
-            copy_metadata(like, copy, status)
+            lost = copy_metadata(like, copy, status)
+            if not {"owner", "mode"}.isdisjoint(lost):
+                said = "its owner and permissions cannot be kept, so sortd does not change it"
+                raise BusyError(f"{move.source}/{former.name}: {said}")
             os.utime(copy)
         os.fsync(copy)
     finally:
         os.close(copy)
         os.close(like)
+    return lost
 
 
 def _put(folder: int, move: MoveRecord) -> None:
@@ -253,9 +268,10 @@ def _recover_removal(folder: int, move: MoveRecord) -> MoveRecord:
 
 
 def _ended(folder: int, move: MoveRecord) -> MoveRecord:
-    """Return a move that is done, after a sync of the folder (K6)."""
+    """Return a move that is done, after a sync of the folder (K6); an undo needs the former bytes, not the new ones."""
     sync_folder(folder)
     status = lstat_at(folder, move.image.name)
     mark = move.image.stamp if status is None else stamp_of(status)
     image = replace(move.image, final=move.image.name, moved_stamp=mark)
-    return replace(move, files=(image, *move.files[1:]), progress=MoveProgress.DONE)
+    others = (replace(file, body=b"") if file.role is Role.SIDECAR else file for file in move.files[1:])
+    return replace(move, files=(image, *others), progress=MoveProgress.DONE)

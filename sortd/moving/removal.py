@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from sortd.files import stamp_of, sync_folder
 from sortd.moving.copy import has_writer, hide, restore_name, sha256_at
-from sortd.moving.fs import Folders, lstat_at
+from sortd.moving.fs import Folders, is_version, lstat_at
 from sortd.moving.plan import NO_STAMP, new_token
 from sortd.store.records import MoveFile, MoveProgress, MoveRecord, Record, Role
 
@@ -19,6 +19,8 @@ _CHANGED = "changed since it was put there; left where it is"
 
 def plan_removal(folders: Folders, record: Record) -> tuple[MoveRecord, list[str]] | str:
     """Return the move that removes the copies or links of a record, and those that remain; or why it is refused.
+
+    Only a copy whose times changed is read here: the loop waits for the plan, and the copier thread removes.
 
     Raises:
         OSError: a folder cannot be read.
@@ -31,8 +33,9 @@ def plan_removal(folders: Folders, record: Record) -> tuple[MoveRecord, list[str
         mark = file.moved_stamp or NO_STAMP
         removed = MoveFile(Role.REMOVED, file.final, file.name, mark, content=file.content, body=file.body)
         problem = "no longer there: moved or removed since"
-        if file.final and lstat_at(copies, file.final) is not None:
-            problem = _why_kept(copies, file.final, originals, removed)
+        if file.final and (copy := lstat_at(copies, file.final)) is not None:
+            is_copy = _is_recorded(file, copy, lstat_at(originals, file.name))
+            problem = "" if is_copy else _why_kept(copies, file.final, originals, removed)
         if not problem:
             files.append(removed)
         elif file is move.image:
@@ -66,6 +69,13 @@ def recover_removal(folders: Folders, move: MoveRecord) -> MoveRecord:
         return remove_files(folders, move)
     except FileNotFoundError:
         return move
+
+
+def _is_recorded(file: MoveFile, copy: os.stat_result, original: os.stat_result | None) -> bool:
+    """Return whether a copy and its original are those of the record; ``remove_files`` reads them before it removes."""
+    if file.role is not Role.COPY or file.moved_stamp is None or original is None:
+        return False
+    return is_version(copy, file.moved_stamp) and is_version(original, file.stamp)
 
 
 def _remove(copies: int, originals: int, move: MoveRecord, position: int) -> bool:

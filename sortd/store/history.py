@@ -145,7 +145,8 @@ class History:
 
     def has_move_out_of(self, folder: str, at: float) -> bool:
         """Return whether a move out of a folder was under way at a time; a file system is 10 ms late at most."""
-        begun = "SELECT 1 FROM moves WHERE ended_at >= ? AND ended_at < ? AND +source = ? AND intended_at <= ? LIMIT 1"
+        begun = f"""SELECT 1 FROM moves WHERE ended_at >= ? AND ended_at < ? AND +source = ? AND intended_at <= ?
+            AND NOT EXISTS (SELECT 1 FROM members WHERE move = moves.id AND {OF_STAYING_IMAGE}) LIMIT 1"""  # noqa: S608
         late = 0.02
         return bool(self._rows(begun, (at - late, at + LONGEST_END_SECONDS, os.fsencode(folder), at + late)))
 

@@ -4,7 +4,8 @@ A move that ended before a time is removed unless something may still need it:
 
 - an undo or a correction: there is a file where the move put one, or so for the last move of the same content;
 - a scan: the image stayed in Images/ when it was copied, linked or given keywords, and would get them again;
-- figures and references: a person corrected or checked it, or it was undone, or it is an undo;
+- figures and references: a person assigned, corrected or checked it, or it was undone, or it is an undo, or it put
+  an image into Review/ that a person assigned from there;
 - recovery: it has not ended, or its undo has not.
 
 The number of removed moves by outcome and class is kept, with how many count as checked, for totals and precision.
@@ -24,14 +25,19 @@ SLICE = 200  # moves that are examined in one step, in some ten milliseconds
 FREED_PAGES = 256  # returned to the disk in one step: one megabyte
 INCREMENTAL = 2  # PRAGMA auto_vacuum
 
-_NEXT = """SELECT id, ended_at < ?2 AND progress = 'done' AND undone_by IS NULL AND outcome != 'undone'
+_NEXT = """SELECT id, ended_at < ?2 AND progress = 'done' AND undone_by IS NULL
+    AND outcome NOT IN ('undone', 'assigned')
     AND NOT EXISTS (SELECT 1 FROM corrections WHERE move = moves.id)
     AND NOT EXISTS (SELECT 1 FROM checks WHERE move = moves.id)
-    AND id NOT IN (SELECT undoes FROM moves WHERE progress NOT IN ('done') AND undoes IS NOT NULL) AS is_spare
+    AND id NOT IN (SELECT undoes FROM moves WHERE progress NOT IN ('done') AND undoes IS NOT NULL)
+    AND NOT (outcome = 'sent_to_review' AND EXISTS (SELECT 1 FROM members AS put
+        JOIN members ON members.name = put.final AND members.position = 0 AND members.inode = put.moved_inode
+        JOIN moves AS assigned ON assigned.id = members.move AND assigned.outcome = 'assigned'
+        WHERE put.move = moves.id AND put.position = 0)) AS is_spare
 FROM moves WHERE id > ?1 AND id <= ?3 ORDER BY id LIMIT ?4"""
-# The newest move stays: a number must not be used again.
+# The newest move that ended stays: a number must not be used again, and an open move that fails leaves no record.
 _LAST = """SELECT min((SELECT id FROM moves WHERE ended_at < ? ORDER BY ended_at DESC LIMIT 1),
-    (SELECT max(id) FROM moves) - 1)"""
+    (SELECT id FROM moves WHERE +progress = 'done' ORDER BY id DESC LIMIT 1) - 1)"""
 
 
 class Pruning:
@@ -58,7 +64,6 @@ class Pruning:
 
         Raises:
             JournalError: the journal cannot be read or written.
-            OSError: a disk returned an error; nothing was removed.
         """
         connection = self._journal.connection
         with translated(self._journal.path):
@@ -85,7 +90,7 @@ class Pruning:
         return last is not None and last.id != record.id and self._has_files(last)
 
     def _has_files(self, record: Record) -> bool:
-        """Return whether any file of a move is where the move put it; OSError if a disk does not say."""
+        """Return whether any file of a move is, or may be, where the move put it."""
         folder = self._root / record.move.destination
         return any(_is_there(folder / file.final) for file in record.move.files if file.leaves and file.final)
 
@@ -119,8 +124,8 @@ class Pruning:
 def _is_there(path: Path) -> bool:
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    except OSError as error:
+        return not isinstance(error, (FileNotFoundError, NotADirectoryError))  # a disk that does not say keeps it
     return True
 
 
@@ -144,7 +149,8 @@ def free_pages(journal: Journal) -> bool:
 def rewrite(journal: Journal) -> None:
     """Write a journal that an older sortd created anew, so that it can return free pages; else only return them.
 
-    This needs as much free space as the journal has bytes, and takes a second for each 100 MB.
+    This needs as much free space as the journal has bytes, on its disk and where temporary files are (see
+    https://www.sqlite.org/tempfiles.html), and takes a second for each 100 MB.
 
     Raises:
         JournalError: the journal cannot be written.

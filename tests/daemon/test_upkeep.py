@@ -4,6 +4,8 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from sortd.config import read_config
 from sortd.daemon.upkeep import DAY_SECONDS, UPKEEP_FACT
 from sortd.events import Moved
@@ -106,3 +108,23 @@ def test_prune_command_is_refused_where_nothing_may_be_removed(tmp_path: Path) -
     assert refused.code != 0
     assert "is the disk mounted?" in refused.err
     assert sortd("history", "--dry-run", "-c", config).code == 2
+
+
+def test_prune_command_removes_nothing_if_the_disk_goes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images of a missing disk are not gone; reading all places of a large dataset takes minutes."""
+    dataset = make_dataset(tmp_path / "Data")
+    config = write_config(tmp_path, journal="{keep: 30d}")
+    file_long_ago(dataset, tmp_path / "state", "a.jpg", "b.jpg", "c.jpg")
+
+    def unmount(*_: object) -> None:
+        dataset.rename(tmp_path / "aside")
+        dataset.mkdir()
+
+    monkeypatch.setattr("sortd.commands.history.record_all_places", unmount)
+    refused = sortd("history", "--prune", "-c", config)
+    assert "is the disk mounted?" in refused.err
+    dataset.rmdir()
+    (tmp_path / "aside").rename(dataset)
+    assert len(sortd("history", "-c", config, "--json").facts["moves"]) == 3

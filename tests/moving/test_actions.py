@@ -255,6 +255,16 @@ def test_move_all_keywords_existing_sidecar_is_extended(
     assert sidecar.read_bytes() == EXISTING
 
 
+def test_move_all_written_keywords_leave_only_the_former_bytes_in_the_journal(
+    dataset: Dataset, journal: Journal, mover: Mover
+) -> None:
+    """The record is never pruned, and a sidecar may have megabytes."""
+    dataset.put(SIDECAR, EXISTING)
+    acted(mover, dataset.put("Images/a.jpg"), "keywords")
+    (record,) = done(journal)
+    assert {file.role: file.body for file in record.move.files[1:]} == {Role.SIDECAR: b"", Role.FORMER: EXISTING}
+
+
 @pytest.mark.usefixtures("reader")
 def test_undo_keywords_of_a_sidecar_that_changed_keeps_the_change(
     dataset: Dataset, journal: Journal, mover: Mover
@@ -310,6 +320,32 @@ def test_move_all_keywords_hostile_sidecar_is_left(
     assert (answer.failure, why in answer.message) == (MoveFailure.BUSY, True), answer
     assert dataset.tree() == {"Images/a.jpg": b"image", SIDECAR: content}
     assert journal.history.unfinished() == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("owner", "mode", "why"),
+    [(65534, 0o444, "read-only"), (1000, 0o644, "read-only"), (1000, 0o666, "owner")],
+)
+def test_move_all_keywords_sidecar_of_others_is_left(public_folder: Path, owner: int, mode: int, why: str) -> None:
+    """A new file would belong to sortd, so that its owner could not write it any more."""
+    os.chown(public_folder, 65534, 65534)
+    dataset = Dataset.below(public_folder)
+    path, sidecar = dataset.put("Images/a.jpg"), dataset.put(SIDECAR, EXISTING)
+    for one in (dataset.root, path.parent, path):
+        os.chown(one, 65534, 65534)
+    os.chown(sidecar, owner, owner)
+    sidecar.chmod(mode)
+    os.seteuid(65534)
+    try:
+        with dataset.journal() as journal:
+            (answer,) = Mover(dataset.root, journal).move_all([labelled(path)])
+    finally:
+        os.seteuid(0)
+    assert isinstance(answer, MoveFailed)
+    assert (answer.failure, why in answer.message) == (MoveFailure.BUSY, True), answer
+    assert (sidecar.stat().st_uid, sidecar.stat().st_mode & 0o777) == (owner, mode)
+    assert dataset.tree() == {"Images/a.jpg": b"image", SIDECAR: EXISTING}
 
 
 def test_move_all_keywords_sidecar_replaced_meanwhile_is_brought_back(

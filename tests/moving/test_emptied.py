@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,25 @@ def test_undo_makes_a_removed_folder_again(filed: Dataset) -> None:
         (result,) = mover.undo(journal.history.moves(Selection()))
         assert isinstance(result, UndoResult)
     assert path.read_bytes() == b"one"
+
+
+def test_emptied_folders_that_are_too_deep_stay(filed: Dataset) -> None:
+    """Whoever may write to Images/ can nest folders as deep as a path is long: a call for each overflows the stack."""
+    with journal_of(filed) as journal, filed.deep(975) as deepest:
+        (deepest / "a.jpg").write_bytes(b"image")
+        there = moved(Mover(filed.root, journal), order(deepest / "a.jpg"))
+        assert there == str(filed.root / "Dataset/cat/a.jpg")
+        assert removed(filed, journal) == []
+        assert deepest.is_dir()
+
+
+def test_emptied_folder_of_images_that_stayed_stays(filed: Dataset) -> None:
+    """A person took them away while sortd copied or linked them."""
+    path = filed.put("Images/day/a.jpg")
+    with journal_of(filed) as journal:
+        moved(Mover(filed.root, journal), replace(order(path), action="copy"))
+        path.unlink()
+        ended = journal.history.moves(Selection())[0].ended_at
+        assert ended is not None
+        os.utime(path.parent, (ended, ended))
+        assert removed(filed, journal) == []

@@ -79,10 +79,10 @@ def test_prune_keeps_the_earlier_moves_of_an_image_that_is_there(
     """What an undo of the last move brings back is known by the move before, by its content."""
     path = dataset.put("Images/a.jpg")
     waiting = Path(moved(mover, order(path, "Review/cat", Outcome.REVIEW, content="ab" * 32)))
-    assigned = Path(moved(mover, order(waiting, "Dataset/cat", Outcome.ASSIGNED, content="ab" * 32)))
+    refiled = Path(moved(mover, order(waiting, "Dataset/cat", Outcome.FILED, content="ab" * 32)))
     file_image(dataset, mover, "newest.jpg")
     assert pruned(dataset, journal).removed == 0
-    assigned.unlink()
+    refiled.unlink()
     assert pruned(dataset, journal).removed == 2
 
 
@@ -176,3 +176,41 @@ def test_history_journal_without_the_table_of_removed_moves_is_readable(
                 0
             ]
         )
+
+
+def test_prune_does_not_change_the_precision_of_guesses(dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    """An image that a person assigned out of Review/, with or without a hash, says whether its guess was right."""
+    for name, content in (("a.jpg", "ab" * 32), ("b.jpg", "")):
+        path = dataset.put(f"Images/{name}", name)
+        decision = Assigned("cat", 0.9, 0.25, "dog", Mode.MIXED)
+        guessed = replace(order(path, "Review/cat", Outcome.REVIEW, content=content), decision=decision)
+        waiting = Path(moved(mover, guessed))
+        Path(moved(mover, order(waiting, "Dataset/cat", Outcome.ASSIGNED, content=content))).unlink()
+    file_image(dataset, mover, "newest.jpg")
+    assert journal.history.guesses() == (2, 2)
+    pruned(dataset, journal)
+    assert journal.history.guesses() == (2, 2)
+
+
+def test_prune_leaves_the_highest_number_of_a_move_that_ended(dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    """The open move after it may fail, and leaves no record then."""
+    file_image(dataset, mover, "a.jpg").unlink()
+    (record,) = journal.history.moves(Selection())
+    opened = MoveRecord("0" * 16, "Images", "Dataset/cat", record.move.files)
+    journal.intend([(opened, MoveReason("filed", "cat"))])
+    pruned(dataset, journal)
+    journal.settle([opened.failed("")])
+    file_image(dataset, mover, "b.jpg")
+    assert max(one.id for one in journal.history.moves(Selection())) > record.id
+
+
+def test_prune_keeps_a_move_of_which_the_disk_does_not_say(dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    """A folder that cannot be searched is no sign that its images are gone, and others are examined."""
+    unknown, gone = file_image(dataset, mover, "unknown.jpg"), file_image(dataset, mover, "gone.jpg", "dog")
+    gone.unlink()
+    file_image(dataset, mover, "newest.jpg")
+    folder = unknown.parent
+    folder.rename(dataset.root / "aside")
+    folder.symlink_to(folder)
+    assert pruned(dataset, journal).removed == 1
+    assert names(journal) == {"unknown.jpg", "newest.jpg"}
