@@ -1,13 +1,14 @@
 """Look up the locked versions in a database of vulnerabilities: ``python packaging/audit.py [LOCK] [ADDRESS]``.
 
-Prints what is known of each, and ends with 1 if there is something. Ends with 0 and says so if the database cannot be
-reached. The database is OSV, https://google.github.io/osv.dev/post-v1-querybatch; it gets the names and versions, once.
+Prints what is known of each, and ends with 1 if there is something. Ends with 0 and says so if the database does not
+answer. The database is OSV, https://google.github.io/osv.dev/post-v1-querybatch; it gets the names and versions, once.
 """
 
 import json
 import re
 import sys
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 LOCK = Path(__file__).parent / "requirements.lock"
@@ -24,7 +25,8 @@ def vulnerabilities(pins: list[tuple[str, str]], address: str) -> list[str]:
     """Return one line for each version with known vulnerabilities.
 
     Raises:
-        OSError: the database cannot be reached.
+        OSError, HTTPException: the database cannot be reached.
+        ValueError, KeyError, TypeError: something else answered, such as the login page of a network.
     """
     queries = [{"package": {"name": name, "ecosystem": "PyPI"}, "version": version} for name, version in pins]
     request = urllib.request.Request(  # noqa: S310 - https, or what the caller named
@@ -44,8 +46,8 @@ def main(lock: str = str(LOCK), address: str = ADDRESS) -> None:
     pins = locked(Path(lock))
     try:
         found = vulnerabilities(pins, address)
-    except OSError as error:
-        print(f"vulnerabilities not checked: the database cannot be reached ({error})", file=sys.stderr)
+    except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
+        print(f"vulnerabilities not checked: the database does not answer ({error!r})", file=sys.stderr)
         return
     print(f"{len(found)} of {len(pins)} locked versions have known vulnerabilities", *found, sep="\n")
     sys.exit(bool(found))

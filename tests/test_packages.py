@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import pytest
 import yaml
@@ -125,12 +126,13 @@ class Database(BaseHTTPRequestHandler):
     """A database that knows of one vulnerability, in pillow."""
 
     def do_POST(self) -> None:
-        """Answer a batch of queries."""
+        """Answer a batch of queries, or with what the path of the address says."""
         queries = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["queries"]
         results = [{"vulns": [{"id": "TEST-1"}]} if one["package"]["name"] == "pillow" else {} for one in queries]
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(json.dumps({"results": results}).encode())
+        said = unquote(self.path.removeprefix("/"))
+        self.wfile.write(said.encode() if said else json.dumps({"results": results}).encode())
 
     def log_message(self, *arguments: object) -> None:
         """Log nothing."""
@@ -139,16 +141,24 @@ class Database(BaseHTTPRequestHandler):
 def audit(address: str) -> subprocess.CompletedProcess[str]:
     """Look up the lock file of the set-up."""
     command = [sys.executable, os.fspath(PACKAGING / "audit.py"), os.fspath(LOCKS[0]), address]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    no_proxy = {**os.environ, "no_proxy": "*"}  # of a user's environment
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=no_proxy)
+
+
+def audit_answered(answer: str = "") -> subprocess.CompletedProcess[str]:
+    """Look it up in a database of this process; an ``answer`` replaces its own."""
+    with HTTPServer(("127.0.0.1", 0), Database) as server:
+        server.timeout = PATIENCE_SECONDS
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        done = audit(f"http://127.0.0.1:{server.server_port}/{quote(answer)}")
+        thread.join()
+    return done
 
 
 def test_audit_known_vulnerability_is_printed_and_fails() -> None:
     """The versions are asked for in one request; what the database knows is printed."""
-    with HTTPServer(("127.0.0.1", 0), Database) as server:
-        thread = threading.Thread(target=server.handle_request)
-        thread.start()
-        done = audit(f"http://127.0.0.1:{server.server_port}/")
-        thread.join()
+    done = audit_answered()
     version = re.findall(r"pillow==(\S+)", pins(LOCKS[0])["pillow"])[0]
     assert (done.returncode, done.stderr) == (1, "")
     assert f"pillow {version}: TEST-1" in done.stdout.splitlines()
@@ -159,6 +169,14 @@ def test_audit_no_database_says_so_and_goes_on() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     done = audit(f"http://127.0.0.1:{port}/")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "not checked" in done.stderr
+
+
+@pytest.mark.parametrize("answer", ["<html>", "[]", '{"results": null}', '{"results": [{}]}', '{"error": "busy"}'])
+def test_audit_another_answer_says_so_and_goes_on(answer: str) -> None:
+    """The login page of a network and an error are no result."""
+    done = audit_answered(answer)
     assert (done.returncode, done.stdout) == (0, "")
     assert "not checked" in done.stderr
 

@@ -165,7 +165,7 @@ def test_folder_comparison_last_slice_returns_the_difference(large: Path) -> Non
 def test_folder_comparison_sees_a_class_with_the_name_of_an_unfinished_file(tmp_path: Path) -> None:
     """Its references are learnt, so a change of theirs is no less a reason to learn."""
     (tmp_path / "engine.part").mkdir()
-    comparison = FolderComparison(os.fspath(tmp_path), refuse)
+    comparison = FolderComparison(os.fspath(tmp_path), refuse, clock=stopped)
     assert looks(comparison) == [False]
     (tmp_path / "engine.part" / "0.png").touch()
     assert looks(comparison) == [True]
