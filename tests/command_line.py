@@ -51,7 +51,9 @@ def _validator(command: str) -> Any:
 def require_documented(document: Mapping[str, Any]) -> None:
     """Fail if what a command printed is not what docs/json.md says."""
     error = best_match(_validator(document["command"]).iter_errors(document))
-    assert error is None, f"{document['command']}: {list(error.absolute_path)}: {error.message[:2000]}"
+    if error is not None:
+        why = [f"{list(one.absolute_path)}: {one.message[-300:]}" for one in error.context or [error]]
+        raise AssertionError(f"{document['command']}: {'; '.join(why)}")
 
 
 @contextmanager

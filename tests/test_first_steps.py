@@ -200,7 +200,9 @@ def test_production_line_calls_it_from_a_program(terminal: Terminal) -> None:
     found = json.loads(terminal.type("sortd check -c Line/sortd.yaml --json"))
     assert found["errors"] == 0
     terminal.type("sortd once -c Line/sortd.yaml --json > facts.json 2> log.jsonl")
-    assert json.loads((terminal.home / "facts.json").read_text())["Parts"]["filed"] == dict.fromkeys(COLOURS, 1)
+    assert json.loads((terminal.home / "facts.json").read_text())["datasets"]["Parts"]["filed"] == dict.fromkeys(
+        COLOURS, 1
+    )
     events = [json.loads(line)["event"] for line in (terminal.home / "log.jsonl").read_text().splitlines()]
     assert (events.count("image.filed"), events.count("image.rejected")) == (3, 1)
     status = json.loads(terminal.type("sortd status -c Line/sortd.yaml --json", code=75))

@@ -224,6 +224,29 @@ class FinetuneDocument(Document):
 
     folder: str
     model_id: str
-    comparison: Figures
+    version: str
+    """Of sortd."""
+    dataset: str
+    created: str
+    base: str
+    labels: list[str]
     recipe: Figures
+    extra: list[str]
+    """What was given with --set."""
+    data: Figures
+    """Where the images are from, and how many."""
     left_out: list[Figures]
+    classes: list[Figures]
+    """Images of each class by part, with precision, recall and F1 on the test images."""
+    share: float
+    """Weight of the fine-tuned parameters in the mean with those of the base."""
+    shares: dict[str, float]
+    """Validation score by share."""
+    temperature: float
+    validation: Figures
+    comparison: Figures
+    """With the prototypes, on the test images."""
+    best_step: int
+    """The step with the best validation score."""
+    seconds: float
+    """Of the training."""

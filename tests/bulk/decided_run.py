@@ -89,6 +89,7 @@ def s3_server() -> Iterator[tuple[Any, dict[str, str]]]:
         environment = {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
         client = client_of(environment)
         client.create_bucket(Bucket=BUCKET)
+        delete_all(client)  # of another server of this process, which a failure may have ended before it did so
         store_of.cache_clear()  # it may be of another server
         yield client, environment
         delete_all(client)  # another server of this process would have the same objects
