@@ -246,7 +246,7 @@ class FinetuneDocument(Document):
     validation: Figures
     comparison: Figures
     """With the prototypes, on the test images."""
-    best_step: int
+    best_step: int | None
     """The step with the best validation score."""
     seconds: float
     """Of the training."""
