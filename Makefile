@@ -21,9 +21,6 @@ WHEEL := dist/sortd_images-$(VERSION)-py3-none-any.whl
 SDIST := dist/sortd_images-$(VERSION).tar.gz
 TESTS ?= tests/test_config.py tests/test_docs.py tests/test_sample_data.py tests/test_architecture.py tests/core tests/store
 
-# More processes of tests than processors: many tests wait, for a file to settle, say.
-WORKERS ?= $(shell echo $$(( $$(nproc) * 3 / 2 )))
-
 comma := ,
 VENV := .venv
 BIN := $(VENV)/bin
@@ -79,20 +76,20 @@ container-test: setup ## build the container on a Debian made by mmdebstrap and 
 
 floors: setup ## run the tests with the minimum versions of pyproject.toml (FLOORS_TORCH, FLOORS_TESTS)
 	packaging/floors $(BIN)/uv $(PYTHON) build/floors "$(FLOORS_TORCH)" "$(TORCH_INDEX)"
-	build/floors/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(FLOORS_TESTS)
+	build/floors/bin/python -m pytest --numprocesses auto --dist loadfile $(FLOORS_TESTS)
 
 run: setup ## run the daemon on the sample data, with the model that needs no download
 	$(BIN)/python Data/draw.py incoming
 	$(BIN)/sortd run --config Data/sample.yaml
 
 test: setup ## run the tests
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-repeat: setup ## run the tests 20 times on a bare clone, ten of them beside four busy loops (hours)
 	$(BIN)/python -m tests.repeat
 
 slow: setup ## run the tests that take long by computing: a training, an export, thousands of files
-	$(BIN)/python -m pytest -m slow --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m slow --numprocesses auto --dist worksteal
 
 lint: setup ## format and types, as the tests check them; known vulnerabilities, where the database can be reached
 	$(BIN)/ruff format --check .
