@@ -131,7 +131,7 @@ overflow: setup ## 50,000 files arrive while sortd is stopped by SIGSTOP
 hostile: setup ## images that are made to harm, and the memory that they take
 	$(BIN)/python -m tests.faults.hostile
 
-long: setup ## shorter forms of the eight runs above as tests (an hour)
+long: setup ## shorter forms of the eight runs above, and larger ones of slow tests (an hour)
 	$(BIN)/python -m pytest -m long --timeout 3600
 
 clean: ## remove the virtual environment, packages and caches; your data stays

@@ -50,7 +50,6 @@ HOSTILE_IMAGES = {
     "drawing.svg.jpg": b"<svg xmlns='http://www.w3.org/2000/svg' onload='document.title=1'/>",
 }
 LARGEST_PAGE = 300_000
-MANY = 10_000
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +231,14 @@ def test_trouble_no_get_changes_anything(tmp_path: Path) -> None:
         assert (every_file(tmp_path / "Data"), moves(tmp_path), state_files(tmp_path)) == before
 
 
-@pytest.mark.slow
-def test_trouble_ten_thousand_waiting_images_are_paged_and_pages_stay_small(browser: Browser, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "count", [pytest.param(3_000, marks=pytest.mark.slow), pytest.param(10_000, marks=pytest.mark.long)]
+)
+def test_trouble_many_waiting_images_are_paged_and_pages_stay_small(
+    browser: Browser, tmp_path: Path, count: int
+) -> None:
     """Each page of the largest batch can be opened, and none is large."""
-    config = fill_review(tmp_path, MANY)
+    config = fill_review(tmp_path, count)
     dataset = tmp_path / "Data" / "Colours"
     with ReviewProcess(config) as review, session(browser, review) as context:
         (page,) = context.pages
