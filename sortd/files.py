@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
-from sortd.events import Stamp
+from sortd.events import Stamp, signed
 
+_HALF = 2**63
 MOST_BYTES = 64 << 20  # default size limit of files with settings, facts or a model's configuration
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -188,8 +189,11 @@ def sync_folder_at(path: Name) -> None:
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    """Return the stamp of a file's status."""
-    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    """Return the stamp of a file's status, its times modulo 2**64."""
+    mtime_ns, ctime_ns = status.st_mtime_ns, status.st_ctime_ns
+    if not (-_HALF <= mtime_ns < _HALF and -_HALF <= ctime_ns < _HALF):
+        mtime_ns, ctime_ns = signed(mtime_ns), signed(ctime_ns)
+    return Stamp(status.st_dev, status.st_ino, status.st_size, mtime_ns, ctime_ns)
 
 
 def sha256_of(file: int | Name, *, folder: int | None = None) -> str:

@@ -9,9 +9,10 @@ ignores only hidden folders and those of file systems, servers and desktops, so 
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from fnmatch import fnmatchcase, translate
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
@@ -382,13 +383,22 @@ CONTROLS: tuple[Rule, ...] = tuple(rule for rule in RULES if rule.is_control)
 
 # A fast filter for most names, by the fixed beginning or ending of each rule.
 _FIXED = [(rule, re.split(r"[*\[]", rule.pattern)) for rule in RULES if not rule.regex]
-_BEGINNINGS = tuple({parts[0] for _, parts in _FIXED if parts[0]})
-_ENDINGS = tuple({parts[-1] for _, parts in _FIXED if not parts[0] and parts[-1]})
+
+
+def _shortest(texts: set[str], covers: Callable[[str, str], bool]) -> tuple[str, ...]:
+    """Return the texts that no other one covers, as ".part" covers ".part.met" among beginnings."""
+    return tuple(text for text in texts if not any(covers(text, other) for other in texts - {text}))
+
+
+_BEGINNINGS = _shortest({parts[0] for _, parts in _FIXED if parts[0]}, str.startswith)
+_ENDINGS = _shortest({parts[-1] for _, parts in _FIXED if not parts[0] and parts[-1]}, str.endswith)
+_REGEXES = [(rule, rule.regex.removeprefix(".+")) for rule in RULES if rule.regex]
 _SHAPES = re.compile(
     "|".join(
         [
-            *(f"(?:{rule.regex})" for rule in RULES if rule.regex),
-            *(f"(?i:{translate(rule.pattern)})" for rule, parts in _FIXED if not (parts[0] or parts[-1])),
+            # Without the ".+" at their beginning, by which each character would be tried.
+            *(r"\A" * (rest == rule.regex) + rf"(?:{rest})\Z" for rule, rest in _REGEXES),
+            *(f"(?i:{re.escape(parts[1])})" for _, parts in _FIXED if not (parts[0] or parts[-1])),
         ]
     ),
     re.DOTALL,
@@ -398,7 +408,7 @@ _SHAPES = re.compile(
 def rule_for(name: str) -> Rule | None:
     """Return the rule by which a base name in the inbox or below a class folder is ignored; None: it is not."""
     lowered = name.lower()
-    if not (lowered.startswith(_BEGINNINGS) or lowered.endswith(_ENDINGS) or _SHAPES.fullmatch(name)):
+    if not (lowered.startswith(_BEGINNINGS) or lowered.endswith(_ENDINGS) or _SHAPES.search(name)):
         return None
     return next((rule for rule in RULES if rule.matches(name)), None)
 

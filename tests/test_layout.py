@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -61,6 +62,15 @@ def test_scan_examples_are_ignored(tmp_path: Path) -> None:
 def test_rule_for_ordinary_name_is_none(name: str) -> None:
     """A name that merely contains such a word, or looks like one, is the user's."""
     assert rule_for(name) is None
+
+
+def test_rule_for_parts_of_examples_is_that_of_the_first_match() -> None:
+    """For names made of parts of two examples, the filter for most names changes no answer."""
+    draw = Random(0)
+    for _ in range(1500):
+        first, second = (draw.choice(RULES).example for _ in range(2))
+        name = first[: draw.randrange(1, len(first) + 1)] + second[draw.randrange(len(second) + 1) :]
+        assert rule_for(name) is next((rule for rule in RULES if rule.matches(name)), None), name
 
 
 @pytest.mark.parametrize("rule", RULES, ids=[f"{rule.program} {rule.pattern}" for rule in RULES])

@@ -17,7 +17,7 @@ from sortd.arrays import FloatArray
 from sortd.classify.build import build
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import DecisionSettings, SupportSet
-from sortd.events import Stamp
+from sortd.events import Stamp, signed
 from sortd.store.cache import MAGIC, Cache, packed
 
 ENCODER = "clip-512-torch-0"
@@ -134,9 +134,9 @@ class TestWhatIsRemembered:
     @pytest.mark.parametrize(
         "stamp",
         [
-            Stamp(1, 2, 3, 15_000_000_000 * 10**9),  # the year 2445, which ext4 and XFS hold
-            Stamp(1, 2, 3, -62_135_596_800 * 10**9),  # the year 1
-            Stamp(1, 2, 3, 2**55 * 10**9),  # as tmpfs takes it
+            Stamp(1, 2, 3, signed(15_000_000_000 * 10**9)),  # the year 2445, which ext4 and XFS hold
+            Stamp(1, 2, 3, signed(-62_135_596_800 * 10**9)),  # the year 1
+            Stamp(1, 2, 3, signed(2**55 * 10**9)),  # as tmpfs takes it
             Stamp(2**64 - 1, 2**64 - 2, 2**63 - 1, -(2**63)),
         ],
     )

@@ -265,7 +265,7 @@ def test_journal_confirmed_guesses_of_review_are_counted_apart(path: Path) -> No
     """Moved to the guessed class, to another one, or assigned: none of them says anything of filed images."""
     with Journal(path, clock=Clock()) as journal:
         for number in range(3):
-            file = replace(move("x").files[0], final=f"{number}.jpg", moved_stamp=replace(STAMP, inode=number))
+            file = replace(move("x").files[0], final=f"{number}.jpg", moved_stamp=STAMP._replace(inode=number))
             review = MoveRecord(f"r{number}", "Images", "Review/cat", (file,))
             journal.intend([(review, MoveReason("sent_to_review", "cat", 0.4, 0.1, "dog", "mixed"))])
             journal.settle([replace(review, progress=MoveProgress.DONE)])
@@ -273,7 +273,7 @@ def test_journal_confirmed_guesses_of_review_are_counted_apart(path: Path) -> No
         assert journal.history.guesses() == (0, 0)
         journal.record_corrections([(first, "cat", "Dataset/cat/0.jpg"), (second, "dog", "Dataset/dog/1.jpg")])
         assert journal.history.guesses() == (1, 2)
-        file = replace(file, name="2.jpg", stamp=replace(STAMP, inode=2), final="2.jpg")
+        file = replace(file, name="2.jpg", stamp=STAMP._replace(inode=2), final="2.jpg")
         assigned = MoveRecord("a", "Review/cat", "Dataset/cat", (file,))
         journal.intend([(assigned, MoveReason("assigned", "cat"))])
         journal.settle([replace(assigned, progress=MoveProgress.DONE)])
@@ -288,13 +288,13 @@ def test_journal_image_of_no_class_confirms_that_it_looked_like_none(path: Path,
     """By request and by hand; where sortd guessed a class, the guess was wrong."""
     with Journal(path, clock=Clock()) as journal:
         for number in range(2):
-            file = replace(move("x").files[0], final=f"{number}.jpg", moved_stamp=replace(STAMP, inode=number))
+            file = replace(move("x").files[0], final=f"{number}.jpg", moved_stamp=STAMP._replace(inode=number))
             review = MoveRecord(f"r{number}", "Images", "Review/_none", (file,))
             journal.intend([(review, MoveReason("sent_to_review", "cat", 0.4, 0.1, "dog", "mixed", reason))])
             journal.settle([replace(review, progress=MoveProgress.DONE)])
         (by_hand,) = journal.history.moves(Selection(id=1))
         journal.record_corrections([(by_hand, "_none", "Dataset/_none/0.jpg")])
-        file = replace(file, name="1.jpg", stamp=replace(STAMP, inode=1), final="1.jpg")
+        file = replace(file, name="1.jpg", stamp=STAMP._replace(inode=1), final="1.jpg")
         assigned = MoveRecord("a", "Review/_none", "Dataset/_none", (file,))
         journal.intend([(assigned, MoveReason("assigned", "_none"))])
         journal.settle([replace(assigned, progress=MoveProgress.DONE)])
