@@ -2,8 +2,8 @@
 
 import os
 from pathlib import Path
-from random import Random
 
+import numpy as np
 import pytest
 
 from sortd.layout import CONTROLS, RULES, Reason, Rule, rule_below, rule_for, rule_for_folder
@@ -66,10 +66,10 @@ def test_rule_for_ordinary_name_is_none(name: str) -> None:
 
 def test_rule_for_parts_of_examples_is_that_of_the_first_match() -> None:
     """For names made of parts of two examples, the filter for most names changes no answer."""
-    draw = Random(0)
-    for _ in range(1500):
-        first, second = (draw.choice(RULES).example for _ in range(2))
-        name = first[: draw.randrange(1, len(first) + 1)] + second[draw.randrange(len(second) + 1) :]
+    draw = np.random.default_rng(0)
+    for one, other in draw.integers(len(RULES), size=(1500, 2)):
+        first, second = RULES[one].example, RULES[other].example
+        name = first[: draw.integers(1, len(first) + 1)] + second[draw.integers(len(second) + 1) :]
         assert rule_for(name) is next((rule for rule in RULES if rule.matches(name)), None), name
 
 

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -141,7 +141,7 @@ def test_undo_image_is_held_before_it_can_be_seen(daemon: Daemon, dataset: AtWor
     assert (one["was"], one["restored"]) == (str(root / "Dataset/red/a.png"), str(root / "Images/a.png"))
     mark = stamp(str(root / "Images/a.png"))
     assert mark is not None
-    held = ImageHeld(str(root / "Images/a.png"), replace(mark, ctime_ns=0))  # the journal does not know that time
+    held = ImageHeld(str(root / "Images/a.png"), mark._replace(ctime_ns=0))  # the journal does not know that time
     assert dataset.told == [ImageGone(str(root / "Dataset/red/a.png")), held]
 
 
