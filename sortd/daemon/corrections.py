@@ -252,6 +252,7 @@ class CorrectionScanner:
         self._rejects = Rejects(layout, journal, limits)
         self._moved: dict[int, tuple[Record, str]] = {}  # by record: images that the user moved, and where they are
         self._wanted: OrderedDict[str, Area] = OrderedDict()
+        self._placed: OrderedDict[str, Stamp] = OrderedDict()  # by path: the version that sortd put there
         prepare = partial(
             IncrementalScan[Misplaced | Repaired], most=HANDLED_SLICE, pause_seconds=PAUSE_SECONDS, clock=clock
         )
@@ -269,6 +270,12 @@ class CorrectionScanner:
         else:
             self._wanted.clear()
             self.ask()
+
+    def note_placed(self, path: str, mark: Stamp) -> None:
+        """Note the version that sortd put at a path, so that its own move needs no search in the journal."""
+        self._placed[path] = mark
+        if len(self._placed) > MOST_WANTED:
+            self._placed.popitem(last=False)
 
     def ask(self) -> None:
         """Schedule a scan of everything."""
@@ -363,7 +370,10 @@ class CorrectionScanner:
         while self._wanted:
             path, area = self._wanted.popitem(last=False)
             self._looked_at += 1
-            if area is Area.REJECTED and (found := self._rejects.look(path)) is not None:
+            placed = self._placed.pop(path, None)
+            if placed is not None and placed == _version_at(path):
+                pass  # a rename by anybody else would have set its ctime
+            elif area is Area.REJECTED and (found := self._rejects.look(path)) is not None:
                 yield Repaired(path, found)
             elif _is_gone(path):
                 for copy in self._copies_of(path):

@@ -348,6 +348,8 @@ class Dataset:
             self.receive(events.ReferencesTouched())
         else:
             self.receive(result)
+            if isinstance(result, Moved):
+                self._corrections.note_placed(result.destination, result.moved_stamp)
 
     def scan_all(self) -> None:
         """Start to scan Images/ and Review/, and to compare Clases/ with its last scan."""

@@ -17,6 +17,7 @@ from sortd.daemon.control import undo_records
 from sortd.daemon.corrections import FOLLOW_NS, HANDLED_SLICE, SCANNED_FACT, Correction, CorrectionScanner, Repaired
 from sortd.daemon.learnt import labelled_images, learnt_counts
 from sortd.events import Abstained, Mode, Moved, Outcome
+from sortd.files import stamp_of
 from sortd.layout import Area, Layout
 from sortd.moving.mover import Mover
 from sortd.moving.plan import images_apart
@@ -398,6 +399,27 @@ def test_mended_images_are_noticed_too(dataset: Dataset, journal: Journal, mover
     assert [type(one) for one in look(scanner, Area.REJECTED, path)] == [Repaired]
     assert look(scanner, Area.REVIEW, path) == []
     assert [type(one) for one in all_of(scanner, time.time_ns())] == [Repaired]
+
+
+def test_correction_scanner_own_move_needs_no_search(dataset: Dataset, journal: Journal, mover: Mover) -> None:
+    """The event of a file that sortd has just put there costs no statement; one that is moved later is looked up."""
+    filed = Path(moved(mover, order(dataset.put("Images/a.jpg", "a"))))
+    scanner = CorrectionScanner(Layout(dataset.root), journal, refuse, clock=Clock())
+    scanner.note_placed(os.fspath(filed), stamp_of(filed.lstat()))
+    statements: list[str] = []
+    journal.history._connection.set_trace_callback(statements.append)
+    assert look(scanner, Area.DATASET, filed) == []
+    assert statements == []
+    scanner.note_placed(os.fspath(filed), stamp_of(filed.lstat()))
+    dog = dataset.root / "Dataset" / "dog" / "a.jpg"
+    dog.parent.mkdir()
+    (correction,) = look(scanner, Area.DATASET, filed.rename(dog))
+    (taken_back,) = look(scanner, Area.DATASET, dog.rename(filed))
+    journal.history._connection.set_trace_callback(None)
+    assert isinstance(correction, Correction)
+    assert correction.corrected == "dog"
+    assert isinstance(taken_back, Correction)
+    assert taken_back.is_taken_back
 
 
 def test_correction_scanner_corrections_of_a_slice_are_recorded_in_one_commit(
