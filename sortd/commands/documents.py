@@ -13,7 +13,7 @@ Figures = dict[str, Any]
 class Document(BaseModel):
     """An object; the docstrings of its keys are their descriptions."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())  # model_id is a key
 
 
 class FailedDocument(Document):
