@@ -15,7 +15,7 @@ from sortd.commands.status import settings_with_corrections
 from sortd.config import Config, read_config
 from sortd.core.sorter import leaves_doubtful, order_for
 from sortd.daemon.dataset_lock import lock_dataset
-from sortd.daemon.references import References, ReferencesAbsentError, stored_prototypes
+from sortd.daemon.references import References, stored_prototypes
 from sortd.daemon.resources import select_classifier
 from sortd.encoder.backends import load_with_backend
 from sortd.errors import DataError, JournalError, LayoutError, UnreadableError
@@ -152,9 +152,9 @@ class DatasetHandle:
                 rebuilt = References(self.layout.area(Area.CLASES)).rebuild(
                     encoder.embedder(), settings, previous=previous, generation=generation
                 )
-            except ReferencesAbsentError as error:
+            except DataError:
                 encoder.close()
-                raise DataError(str(error)) from error
+                raise
             self._classifier = Classifier(rebuilt.prototypes, encoder=encoder)
         return self._classifier
 

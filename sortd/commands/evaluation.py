@@ -22,7 +22,7 @@ from sortd.commands.console import bar, counted, print_line, print_table, printa
 from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.embedder import Embedder
-from sortd.daemon.references import References, ReferencesAbsentError, keep_evaluated
+from sortd.daemon.references import References, keep_evaluated
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder.models import PACKAGED, STRONGER, locate_clip
 from sortd.errors import DataError, DestinationError, ModelError, SortdError, StorageError
@@ -130,8 +130,6 @@ def evaluate_datasets(
         for layout in chosen:
             try:
                 examined = _examined(config, layout, embedder, tell)
-            except ReferencesAbsentError as error:
-                refusal = refusal or DataError(str(error))
             except (DataError, StorageError) as error:
                 refusal = refusal or error
             else:

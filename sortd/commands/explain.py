@@ -247,8 +247,6 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
             return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
         references = References(layout.area(Area.CLASES))
         rebuilt = references.rebuild(embedder, settings_with_corrections(config, layout), previous=None, generation=0)
-    except ReferencesAbsentError as error:
-        raise DataError(str(error)) from error
     finally:
         resources.unload()
     return _Sight(decider, rebuilt.prototypes, is_stored=False, embedding=embedding, logits=logits)

@@ -26,7 +26,7 @@ from sortd.companions import is_image
 from sortd.config import Config
 from sortd.daemon.assign import image_facts
 from sortd.daemon.embedder import Embedder
-from sortd.daemon.references import References, ReferencesAbsentError, class_name_problem
+from sortd.daemon.references import References, class_name_problem
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.errors import DataError
 from sortd.events import EmbeddedImage, ImageRefused, Stamp
@@ -182,10 +182,7 @@ def embedded_rows(
         rows, missing = {}, list(files)
         references = References(layout.area(Area.CLASES))
         settings = settings_with_corrections(config, layout)
-        try:
-            prototypes = references.rebuild(embedder, settings, previous=None, generation=0).prototypes
-        except ReferencesAbsentError as error:
-            raise DataError(str(error)) from error
+        prototypes = references.rebuild(embedder, settings, previous=None, generation=0).prototypes
     return prototypes, rows, embed_missing(embedder, missing, contents, rows)
 
 

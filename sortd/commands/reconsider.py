@@ -21,7 +21,7 @@ from sortd.config import Config
 from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
 from sortd.daemon.dataset_lock import OpenDataset, lock_dataset, simulate_dataset
 from sortd.daemon.embedder import Embedder
-from sortd.daemon.references import ReferencesAbsentError, class_labels, stored_prototypes
+from sortd.daemon.references import class_labels, stored_prototypes
 from sortd.daemon.refile import filed_record, refile_facts, refile_images
 from sortd.daemon.resources import LoadEncoder, Resources, reference_settings_of, select_classifier
 from sortd.errors import DataError, LayoutError
@@ -182,10 +182,7 @@ def _classifier_and_rows(
 ) -> tuple[Classifier, dict[str, FloatArray], tuple[ImageRefused, ...]]:
     """Return what decides in a dataset, its rows by content, and refusals; complete ``contents``."""
     own = config.dataset(layout.name)
-    try:
-        labels = class_labels(layout.area(Area.CLASES))
-    except ReferencesAbsentError as error:
-        raise DataError(str(error)) from error
+    labels = class_labels(layout.area(Area.CLASES))
     decider = select_classifier(layout, config.state_dir, own.classifier, labels)
     if decider.facts is None:
         return embedded_rows(config, layout, files, contents, load)

@@ -21,7 +21,7 @@ from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import DecisionSettings, Evidence, SupportSet
 from sortd.config import DEFAULT_TEMPLATES, Config, DatasetConfig
 from sortd.daemon.embedder import Embedder
-from sortd.errors import ImageError
+from sortd.errors import DataError, ImageError
 from sortd.events import NO_CLASS, EmbeddedImage, ImageRefused, Mode, Refusal, Stamp
 from sortd.files import open_regular, sha256_of
 from sortd.images.decode import DecodeLimits, check_header
@@ -45,7 +45,7 @@ NAME_BYTES = 255
 """The longest name of a folder on Linux (NAME_MAX)."""
 
 
-class ReferencesAbsentError(Exception):
+class ReferencesAbsentError(DataError):
     """``Clases/`` is missing, unreadable or has no class; the last prototypes stay in use."""
 
 

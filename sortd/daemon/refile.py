@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sortd.daemon.assign import CarryOut, Result, carried_out, distinct, found_version, refused
-from sortd.daemon.references import ReferencesAbsentError, class_labels
-from sortd.errors import DataError
+from sortd.daemon.references import class_labels
 from sortd.events import Assigned, ClassifierKind, DecidedBy, Mode, Move, Outcome, Stamp
 from sortd.layout import Area, Layout
 from sortd.store.history import History
@@ -39,10 +38,7 @@ def refile_images(
         DataError: there is no class.
         JournalError: the journal cannot be read.
     """
-    try:
-        labels = frozenset(class_labels(layout.area(Area.CLASES)))
-    except ReferencesAbsentError as error:
-        raise DataError(str(error)) from error
+    labels = frozenset(class_labels(layout.area(Area.CLASES)))
     found = [_move_or_refusal(layout, history, labels, image) for image in distinct(images)]
     yield [one for one in found if not isinstance(one, Move)], 0
     yield from carried_out(layout.root, history, carry_out, [one for one in found if isinstance(one, Move)])
