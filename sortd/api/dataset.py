@@ -180,8 +180,7 @@ class DatasetHandle:
             raise DataError(f"{path} stays in Images/: no class is certain ({decision.reason})")
         move = order_for(answer, decision, classifier.prototypes, settle_seconds=0.0, action=action)
         with lock_dataset(self.layout, self.config.state_dir, companions=companions) as opened:
-            if (problem := opened.presence.problem()) is not None:
-                raise LayoutError(problem)
+            opened.presence.require()
             if guard := opened.journal.history.guard().reason:
                 raise DataError(f"{self.name} is held, because {guard}; see `sortd release`")
             ended = [one for one in opened.mover.move_all([move]) if one.path == path]

@@ -13,7 +13,7 @@ from sortd.daemon.assign import assign_images, assigned_label_problem, image_fac
 from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
 from sortd.daemon.corrections import record_places
 from sortd.daemon.dataset_lock import lock_dataset
-from sortd.errors import DataError, LayoutError
+from sortd.errors import DataError
 from sortd.events import NO_CLASS, Outcome
 from sortd.layout import JOURNAL_FILE, Layout
 from sortd.store.history import History
@@ -53,8 +53,7 @@ def _assign_here(
     config: Config, layout: Layout, label: str, images: Sequence[Mapping[str, Any]], *, is_example: bool
 ) -> dict[str, Any]:
     with lock_dataset(layout, config.state_dir, companions=config.dataset(layout.name).companions) as opened:
-        if (problem := opened.presence.problem()) is not None:
-            raise LayoutError(problem)
+        opened.presence.require()
         move_all = opened.mover.move_all
         steps = list(assign_images(layout, opened.journal, move_all, label, images, is_example=is_example))
         results = [one for some, _ in steps for one in some]

@@ -19,7 +19,7 @@ from sortd.commands.status import dataset_named
 from sortd.config import Config
 from sortd.daemon.control import ask
 from sortd.daemon.dataset_lock import lock_dataset
-from sortd.errors import DataError, DestinationError, LayoutError, advice_for_write
+from sortd.errors import DataError, DestinationError, advice_for_write
 from sortd.files import read_regular, write_json
 from sortd.images.thumbnails import thumbnails
 from sortd.layout import JOURNAL_FILE, Layout
@@ -154,8 +154,7 @@ def answer_sample_by_ids(config: Config, layout: Layout, wrong: Sequence[int]) -
     request = {"do": "check", "dataset": layout.name, "root": str(layout.root), "answers": answers}
     if ask(config.state_dir, request) is None:
         with lock_dataset(layout, config.state_dir) as opened:
-            if (problem := opened.presence.problem()) is not None:
-                raise LayoutError(problem)
+            opened.presence.require()
             opened.journal.record_checks([(int(move), bool(right)) for move, right in answers])
     folder = layout.state_folder(config.state_dir)
     (folder / SAMPLE_FILE).unlink(missing_ok=True)

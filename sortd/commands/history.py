@@ -28,10 +28,10 @@ from sortd.commands.console import (
 )
 from sortd.commands.moves import JournalPlace, journals, narrowed, record_facts, relative_to_dataset
 from sortd.config import Config
-from sortd.daemon.dataset_lock import Presence, inspect_dataset, lock_dataset
+from sortd.daemon.dataset_lock import inspect_dataset, lock_dataset
 from sortd.daemon.learnt import CONFIRMED, CORRECTED, is_reference, learnt_images
 from sortd.daemon.upkeep import record_all_places
-from sortd.errors import DataError, JournalError, LayoutError, SortdError
+from sortd.errors import DataError, JournalError, SortdError
 from sortd.events import LIKE_NO_CLASS
 from sortd.files import readable_json, text_of
 from sortd.layout import Layout
@@ -243,25 +243,18 @@ def prune_history(config: Config, dataset: str | None, *, dry_run: bool, as_json
 def _pruned(config: Config, place: JournalPlace, layout: Layout, before: float, *, removes: bool) -> dict[str, int]:
     size = place.file.stat().st_size
     with (lock_dataset if removes else inspect_dataset)(layout, config.state_dir) as opened:
-        _require_presence(opened.presence)
+        opened.presence.require()
         if removes:
             record_all_places(layout, opened.journal)
         pruning = Pruning(opened.journal, layout.root, before, removes=removes)
         is_under_way = True
         while is_under_way:
-            _require_presence(
-                opened.presence
-            )  # a disk may go meanwhile, and its images would be taken for removed ones
+            opened.presence.require()  # a disk may go meanwhile, and its images would be taken for removed ones
             is_under_way = pruning.step()
         if removes:
             rewrite(opened.journal)
     after = place.file.stat().st_size
     return {"records": pruning.removed, "kept": pruning.kept, "bytes_before": size, "bytes_after": after}
-
-
-def _require_presence(presence: Presence) -> None:
-    if (problem := presence.problem()) is not None:
-        raise LayoutError(problem)
 
 
 def _print_pruned(facts: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import class_labels, stored_prototypes
 from sortd.daemon.refile import filed_record, refile_facts, refile_images
 from sortd.daemon.resources import LoadEncoder, Resources, reference_settings_of, select_classifier
-from sortd.errors import DataError, LayoutError
+from sortd.errors import DataError
 from sortd.events import Assigned, ImageRefused, Outcome
 from sortd.layout import JOURNAL_FILE, Area, Layout
 from sortd.store.history import History
@@ -240,8 +240,7 @@ def refiling(config: Config, layout: Layout, *, dry_run: bool = False) -> Iterat
                     if dry_run
                     else lock_dataset(layout, config.state_dir, companions=companions)
                 )
-            if (problem := opened.presence.problem()) is not None:
-                raise LayoutError(problem)
+            opened.presence.require()
             steps = list(refile_images(layout, opened.journal.history, opened.mover.move_all, images))
             return {"refiled": [one for results, _ in steps for one in results], "later": sum(n for _, n in steps)}
 

@@ -337,7 +337,7 @@ def answer(datasets: Datasets, request: Request) -> Reply | Steps:
             return _move(datasets, dataset, steps, "refiled")
         case {"do": "check", "dataset": str(name), "root": str(root), "answers": list(answers)}:
             with datasets.answering(dataset := _chosen_at(datasets, name, root)):
-                _require_presence(dataset)
+                dataset.presence.require()
                 return {"checked": dataset.record_checks(checked_answers(answers))}
     raise RequestError(f"unknown request {request.get('do')!r:.100} with {', '.join(sorted(request))}")
 
@@ -411,19 +411,13 @@ def _move(datasets: Datasets, dataset: Dataset, steps: Iterator[tuple[list[Resul
     moved, later = list[Result](), 0
     while True:
         with datasets.answering(dataset):
-            _require_presence(dataset, f"; {len(moved)} images were {key} before" if moved else "")
+            dataset.presence.require(f"; {len(moved)} images were {key} before" if moved else "")
             if (done := next(steps, None)) is None:
                 return {key: moved, "later": later}
         moved, later = moved + done[0], later + done[1]
         yield
         if datasets.by_name.get(dataset.name) is not dataset:
             raise errors.DataError(f"{dataset.name} was closed meanwhile; {len(moved)} images were {key}")
-
-
-def _require_presence(dataset: Dataset, before: str = "") -> None:
-    """Raise LayoutError, which ends with what was done ``before``, if a part of the dataset is missing."""
-    if (problem := dataset.presence.problem()) is not None:
-        raise errors.LayoutError(f"{problem}{before}")
 
 
 def apply_undo_results(dataset: Dataset, results: Sequence[UndoResult]) -> None:

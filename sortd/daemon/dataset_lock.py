@@ -70,6 +70,11 @@ class Presence:
             return taken
         return self.absent_folder()
 
+    def require(self, before: str = "") -> None:
+        """Raise LayoutError, which ends with what was done ``before``, if something is missing."""
+        if (problem := self.problem()) is not None:
+            raise LayoutError(f"{problem}{before}")
+
     def absent_folder(self) -> str | None:
         """Return a sentence about a folder whose other disk is missing; record the folders on other disks."""
         own = _device(self._layout.root)
