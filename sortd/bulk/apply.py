@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from math import isfinite
@@ -34,7 +34,7 @@ from sortd.bulk.transfers import (
     transfer_all,
 )
 from sortd.commands.console import bar, counted, print_line, print_table, printable, say, show
-from sortd.commands.moves import undo_records_of
+from sortd.commands.moves import journal_of, undo_records_of
 from sortd.commands.reconsider import MOST_IN_A_REQUEST, Refile, refiling
 from sortd.config import Config
 from sortd.daemon.references import class_name_problem
@@ -42,7 +42,7 @@ from sortd.daemon.refile import refile_facts
 from sortd.errors import DataError, SortdError
 from sortd.events import Assigned, Mode, Outcome
 from sortd.files import sha256_of
-from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.layout import Area, Layout
 from sortd.store.history import History
 from sortd.store.records import Record, Selection
 from sortd.watch.scan import stamp
@@ -217,7 +217,7 @@ class _Files:
         ready = [one for one in found if not isinstance(one, str)]
         failed = [(*image, one) for image, one in zip(images, found, strict=True) if isinstance(one, str)]
         if failed:
-            with _history(config, layout) as history:
+            with journal_of(config, layout).open() as history:
                 for image, path, problem in failed:
                     if _filing(history, layout, path, image) is None:
                         self._applied.refuse(path, problem)
@@ -272,18 +272,8 @@ def _request_or_problem(image_and_path: tuple[AssignedImage, str]) -> dict[str, 
     )
 
 
-@contextmanager
-def _history(config: Config, layout: Layout) -> Iterator[History | None]:
-    """Yield what the journal of a dataset says; None if it has none."""
-    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    with History.open(file) if file.is_file() else nullcontext() as history:
-        yield history
-
-
-def _filing(history: History | None, layout: Layout, path: str, image: AssignedImage) -> Record | None:
+def _filing(history: History, layout: Layout, path: str, image: AssignedImage) -> Record | None:
     """Return the move, unless it was undone, by which the decided content left its path for a class."""
-    if history is None:
-        return None
     relative = path.removeprefix(f"{layout.root}/")
     moves = history.moves(Selection(path=relative, outcome=Outcome.FILED, undoable=True))
     own = (one for one in moves if one.move_reason.content == image.sha256 and one.source_path == relative)
@@ -388,7 +378,7 @@ def undo_run(
                 by_layout.setdefault(layout, []).append((path, image))
         for layout, images in by_layout.items():
             own = _config_of(config, layout)
-            with _history(own, layout) as history:
+            with journal_of(own, layout).open() as history:
                 found = [_filing(history, layout, path, image) for path, image in images]
             reply = undo_records_of(own, layout, [record.id for record in found if record is not None])
             undone.later += reply["later"]

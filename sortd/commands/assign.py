@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from sortd.commands.console import counted, print_line, printable, say, show
-from sortd.commands.moves import JournalPlace, dataset_at, record_facts
+from sortd.commands.moves import dataset_at, journal_of
 from sortd.config import Config
 from sortd.daemon.assign import assign_images, assigned_label_problem, image_facts
 from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
@@ -15,8 +15,7 @@ from sortd.daemon.corrections import record_places
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.errors import DataError
 from sortd.events import NO_CLASS, Outcome
-from sortd.layout import JOURNAL_FILE, Layout
-from sortd.store.history import History
+from sortd.layout import Layout
 from sortd.store.records import Selection
 from sortd.watch.scan import stamp
 
@@ -63,22 +62,13 @@ def _assign_here(
 
 def newest_assigned(config: Config, layout: Layout, limit: int) -> list[dict[str, object]]:
     """Return the newest moves by request that can be undone, newest first, as ``record_facts`` returns them."""
-    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if not file.is_file():
-        return []
-    with History.open(file) as history:
-        records = history.moves(Selection(outcome=Outcome.ASSIGNED.value, undoable=True, limit=limit))
-    place = JournalPlace(layout.name, layout.root, file)
-    return [record_facts(place, record) for record in records]
+    return journal_of(config, layout).moves(Selection(outcome=Outcome.ASSIGNED.value, undoable=True, limit=limit))
 
 
 def given_since(config: Config, layout: Layout, since: float) -> dict[str, int]:
     """Return how many images a person ``assigned``, ``corrected`` and ``confirmed`` since a time (Unix seconds)."""
-    file, none = layout.state_folder(config.state_dir) / JOURNAL_FILE, {"assigned": 0, "corrected": 0, "confirmed": 0}
-    if not file.is_file():
-        return none
-    with History.open(file) as history:
-        return none | history.given_since(since)
+    with journal_of(config, layout).open() as history:
+        return {"assigned": 0, "corrected": 0, "confirmed": 0} | history.given_since(since)
 
 
 def assign_paths(config: Config, paths: Sequence[Path], label: str, *, is_example: bool, as_json: bool) -> None:

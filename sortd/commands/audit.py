@@ -14,7 +14,7 @@ import numpy as np
 from sortd.classify.proportions import out_of, proportion, proven
 from sortd.commands.console import counted, format_time, print_line, print_table, printable, say, show
 from sortd.commands.evaluation import check_page_path, label_on_page, name_on_page, render, write_page
-from sortd.commands.moves import without_links
+from sortd.commands.moves import journal_of, without_links
 from sortd.commands.status import dataset_named
 from sortd.config import Config
 from sortd.daemon.control import ask
@@ -22,8 +22,7 @@ from sortd.daemon.dataset_lock import lock_dataset
 from sortd.errors import DataError, DestinationError, advice_for_write
 from sortd.files import read_regular, write_json
 from sortd.images.thumbnails import thumbnails
-from sortd.layout import JOURNAL_FILE, Layout
-from sortd.store.history import History
+from sortd.layout import Layout
 from sortd.store.records import Record
 
 SAMPLE = 60
@@ -88,15 +87,14 @@ def draw_sample(config: Config, layout: Layout, size: int | None) -> AuditSample
     if before is not None and before.images and size in {None, len(before.images)}:
         return before
     records: list[Record] = []
-    wanted, unchecked = size or SAMPLE, 0
-    if (folder / JOURNAL_FILE).is_file():
-        with History.open(folder / JOURNAL_FILE) as history:
-            drawn = np.random.default_rng().permutation(np.array(history.to_audit(), np.int64)).tolist()
-            unchecked = len(drawn)
-            while drawn and len(records) < wanted:
-                found = {record.id: record for record in history.finished(drawn[:AT_ONCE])}
-                records += [found[one] for one in drawn[:AT_ONCE] if os.path.isfile(_path(layout, found[one]))]
-                drawn = drawn[AT_ONCE:]
+    wanted = size or SAMPLE
+    with journal_of(config, layout).open() as history:
+        drawn = np.random.default_rng().permutation(np.array(history.to_audit(), np.int64)).tolist()
+        unchecked = len(drawn)
+        while drawn and len(records) < wanted:
+            found = {record.id: record for record in history.finished(drawn[:AT_ONCE])}
+            records += [found[one] for one in drawn[:AT_ONCE] if os.path.isfile(_path(layout, found[one]))]
+            drawn = drawn[AT_ONCE:]
     if not records:
         raise DataError(f"{layout.name} has no filed image that was not checked")
     sample = AuditSample(time(), unchecked, tuple(_image(layout, record) for record in records[:wanted]))
@@ -156,9 +154,8 @@ def answer_sample_by_ids(config: Config, layout: Layout, wrong: Sequence[int]) -
         with lock_dataset(layout, config.state_dir) as opened:
             opened.presence.require()
             opened.journal.record_checks([(int(move), bool(right)) for move, right in answers])
-    folder = layout.state_folder(config.state_dir)
-    (folder / SAMPLE_FILE).unlink(missing_ok=True)
-    with History.open(folder / JOURNAL_FILE) as history:
+    (layout.state_folder(config.state_dir) / SAMPLE_FILE).unlink(missing_ok=True)
+    with journal_of(config, layout).open() as history:
         accuracy = history.accuracy().values()
     return {
         "dataset": layout.name,

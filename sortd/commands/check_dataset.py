@@ -25,6 +25,7 @@ from sortd.classify.proportions import estimated, out_of
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.console import counted, printable
 from sortd.commands.findings import Finding, Topic, error, note, warning
+from sortd.commands.moves import journal_of
 from sortd.commands.status import accuracy_comparison, promotable_model, serving_facts
 from sortd.config import Config, DatasetConfig
 from sortd.daemon.references import (
@@ -250,10 +251,10 @@ def reference_findings(
 
 def _assigned_counts(config: Config, layout: Layout) -> Counter[str]:
     """Return the number of images in Dataset/ that a person assigned to each class, which are references as well."""
-    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if not file.is_file():
-        return Counter()
-    with suppress(JournalError), History.open(file) as history:  # another finding reports a damaged journal
+    with (
+        suppress(JournalError),
+        journal_of(config, layout).open() as history,
+    ):  # another finding reports a damaged journal
         there = [label for label, path, _ in history.assigned() if os.path.isfile(layout.root / path)]
         return Counter(label for label in there if label is not None)
     return Counter()

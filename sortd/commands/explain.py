@@ -14,7 +14,7 @@ from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import PROBABILISTIC
 from sortd.commands.console import format_time, print_line, print_table, printable, say, show, spinner
 from sortd.commands.evaluation import label_on_page, name_on_page, render, write_page
-from sortd.commands.moves import JournalPlace, dataset_at, journals, record_facts
+from sortd.commands.moves import JournalPlace, dataset_at, journal_of, record_facts
 from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.embedder import Embedder
@@ -169,10 +169,9 @@ def why_kept(config: Config, path: Path) -> Why | None:
         return None
     layout, relative = found
     here = os.path.join(layout.root, relative)
-    (place,) = [one for one in journals(config, layout.name) if one.root == layout.root]
-    if (why := why_left(here, os.fspath(layout.root))) is not None or not place.is_there:
+    if (why := why_left(here, os.fspath(layout.root))) is not None:
         return why
-    with History.open(place.file) as history:
+    with journal_of(config, layout).open() as history:
         held = history.held_version(relative)
     if held is None or not os.path.lexists(here) or not is_version(os.lstat(here), held):
         return None
@@ -284,10 +283,8 @@ def _row(embedder: Embedder, image: tuple[str, Stamp]) -> FloatArray:
 
 def _records(config: Config, layout: Layout, mark: Stamp, content: str) -> list[dict[str, Any]]:
     """Return the moves of this file, or else of the last file with this content."""
-    (place,) = [one for one in journals(config, layout.name) if one.root == layout.root]
-    if not place.is_there:
-        return []
-    with History.open(place.file) as history:
+    place = journal_of(config, layout)
+    with place.open() as history:
         last = history.last_known(mark, content)
         return [] if last is None else _moves_back(place, history, last.destination_path)
 

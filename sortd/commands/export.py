@@ -20,6 +20,7 @@ from sortd.arrays import FloatArray
 from sortd.classify.types import PROBABILISTIC
 from sortd.commands.console import bar, counted, say, show
 from sortd.commands.export_formats import WRITERS, ExportedImage, ExportFormat, ExportOptions, Link
+from sortd.commands.moves import journal_of
 from sortd.config import Config
 from sortd.daemon.learnt import learnt_images
 from sortd.daemon.resources import Resources
@@ -29,9 +30,8 @@ from sortd.files import sha256_of
 from sortd.finetune.data import Candidate, find_candidates, near_duplicate_groups, split_by_group
 from sortd.finetune.recipe import Source
 from sortd.images.decode import DecodeLimits, image_size
-from sortd.layout import JOURNAL_FILE, Layout, enclosing_dataset
+from sortd.layout import Layout, enclosing_dataset
 from sortd.moving.fs import rename_new
-from sortd.store.history import History
 from sortd.store.records import Record
 from sortd.watch.scan import stamp
 
@@ -114,34 +114,20 @@ def exported_images(
         JournalError: the journal cannot be read.
     """
     candidates, _ = find_candidates(layout, Source.DATASET, config.state_dir)
-    journal = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    given: dict[str, str] = {}
-    audited: frozenset[int] = frozenset()
     found = []
-    with _history(journal) as history:
-        if history is not None:
-            given = {one.path: one.how for one in learnt_images(layout, history, with_corrections=True)}
-            audited = history.audited_right()
+    with journal_of(config, layout).open() as history:
+        given = {one.path: one.how for one in learnt_images(layout, history, with_corrections=True)}
+        audited = history.audited_right()
         for number, candidate in enumerate(sorted(candidates, key=lambda one: one.path), 1):
-            record = None if history is None else history.last_known(candidate.stamp)
-            image = _exported(layout, candidate, record, given, audited)
+            image = _exported(layout, candidate, history.last_known(candidate.stamp), given, audited)
             if image is not None and (image.checked or not checked_only):
                 found.append(image)
             tell("reading", number, len(candidates))
-        for record in [] if history is None else history.filed_in_place():
+        for record in history.filed_in_place():
             image = _exported_in_place(layout, record, audited)
             if image is not None and (image.checked or not checked_only):
                 found.append(image)
     return found
-
-
-@contextmanager
-def _history(journal: Path) -> Iterator[History | None]:
-    if not journal.is_file():
-        yield None
-        return
-    with History.open(journal) as history:
-        yield history
 
 
 def _exported(

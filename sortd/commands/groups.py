@@ -20,7 +20,7 @@ from sortd.commands.console import counted, print_line, print_table, printable, 
 from sortd.commands.evaluation import check_page_path, label_on_page, name_on_page, render, write_page
 from sortd.commands.explain import current_prototypes
 from sortd.commands.findings import Finding, note
-from sortd.commands.moves import without_links
+from sortd.commands.moves import File, files_in, journal_of, without_links
 from sortd.commands.status import dataset_named, settings_with_corrections
 from sortd.companions import is_image
 from sortd.config import Config
@@ -29,15 +29,12 @@ from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import References, class_name_problem
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.errors import DataError
-from sortd.events import EmbeddedImage, ImageRefused, Stamp
+from sortd.events import EmbeddedImage, ImageRefused
 from sortd.files import sha256_of
 from sortd.images.thumbnails import thumbnails
-from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
+from sortd.layout import Area, Layout, find_datasets
 from sortd.store.cache import CACHE_FILE, Cache
-from sortd.store.history import History
 from sortd.watch.scan import whole_files
-
-File = tuple[str, Stamp]
 
 NEXT_AT_MOST = 24
 """Largest number of images that are proposed to be labelled next; otherwise one for each class."""
@@ -116,11 +113,7 @@ def models(config: Config, load_encoder: LoadEncoder | None) -> Iterator[tuple[R
 
 
 def _grouped(config: Config, layout: Layout, load: Callable[[], Embedder]) -> GroupedPile:
-    refusals: list[OSError] = []
-    review = os.fspath(layout.area(Area.REVIEW))
-    found = whole_files(review, report=refusals.append) if os.path.lexists(review) else []
-    if refusals:
-        raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
+    found = files_in(layout.area(Area.REVIEW))
     contents = _journaled_contents(config, layout, found)
     files = [file for file in found if file in contents or is_image(file[0])]
     if not files:
@@ -213,18 +206,12 @@ def stored_rows(config: Config, contents: Iterable[str], encoder_id: str) -> dic
 def _journaled_contents(config: Config, layout: Layout, files: Sequence[File]) -> dict[File, str]:
     """Return the sha256, in hexadecimal, of the images that sortd put where they are."""
     contents: dict[File, str] = {}
-    journal = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if journal.is_file():
-        with History.open(journal) as history:
-            for path, mark in files:
-                record = history.last_known(mark)
-                if record is not None and record.move_reason.content and _is_at(layout, record.destination_path, path):
-                    contents[path, mark] = record.move_reason.content
+    with journal_of(config, layout).open() as history:
+        for path, mark in files:
+            record = history.last_known(mark)
+            if record is not None and record.move_reason.content and f"{layout.root}/{record.destination_path}" == path:
+                contents[path, mark] = record.move_reason.content
     return contents
-
-
-def _is_at(layout: Layout, relative: str, path: str) -> bool:
-    return os.path.join(layout.root, relative) == path
 
 
 def accept_group(

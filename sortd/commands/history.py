@@ -76,7 +76,6 @@ def show_history(
         read = [
             streams.enter_context(closing(_recorded(config, place, selection, refusals)))
             for place in journals(config, dataset)
-            if place.is_there
         ]
         newest, printed = islice(heapq.merge(*read, key=_when, reverse=True), limit or None), count()
         rows = (row for row, _ in zip(newest, printed, strict=False))
@@ -98,7 +97,7 @@ def _recorded(
 ) -> Generator[Row]:
     """Yield the selected moves by sortd, and those of images to which a person gave a class, newest first."""
     try:
-        with History.open(place.file) as history:
+        with place.open() as history:
             streams = [] if selection.outcome in GIVEN else [_moved(place, history, selection)]
             if selection.outcome in {None, *GIVEN} and selection.run is None:
                 streams.append(_given(config, place, history, selection))

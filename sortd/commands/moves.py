@@ -6,7 +6,9 @@ The last three send a request to the running sortd, so only one process moves fi
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,14 @@ from sortd.daemon.control import (
 )
 from sortd.daemon.dataset_lock import inspect_dataset, lock_dataset
 from sortd.errors import DataError, LayoutError, SortdError, StartupError
+from sortd.events import Stamp
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.store.history import History
+from sortd.store.journal import LATER, SCHEMA
 from sortd.store.records import Record, Selection
+from sortd.watch.scan import whole_files
 
+File = tuple[str, Stamp]
 _STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
 """Form of the names that ``Layout.state_folder`` gives."""
 
@@ -47,6 +53,28 @@ class JournalPlace:
         """Tell whether the dataset has ever been used with this state directory."""
         return self.file.is_file()
 
+    @contextmanager
+    def open(self) -> Iterator[History]:
+        """Yield what the journal says; one that does not exist is empty. Raises JournalError."""
+        with History.open(self.file) if self.is_there else _empty_history() as history:
+            yield history
+
+    def moves(self, selection: Selection) -> list[dict[str, object]]:
+        """Return the selected moves, newest first, as ``record_facts`` returns them; raises JournalError."""
+        with self.open() as history:
+            return [record_facts(self, record) for record in history.moves(selection)]
+
+
+def _empty_history() -> History:
+    connection = sqlite3.connect(":memory:")
+    connection.executescript(";\n".join((SCHEMA, *LATER)))
+    return History(connection, Path(":memory:"))
+
+
+def journal_of(config: Config, layout: Layout) -> JournalPlace:
+    """Return the journal of a dataset that is there."""
+    return JournalPlace(layout.name, layout.root, layout.state_folder(config.state_dir) / JOURNAL_FILE)
+
 
 def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
     """Return the journals of all datasets, or of one, by name; those of missing datasets come last.
@@ -63,7 +91,7 @@ def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
         layouts = find_datasets(config.root)
     except LayoutError:
         layouts = []  # not mounted: the journals can still be read
-    places = [JournalPlace(one.name, one.root, one.state_folder(config.state_dir) / JOURNAL_FILE) for one in layouts]
+    places = [journal_of(config, layout) for layout in layouts]
     known = {place.file for place in places}
     places += [
         JournalPlace(named[1], None, file)
@@ -97,6 +125,15 @@ def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
                 if spelled.startswith(root + os.sep):
                     return layout, spelled.removeprefix(root + os.sep)
     return None
+
+
+def files_in(folder: Path) -> list[File]:
+    """Return the finished files below a folder, none if it is missing; raise DataError if it cannot be read."""
+    refusals: list[OSError] = []
+    files = whole_files(os.fspath(folder), report=refusals.append) if os.path.lexists(folder) else []
+    if refusals:
+        raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
+    return files
 
 
 def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
@@ -184,8 +221,8 @@ def _undoable(
     dataset, relative = narrowed(config, dataset, path)
     records: list[tuple[Path, Record]] = []
     for place in journals(config, dataset):
-        if place.is_there and place.root is not None:
-            with History.open(place.file) as history:
+        if place.root is not None:
+            with place.open() as history:
                 here = history.moves(Selection(path=relative, undoable=True, limit=limit, **conditions))
             records += [(place.root, record) for record in here]
     if path is not None and not records:

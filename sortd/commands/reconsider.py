@@ -16,7 +16,8 @@ from sortd.arrays import FloatArray
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import Classifier, PrototypeSet
 from sortd.commands.console import counted, print_line, print_table, printable, say, show, spinner
-from sortd.commands.groups import File, chosen_datasets, embed_missing, embedded_rows, models, stored_rows
+from sortd.commands.groups import chosen_datasets, embed_missing, embedded_rows, models, stored_rows
+from sortd.commands.moves import File, files_in, journal_of
 from sortd.config import Config
 from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
 from sortd.daemon.dataset_lock import OpenDataset, lock_dataset, simulate_dataset
@@ -26,10 +27,9 @@ from sortd.daemon.refile import filed_record, refile_facts, refile_images
 from sortd.daemon.resources import LoadEncoder, Resources, reference_settings_of, select_classifier
 from sortd.errors import DataError
 from sortd.events import Assigned, ImageRefused, Outcome
-from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.layout import Area, Layout
 from sortd.store.history import History
 from sortd.store.records import UNDONE, Record, Selection
-from sortd.watch.scan import whole_files
 
 AT_ONCE = 2_000  # images decided in one call
 MOST_IN_A_REQUEST = 1_000
@@ -147,18 +147,10 @@ def _reconsidered(
 
 def _filed_images(config: Config, layout: Layout) -> Filed:
     """Return the images that are where sortd filed them, without those about which a person said something."""
-    journal = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    folder = layout.area(Area.DATASET)
-    if not journal.is_file() or not folder.is_dir():
-        return {}
-    refusals: list[OSError] = []
-    files = whole_files(str(folder), report=refusals.append)
-    if refusals:
-        raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
     filed: Filed = {}
-    with History.open(journal) as history:
+    with journal_of(config, layout).open() as history:
         unchecked, taken_back = set(history.to_audit()), _taken_back(history)
-        for path, mark in files:
+        for path, mark in files_in(layout.area(Area.DATASET)) if unchecked else ():
             record = filed_record(layout, history.last_known(mark), path)
             if record is not None and record.id in unchecked and record.move_reason.content not in taken_back:
                 filed[path, mark] = record

@@ -10,14 +10,11 @@ from typing import Any
 import typer
 
 from sortd.commands.console import counted, print_line, printable, say, show
-from sortd.commands.moves import dataset_at, release_held, undo_records_of
+from sortd.commands.moves import dataset_at, files_in, journal_of, release_held, undo_records_of
 from sortd.config import Config
-from sortd.errors import DataError
 from sortd.files import read_regular
-from sortd.layout import JOURNAL_FILE, Area, Layout
-from sortd.store.history import History
+from sortd.layout import Area, Layout
 from sortd.store.records import Record
-from sortd.watch.scan import whole_files
 
 REASON_ENDING = ".reason.json"
 MOST_WRITTEN = 500
@@ -38,10 +35,7 @@ def rejected_images(config: Config, layout: Layout) -> list[dict[str, Any]]:
         DataError: Rejected/ cannot be read.
         JournalError: the journal cannot be read.
     """
-    folder, refusals = os.fspath(layout.area(Area.REJECTED)), list[OSError]()
-    files = whole_files(folder, report=refusals.append) if os.path.lexists(folder) else []
-    if refusals:
-        raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
+    files = files_in(layout.area(Area.REJECTED))
     records = _rejections(config, layout, [path for path, _ in files])
     beside = {
         f"{layout.root}/{one.move.destination}/{file.final}" for one in records.values() for file in one.move.files
@@ -63,10 +57,8 @@ def rejected_images(config: Config, layout: Layout) -> list[dict[str, Any]]:
 
 def _rejections(config: Config, layout: Layout, paths: Sequence[str]) -> dict[str, Record]:
     """Return the moves by which sortd put images where they are in Rejected/, by path."""
-    journal, found = layout.state_folder(config.state_dir) / JOURNAL_FILE, dict[str, Record]()
-    if not journal.is_file():
-        return found
-    with History.open(journal) as history:
+    found = dict[str, Record]()
+    with journal_of(config, layout).open() as history:
         for path in paths:
             folder, _, name = path.removeprefix(f"{layout.root}/").rpartition("/")
             put, gone = history.last_put(folder, name), history.last_moved(folder, name)

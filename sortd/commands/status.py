@@ -23,7 +23,7 @@ from sortd.commands.console import (
     printable,
     show,
 )
-from sortd.commands.moves import JournalPlace, journals
+from sortd.commands.moves import JournalPlace, journal_of, journals
 from sortd.config import Config, find_config_file
 from sortd.daemon.audit import evidence_of
 from sortd.daemon.control import NotRunningError
@@ -34,7 +34,7 @@ from sortd.daemon.resources import reference_settings_of, select_classifier, unf
 from sortd.encoder import finetuned
 from sortd.encoder.finetuned import FinetunedFacts, finetuning_results, read_facts
 from sortd.errors import DataError, JournalError, LayoutError, ModelError
-from sortd.layout import JOURNAL_FILE, Area, Layout, Reason, Why, find_datasets, owner_of, rule_below, rule_for_folder
+from sortd.layout import Area, Layout, Reason, Why, find_datasets, owner_of, rule_below, rule_for_folder
 from sortd.moving.fs import is_version
 from sortd.service import read_status
 from sortd.store.checks import FiledImages
@@ -122,7 +122,7 @@ def _from_journal(place: JournalPlace) -> tuple[dict[str, Any], list[Row]]:
     if not place.is_there:
         return facts, []
     try:
-        with History.open(place.file) as history:
+        with place.open() as history:
             last, held = history.moves(Selection(limit=1)), history.held()
             facts = {
                 "total": history.counts(),
@@ -170,8 +170,8 @@ def _filed_facts(filed: FiledImages) -> dict[str, Any]:
 def _learnt_facts(config: Config, place: JournalPlace) -> dict[str, dict[str, int]]:
     """Return how many images in Dataset/ are references of each class; none if the journal cannot be read."""
     learns = config.dataset(place.dataset).learn_from_corrections
-    if place.root is not None and place.is_there:
-        with suppress(JournalError), History.open(place.file) as history:
+    if place.root is not None:
+        with suppress(JournalError), place.open() as history:
             return learnt_counts(Layout(place.root), history, with_corrections=learns)
     return {}
 
@@ -359,11 +359,8 @@ def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettin
         JournalError: the journal cannot be read.
     """
     reference_settings = reference_settings_of(config.dataset(layout.name))
-    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if not file.is_file():
-        return reference_settings
     learns = reference_settings.learns_from_corrections
-    with History.open(file) as history:
+    with journal_of(config, layout).open() as history:
         labelled = labelled_images(layout, history, with_corrections=learns)
         evidence = evidence_of(history, reference_settings.settings.mode)
         return replace(reference_settings, corrections=labelled, evidence=evidence)

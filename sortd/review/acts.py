@@ -21,17 +21,16 @@ from starlette.routing import Route
 from sortd.commands.assign import assign_to_class, newest_assigned
 from sortd.commands.audit import answer_sample_by_ids, draw_sample, open_sample
 from sortd.commands.console import printable
-from sortd.commands.moves import undo_records_of
+from sortd.commands.moves import journal_of, undo_records_of
 from sortd.commands.rejected import retry_rejected
 from sortd.daemon.assign import image_facts
 from sortd.errors import DataError, SortdError
 from sortd.events import NO_CLASS, Outcome
-from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.layout import Area, Layout
 from sortd.review.activity import Activity
 from sortd.review.effects import Act, Effects
 from sortd.review.index import Index, ShownImage, dataset_key
 from sortd.review.rendering import CLASS_MARK, form_label, session_of
-from sortd.store.history import History
 from sortd.store.records import Record, Selection
 
 NONE_ACTIONS = frozenset({"none", "example"})
@@ -339,8 +338,5 @@ def _ended_later(index: Index, layout: Layout, act: Act) -> list[int]:
 
 
 def _moves(index: Index, layout: Layout, selection: Selection) -> list[Record]:
-    journal = layout.state_folder(index.config.state_dir) / JOURNAL_FILE
-    if not journal.is_file():
-        return []
-    with History.open(journal) as history:
+    with journal_of(index.config, layout).open() as history:
         return history.moves(selection)

@@ -11,13 +11,13 @@ from sortd.classify.evaluate import evaluate
 from sortd.classify.proportions import interval, out_of, proportion
 from sortd.classify.types import SupportSet
 from sortd.commands.evaluation import precision_plot
+from sortd.commands.moves import journal_of
 from sortd.config import Config
 from sortd.daemon.references import stored_prototypes
 from sortd.events import Mode, Outcome
-from sortd.layout import JOURNAL_FILE, Layout
+from sortd.layout import Layout
 from sortd.review.activity import Activity
 from sortd.review.index import Background, Index, dataset_key
-from sortd.store.history import History
 
 DAYS = 30
 """Days of the plot."""
@@ -47,14 +47,11 @@ def dataset_figures(index: Index, layout: Layout, *, now: datetime | None = None
     """
     prototypes = stored_prototypes(index.config, layout)
     counts = {} if prototypes is None else dict(zip(prototypes.labels, prototypes.counts.tolist(), strict=True))
-    journal = layout.state_folder(index.config.state_dir) / JOURNAL_FILE
     now = now or datetime.now().astimezone()
     first = (now - timedelta(days=DAYS - 1)).replace(hour=0, minute=0, second=0, microsecond=0)
-    accuracy, guesses, by_day = {}, (0, 0), list[tuple[str, str, int]]()
-    if journal.is_file():
-        with History.open(journal) as history:
-            accuracy, guesses = history.accuracy(), history.guesses()
-            by_day = history.counts_by_day(first.timestamp())
+    with journal_of(index.config, layout).open() as history:
+        accuracy, guesses = history.accuracy(), history.guesses()
+        by_day = history.counts_by_day(first.timestamp())
     classes = []
     for label in sorted({*index.labels(layout), *accuracy, *counts}):
         filed = accuracy.get(label)

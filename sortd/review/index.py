@@ -21,15 +21,15 @@ import numpy as np
 
 from sortd.classify.groups import find_groups
 from sortd.commands.groups import stored_rows
+from sortd.commands.moves import files_in, journal_of
 from sortd.companions import is_image
 from sortd.config import Config
 from sortd.daemon.references import ReferencesAbsentError, class_labels, stored_prototypes
 from sortd.errors import DataError
 from sortd.events import NO_CLASS, Stamp
 from sortd.files import stamp_of
-from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
+from sortd.layout import Area, Layout, find_datasets
 from sortd.store.history import History
-from sortd.watch.scan import whole_files
 
 FRESH_SECONDS = 2.0
 """Age from which a listing of Review/ is read again."""
@@ -191,20 +191,13 @@ class Index:
             return self._piles.setdefault(dataset_key(layout), _Pile())
 
     def _listed(self, layout: Layout, known: Mapping[str, ShownImage]) -> dict[str, ShownImage]:
-        review = os.fspath(layout.area(Area.REVIEW))
-        refusals: list[OSError] = []
-        files = whole_files(review, report=refusals.append) if os.path.lexists(review) else []
-        if refusals:
-            raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
+        files = files_in(layout.area(Area.REVIEW))
         found = {image_id(path, mark): (path, mark) for path, mark in sorted(files)}
-        journal = layout.state_folder(self.config.state_dir) / JOURNAL_FILE
         missing = {one: file for one, file in found.items() if one not in known or _may_be_recorded(known[one])}
         fresh: dict[str, ShownImage] = {}
-        if missing and journal.is_file():
-            with History.open(journal) as history:
+        if missing:
+            with journal_of(self.config, layout).open() as history:
                 fresh = {one: _from_journal(layout, history, one, *file) for one, file in missing.items()}
-        else:
-            fresh = {one: ShownImage(one, layout.name, *file) for one, file in missing.items()}
         images = {one: fresh[one] if one in fresh else known[one] for one in found}
         return {one: image for one, image in images.items() if image.content or is_image(image.path)}
 

@@ -20,12 +20,12 @@ from sortd.classify.proportions import proportion
 from sortd.commands.audit import AuditSample, open_sample
 from sortd.commands.console import printable
 from sortd.commands.explain import explain_image
-from sortd.commands.moves import JournalPlace, record_facts
+from sortd.commands.moves import journal_of
 from sortd.commands.rejected import rejected_images
 from sortd.companions import is_image
 from sortd.errors import DataError, ImageError, JournalError, SortdError
 from sortd.events import LIKE_NO_CLASS, NO_CLASS, Outcome
-from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.layout import Area, Layout
 from sortd.review.activity import Activity
 from sortd.review.figures import dataset_figures, suspects_by_kind
 from sortd.review.index import PAGE_SIZE, Index, ReviewBatch, ShownImage, dataset_key
@@ -40,7 +40,6 @@ from sortd.review.rendering import (
     static_files,
     translations_of,
 )
-from sortd.store.history import History
 from sortd.store.records import Selection
 from sortd.watch.scan import whole_files
 
@@ -311,20 +310,17 @@ def _neighbours(index: Index, layout: Layout, facts: Mapping[str, Any]) -> list[
 def audited_page(request: Request) -> Response:
     """Show the open sample of filed images, what the answers so far prove, and what was found wrong."""
     layout, index, config = _layout(request), index_of(request), request.app.state.config
-    folder = layout.state_folder(config.state_dir)
-    sample, right, judged, unchecked = open_sample(folder), 0, 0, 0
-    wrong = list[ShownImage]()
-    if (folder / JOURNAL_FILE).is_file():
-        with History.open(folder / JOURNAL_FILE) as history:
-            accuracy = history.accuracy().values()
-            right, judged = sum(one.audited_right for one in accuracy), sum(one.audited for one in accuracy)
-            unchecked = len(history.to_audit())
-            records = history.finished(Activity(config.state_dir, layout).found_wrong(WRONG_SHOWN))
-        for record in records:
-            path = os.path.join(layout.root, record.destination_path)
-            why = record.move_reason
-            image = index.image_at(layout, path, guess=why.label, score=why.score, mode=why.mode)
-            wrong += [] if image is None else [image]
+    sample, wrong = open_sample(layout.state_folder(config.state_dir)), list[ShownImage]()
+    with journal_of(config, layout).open() as history:
+        accuracy = history.accuracy().values()
+        right, judged = sum(one.audited_right for one in accuracy), sum(one.audited for one in accuracy)
+        unchecked = len(history.to_audit())
+        records = history.finished(Activity(config.state_dir, layout).found_wrong(WRONG_SHOWN))
+    for record in records:
+        path = os.path.join(layout.root, record.destination_path)
+        why = record.move_reason
+        image = index.image_at(layout, path, guess=why.label, score=why.score, mode=why.mode)
+        wrong += [] if image is None else [image]
     size = 0 if sample is None else len(sample.images)
     return rendered(
         request,
@@ -366,17 +362,15 @@ def class_page(request: Request) -> Response:
     paths = sorted(path for path, _ in whole_files(f"{layout.area(Area.CLASES)}/{label}", report=refusals.append))
     pictures = [index.image_at(layout, path) for path in paths[:PAGE_SIZE] if is_image(path)]
     filed: dict[str, ShownImage] = {}
-    journal = layout.state_folder(index.config.state_dir) / JOURNAL_FILE
-    if journal.is_file():
-        with History.open(journal) as history:
-            records = history.moves(Selection(label=label, undoable=True, limit=CLASS_MOVES))
-        for record in records:
-            path, why = os.path.join(layout.root, record.destination_path), record.move_reason
-            if record.move.destination == f"{Area.DATASET}/{label}" and path not in filed and len(filed) < PAGE_SIZE:
-                score = None if why.outcome == Outcome.ASSIGNED else why.score
-                # Without the content of the record: the file may be another one since, and its picture would be wrong.
-                found = index.image_at(layout, path, guess=label, score=score, mode=why.mode)
-                filed |= {} if found is None else {path: found}
+    with journal_of(index.config, layout).open() as history:
+        records = history.moves(Selection(label=label, undoable=True, limit=CLASS_MOVES))
+    for record in records:
+        path, why = os.path.join(layout.root, record.destination_path), record.move_reason
+        if record.move.destination == f"{Area.DATASET}/{label}" and path not in filed and len(filed) < PAGE_SIZE:
+            score = None if why.outcome == Outcome.ASSIGNED else why.score
+            # Without the content of the record: the file may be another one since, and its picture would be wrong.
+            found = index.image_at(layout, path, guess=label, score=score, mode=why.mode)
+            filed |= {} if found is None else {path: found}
     return rendered(
         request,
         "class.html",
@@ -411,11 +405,6 @@ def rejected_page(request: Request) -> Response:
 def runs_page(request: Request) -> Response:
     """List the last runs and the last moves."""
     layout, index, config = _layout(request), index_of(request), request.app.state.config
-    place = JournalPlace(layout.name, layout.root, layout.state_folder(config.state_dir) / JOURNAL_FILE)
-    moves = list[dict[str, Any]]()
-    if place.is_there:
-        with History.open(place.file) as history:
-            moves = [record_facts(place, one) for one in history.moves(Selection(limit=MOVES_SHOWN))]
     shown = [
         {
             **one,
@@ -423,7 +412,7 @@ def runs_page(request: Request) -> Response:
             "from": os.path.relpath(str(one["from"]), layout.root),
             "to": os.path.relpath(str(one["to"]), layout.root),
         }
-        for one in moves
+        for one in journal_of(config, layout).moves(Selection(limit=MOVES_SHOWN))
     ]
     return rendered(
         request,
