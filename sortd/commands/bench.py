@@ -75,8 +75,8 @@ def measure(
     most = min(config.batch_size, LARGEST_BATCH)
     with _scratch(config) as scratch:
         tell("loading the model")
-        began, resources = perf_counter(), Resources(config, load_encoder=load_encoder, scratch=scratch)
-        try:
+        began = perf_counter()
+        with Resources(config, load_encoder=load_encoder, scratch=scratch) as resources:
             embedder, _, description = resources.load()
             load_seconds = perf_counter() - began
             encoder = embedder.encoder
@@ -94,8 +94,6 @@ def measure(
             embedded = len(done) / (perf_counter() - began)
             if not done:
                 raise DataError(f"none of {len(timed)} images can be decoded; `sortd check` says more")
-        finally:
-            resources.unload()
         tell("moving copies")
         moved = _move_milliseconds(scratch, sorted(files, key=lambda file: file[1].size)[:MOVED_AT_MOST])
     own = _own_backend(config, encoder)

@@ -19,7 +19,7 @@ from sortd.classify.evaluate import EvaluationReport, evaluate
 from sortd.classify.prompts import written_name
 from sortd.classify.proportions import estimated, with_intervals
 from sortd.commands.console import bar, counted, print_line, print_table, printable, say, show
-from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
+from sortd.commands.status import chosen_datasets, serving_facts, settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import References, keep_evaluated
@@ -29,7 +29,7 @@ from sortd.errors import DataError, DestinationError, ModelError, SortdError, St
 from sortd.events import ImageRefused
 from sortd.files import write_atomic
 from sortd.images.thumbnails import thumbnails
-from sortd.layout import Area, Layout, find_datasets
+from sortd.layout import Area, Layout
 
 SUSPECTS_PRINTED = 5
 MODE_COLUMNS = {
@@ -120,24 +120,15 @@ def evaluate_datasets(
         JournalError: a journal cannot be read.
         ModelError: the model is not available.
     """
-    chosen = find_datasets(config.root) if dataset is None else [dataset_named(config, dataset)]
-    if not chosen:
-        raise DataError(f"there is no dataset in {config.root}; create one with `sortd init DIR`")
-    resources = Resources(config, load_encoder=load_encoder)
-    try:
-        embedder, _, _ = resources.load()
-        refusal: SortdError | None = None
+    chosen, refusal = chosen_datasets(config, dataset), None
+    with Resources(config, load_encoder=load_encoder) as resources:
         for layout in chosen:
             try:
-                examined = _examined(config, layout, embedder, tell)
+                yield _examined(config, layout, resources.embedder(), tell)
             except (DataError, StorageError) as error:
                 refusal = refusal or error
-            else:
-                yield examined
-        if refusal is not None:
-            raise refusal
-    finally:
-        resources.unload()
+    if refusal is not None:
+        raise refusal
 
 
 def _examined(

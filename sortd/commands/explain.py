@@ -235,9 +235,8 @@ def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
 
 def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_encoder: LoadEncoder | None) -> _Sight:
     """Embed the image with the models, and build prototypes if none are stored for this encoder."""
-    resources = Resources(config, load_encoder=load_encoder)
-    try:
-        embedder, _, _ = resources.load()
+    with Resources(config, load_encoder=load_encoder) as resources:
+        embedder = resources.embedder()
         embedding = _row(embedder, image)
         prototypes, wanted = current_prototypes(config, layout), config.dataset(layout.name).classifier
         decider = resources.select(layout, wanted, _labels(layout, prototypes))
@@ -246,8 +245,6 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
             return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
         references = References(layout.area(Area.CLASES))
         rebuilt = references.rebuild(embedder, settings_with_corrections(config, layout), previous=None, generation=0)
-    finally:
-        resources.unload()
     return _Sight(decider, rebuilt.prototypes, is_stored=False, embedding=embedding, logits=logits)
 
 

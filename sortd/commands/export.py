@@ -189,17 +189,13 @@ def _embedded(
         ModelError: the model cannot be loaded.
         DataError: no image can be decoded.
     """
-    resources = Resources(config)
-    try:
-        embedder, _, _ = resources.load()
+    with Resources(config) as resources:
         files = [(image.path, version) for image in images if (version := _version(image.path)) is not None]
         rows: dict[str, FloatArray] = {}
-        for number, answer in enumerate(embedder.embed(files), 1):
+        for number, answer in enumerate(resources.embedder().embed(files), 1):
             if isinstance(answer, EmbeddedImage):
                 rows[answer.path] = answer.embedding
             tell("encoding", number, len(files))
-    finally:
-        resources.unload()
     kept = [image for image in images if image.path in rows]
     if not kept:
         raise DataError(f"none of the {len(images)} images can be decoded")

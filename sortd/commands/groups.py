@@ -1,8 +1,8 @@
 """The command ``groups``: groups of the images in Review/, shown on a page, and accepted as a class."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from sortd.commands.evaluation import check_page_path, label_on_page, name_on_pa
 from sortd.commands.explain import current_prototypes
 from sortd.commands.findings import Finding, note
 from sortd.commands.moves import File, files_in, journal_of, without_links
-from sortd.commands.status import dataset_named, settings_with_corrections
+from sortd.commands.status import chosen_datasets, settings_with_corrections
 from sortd.companions import is_image
 from sortd.config import Config
 from sortd.daemon.assign import image_facts
@@ -32,7 +32,7 @@ from sortd.errors import DataError
 from sortd.events import EmbeddedImage, ImageRefused
 from sortd.files import sha256_of
 from sortd.images.thumbnails import thumbnails
-from sortd.layout import Area, Layout, find_datasets
+from sortd.layout import Area, Layout
 from sortd.store.cache import CACHE_FILE, Cache
 from sortd.watch.scan import whole_files
 
@@ -81,44 +81,18 @@ def group_piles(
         ModelError: the model is not available.
     """
     chosen = chosen_datasets(config, dataset)
-    with models(config, load_encoder) as (_, load):
+    with Resources(config, load_encoder=load_encoder) as resources:
         for layout in chosen:
-            yield _grouped(config, layout, load)
+            yield _grouped(config, layout, resources)
 
 
-def chosen_datasets(config: Config, dataset: str | None) -> list[Layout]:
-    """Return one dataset, or all; raise DataError if there is none."""
-    chosen = find_datasets(config.root) if dataset is None else [dataset_named(config, dataset)]
-    if not chosen:
-        raise DataError(f"there is no dataset in {config.root}; create one with `sortd init DIR`")
-    return chosen
-
-
-@contextmanager
-def models(config: Config, load_encoder: LoadEncoder | None) -> Iterator[tuple[Resources, Callable[[], Embedder]]]:
-    """Yield the models, and a function that loads the configured one once; unload them in the end."""
-    resources = Resources(config, load_encoder=load_encoder)
-    loaded: list[Embedder] = []
-
-    def load() -> Embedder:
-        if not loaded:
-            loaded.append(resources.load()[0])
-        return loaded[0]
-
-    try:
-        yield resources, load
-    finally:
-        if loaded:
-            resources.unload()
-
-
-def _grouped(config: Config, layout: Layout, load: Callable[[], Embedder]) -> GroupedPile:
+def _grouped(config: Config, layout: Layout, resources: Resources) -> GroupedPile:
     found = files_in(layout.area(Area.REVIEW))
     contents = _journaled_contents(config, layout, found)
     files = [file for file in found if file in contents or is_image(file[0])]
     if not files:
         return GroupedPile(layout, (), (), (), ())
-    prototypes, rows, unreadable = embedded_rows(config, layout, files, contents, load)
+    prototypes, rows, unreadable = embedded_rows(config, layout, files, contents, resources)
     known = tuple(file for file in files if file in contents)
     matrix = np.array([rows[contents[file]] for file in known], np.float64).reshape(len(known), -1)
     return GroupedPile(
@@ -159,7 +133,7 @@ def label_findings(config: Config, layout: Layout) -> Iterator[Finding]:
 
 
 def embedded_rows(
-    config: Config, layout: Layout, files: Sequence[File], contents: dict[File, str], load: Callable[[], Embedder]
+    config: Config, layout: Layout, files: Sequence[File], contents: dict[File, str], resources: Resources
 ) -> tuple[PrototypeSet, dict[str, FloatArray], tuple[ImageRefused, ...]]:
     """Return prototypes, embeddings by content, and refusals; in ``contents``, complete those of the readable files."""
     prototypes = current_prototypes(config, layout)
@@ -170,7 +144,7 @@ def embedded_rows(
     missing = [file for file in files if contents.get(file, "") not in rows]
     if prototypes is not None and not missing:
         return prototypes, rows, ()
-    embedder = load()
+    embedder = resources.embedder()
     if prototypes is None or prototypes.encoder_id != embedder.encoder.encoder_id:
         rows, missing = {}, list(files)
         references = References(layout.area(Area.CLASES))

@@ -81,9 +81,8 @@ def _compare(
     """Return the agreement on each dataset, on few references if they settle the verdict."""
     # Rows of torch are as good as those of the float32 export, which was compared with torch when it was made.
     in_torch = torch_encoder_id(exported.model, exact.dimensions, exact.preprocessing, config.decoding.jpeg)
-    resources = Resources(config, load_encoder=lambda _: quick)
     compared: dict[str, Agreement] = {}
-    try:
+    with Resources(config, load_encoder=lambda _: quick) as resources:
         by_quick, by_exact = resources.load_beside(exact, equal_ids=(in_torch,))
         for most in (FIRST_REFERENCES // max(1, len(layouts)), MAX_REFERENCES):
             before, compared = compared, {}
@@ -95,8 +94,6 @@ def _compare(
                     )
             if is_settled(compared, largest=MAX_REFERENCES) or compared == before:
                 break
-    finally:
-        resources.unload()
     return compared
 
 

@@ -16,12 +16,12 @@ from sortd.arrays import FloatArray
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import Classifier, PrototypeSet
 from sortd.commands.console import counted, print_line, print_table, printable, say, show, spinner
-from sortd.commands.groups import chosen_datasets, embed_missing, embedded_rows, models, stored_rows
+from sortd.commands.groups import embed_missing, embedded_rows, stored_rows
 from sortd.commands.moves import File, files_in, journal_of
+from sortd.commands.status import chosen_datasets
 from sortd.config import Config
 from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
 from sortd.daemon.dataset_lock import OpenDataset, lock_dataset, simulate_dataset
-from sortd.daemon.embedder import Embedder
 from sortd.daemon.references import class_labels, stored_prototypes
 from sortd.daemon.refile import filed_record, refile_facts, refile_images
 from sortd.daemon.resources import LoadEncoder, Resources, reference_settings_of, select_classifier
@@ -110,19 +110,17 @@ def reconsider_datasets(
         ModelError: the model is not available.
     """
     chosen = chosen_datasets(config, dataset)
-    with models(config, load_encoder) as (resources, load):
+    with Resources(config, load_encoder=load_encoder) as resources:
         for layout in chosen:
-            yield _reconsidered(config, layout, resources, load)
+            yield _reconsidered(config, layout, resources)
 
 
-def _reconsidered(
-    config: Config, layout: Layout, resources: Resources, load: Callable[[], Embedder]
-) -> ReconsideredDataset:
+def _reconsidered(config: Config, layout: Layout, resources: Resources) -> ReconsideredDataset:
     filed = _filed_images(config, layout)
     if not filed:
         return ReconsideredDataset(layout)
     contents = {file: record.move_reason.content for file, record in filed.items() if record.move_reason.content}
-    classifier, rows, unreadable = _classifier_and_rows(config, layout, list(filed), contents, resources, load)
+    classifier, rows, unreadable = _classifier_and_rows(config, layout, list(filed), contents, resources)
     sources = set(classifier.sources) if isinstance(classifier, PrototypeSet) else set[str]()
     known = [file for file in filed if file in contents and file[0] not in sources]
     proposals, abstained = [], 0
@@ -165,22 +163,17 @@ def _taken_back(history: History) -> set[str]:
 
 
 def _classifier_and_rows(
-    config: Config,
-    layout: Layout,
-    files: Sequence[File],
-    contents: dict[File, str],
-    resources: Resources,
-    load: Callable[[], Embedder],
+    config: Config, layout: Layout, files: Sequence[File], contents: dict[File, str], resources: Resources
 ) -> tuple[Classifier, dict[str, FloatArray], tuple[ImageRefused, ...]]:
     """Return what decides in a dataset, its rows by content, and refusals; complete ``contents``."""
     own = config.dataset(layout.name)
     labels = class_labels(layout.area(Area.CLASES))
     decider = select_classifier(layout, config.state_dir, own.classifier, labels)
     if decider.facts is None:
-        return embedded_rows(config, layout, files, contents, load)
+        return embedded_rows(config, layout, files, contents, resources)
     rows, refused = stored_rows(config, contents.values(), decider.model_id), tuple[ImageRefused, ...]()
     if missing := [file for file in files if contents.get(file, "") not in rows]:
-        load()
+        resources.embedder()  # first, since it opens the cache
         decider = resources.select(layout, own.classifier, labels)
         if decider.facts is None:
             raise DataError(decider.refusal or f"{layout.name}: the fine-tuned model cannot be used")

@@ -352,6 +352,14 @@ def dataset_named(config: Config, name: str | None) -> Layout:
     return layouts[name]
 
 
+def chosen_datasets(config: Config, name: str | None) -> list[Layout]:
+    """Return one dataset by its name, or all; raises as ``dataset_named``, also if there is none at all."""
+    chosen = find_datasets(config.root) if name is None else [dataset_named(config, name)]
+    if not chosen:
+        raise DataError(f"there is no dataset in {config.root}; create one with `sortd init DIR`")
+    return chosen
+
+
 def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettings:
     """Return the reference settings of a dataset, with what its journal adds: references and checked images.
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -153,10 +153,19 @@ class Resources:
         self._runs_on: list[str] = []
         self._load_encoder = load_encoder
         self._encoder: Encoder | None = None
+        self._embedder: Embedder | None = None
         self._started: list[ProcessEnds] = []  # decoding processes that no pool has yet
         self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
         self._cache: Cache | None = None
         self.finetuned: dict[str, Embedder] = {}  # the loaded fine-tuned models by identity, shared by datasets
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Unload."""
+        self.unload()
 
     def load(self, waiting: Waiting = AS_COMMAND) -> tuple[Embedder, PrototypeStore, str]:
         """Load the configured model, start its decoders and open the cache.
@@ -177,6 +186,12 @@ class Resources:
         self._cache = Cache(self._embeddings / CACHE_FILE, max_bytes=config.cache_megabytes * 1_000_000)
         embedder = Embedder(encoder, decoders, self._cache, batch_size=config.batch_size)
         return embedder, self._store(self._cache), describe_encoder(config, encoder, self._runs_on)
+
+    def embedder(self) -> Embedder:
+        """Return the embedder of the configured model, which is loaded with the first call; raises as ``load``."""
+        if self._embedder is None:
+            self._embedder, _, _ = self.load()
+        return self._embedder
 
     def load_beside(self, encoder: Encoder, *, equal_ids: Sequence[str]) -> tuple[Embedder, Embedder]:
         """Load as ``load``; return an embedder of the model, and one of another encoder that gets the same images.
