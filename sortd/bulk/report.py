@@ -18,7 +18,7 @@ from sortd.bulk.plan import decided_rows, read_run
 from sortd.bulk.storage import local_path, read_blocks
 from sortd.classify.proportions import out_of, proportion
 from sortd.commands.console import counted, print_line, print_table, printable, say, show
-from sortd.commands.evaluation import check_page_path, label_on_page, name_on_page, render, write_page
+from sortd.commands.evaluation import check_page_path, render, write_page
 from sortd.errors import DataError
 from sortd.images.decode import DecodeLimits
 from sortd.images.thumbnails import thumbnails
@@ -154,33 +154,13 @@ def _checked(figures: Mapping[str, Any] | None) -> str:
 
 def report_page(facts: Mapping[str, Any], *, now: datetime) -> str:
     """Return the page of a report: its sample by class."""
-    labels = sorted({one["label"] or "" for one in facts["sample"]})
-    pictures = _pictures(facts["sample"])
-    groups = [
-        {
-            "title": label_on_page(label) or "not filed",
-            "pictures": [
-                {
-                    "image": pictures.get(one["uri"]),
-                    "name": name_on_page(one["uri"]),
-                    "path": printable(one["uri"]),
-                }
-                for one in facts["sample"]
-                if (one["label"] or "") == label
-            ],
-        }
-        for label in labels
-    ]
     return render(
         "bulk.html",
         now,
-        name=printable(os.path.basename(facts["run"])),
-        shown=len(facts["sample"]),
-        seed=facts["seed"],
-        decided=facts["decided"],
-        filed=facts["filed"],
+        facts=facts,
         checked=_checked(facts["checked"]) if facts["checked"]["judged"] else "",
-        groups=groups,
+        sample=[{**one, "label": one["label"] or ""} for one in facts["sample"]],
+        images=_pictures(facts["sample"]),
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from sortd.classify.proportions import out_of, proportion, proven
 from sortd.commands.console import counted, format_time, print_line, print_table, printable, say, show
-from sortd.commands.evaluation import check_page_path, label_on_page, name_on_page, render, write_page
+from sortd.commands.evaluation import check_page_path, render, write_page
 from sortd.commands.moves import journal_of, without_links
 from sortd.commands.status import dataset_named
 from sortd.config import Config
@@ -225,20 +225,4 @@ def _print_answers(facts: Mapping[str, Any]) -> None:
 
 def audit_page(facts: Mapping[str, Any], *, now: datetime) -> str:
     """Return the page of a sample, sorted by class."""
-    labels = sorted({one["label"] for one in facts["images"]})
-    images = thumbnails(one["path"] for one in facts["images"])
-    groups = [
-        {
-            "label": label_on_page(label),
-            "pictures": [
-                {"image": images.get(one["path"]), "name": name_on_page(one["path"]), "path": printable(one["path"])}
-                for one in facts["images"]
-                if one["label"] == label
-            ],
-        }
-        for label in labels
-    ]
-    words = facts["if_none_is_wrong"]["words"]
-    return render(
-        "audit.html", now, facts={**facts, "dataset": printable(facts["dataset"])}, groups=groups, words=words
-    )
+    return render("audit.html", now, facts=facts, images=thumbnails(one["path"] for one in facts["images"]))

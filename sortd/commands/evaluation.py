@@ -18,7 +18,7 @@ from sortd import __version__
 from sortd.classify.evaluate import EvaluationReport, evaluate
 from sortd.classify.prompts import written_name
 from sortd.classify.proportions import estimated, with_intervals
-from sortd.commands.console import bar, counted, print_line, print_table, printable, say, show
+from sortd.commands.console import bar, counted, format_time, print_line, print_table, printable, say, show
 from sortd.commands.status import chosen_datasets, serving_facts, settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.embedder import Embedder
@@ -307,6 +307,12 @@ def render(template: str, now: datetime, **values: Any) -> str:  # noqa: ANN401 
         lstrip_blocks=True,
     )
     environment.globals["estimated"] = estimated
+    environment.filters |= {
+        "plain": printable,
+        "label": label_on_page,
+        "filename": lambda path: printable(os.path.basename(path)),
+        "when": format_time,
+    }
     made_at = now.strftime("%Y-%m-%d %H:%M")
     return environment.get_template(template).render(version=__version__, made_at=made_at, **values)
 
@@ -314,11 +320,6 @@ def render(template: str, now: datetime, **values: Any) -> str:  # noqa: ANN401 
 def label_on_page(label: str | None) -> str:
     """Return the name of a class for a page; empty for None."""
     return "" if label is None else printable(written_name(label))
-
-
-def name_on_page(path: str) -> str:
-    """Return the name of a file for a page."""
-    return printable(os.path.basename(path))
 
 
 def evaluation_page(examined: Mapping[str, Mapping[str, Any]], *, now: datetime) -> str:
@@ -334,21 +335,16 @@ def evaluation_page(examined: Mapping[str, Mapping[str, Any]], *, now: datetime)
 def _dataset(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     mine = next((mode for mode in facts["modes"] if mode["mode"] == facts["mode"]), None)
     return {
-        "name": printable(name),
-        "root": printable(facts["root"]),
+        "name": name,
         "report": facts,
         "accuracy": None if mine is None else mine["distinct_accuracy"],
         "judged": 0 if mine is None else mine["distinct_judged"],
         "sentences": evaluation_sentences(facts),
         "modes": sorted(facts["modes"], key=lambda mode: -(mode["distinct_accuracy"] or 0.0)),
         "curve": None if mine is None else precision_plot(mine["curve"], facts["calibration"]),
-        "classes": [
-            {**one, "label": label_on_page(one["label"]), "confused_with": label_on_page(one["confused_with"])}
-            for one in sorted(facts["class_reports"], key=lambda one: (one["recall"] is None, one["recall"] or 0.0))
-        ],
+        "classes": sorted(facts["class_reports"], key=lambda one: (one["recall"] is None, one["recall"] or 0.0)),
         "matrix": _matrix(facts["confusion"]),
-        "suspects": _suspects(facts["suspects"]),
-        "unreadable": [{key: printable(text) for key, text in one.items()} for one in facts["unreadable"]],
+        **_suspects(facts["suspects"]),
     }
 
 
@@ -400,15 +396,15 @@ def _matrix(confusion: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
         whole = sum(number for (row, _), number in counts.items() if row == own)
         cells = [
             {
-                "label": label_on_page(decided),
+                "label": decided,
                 "number": counts.get((own, decided), 0),
                 "is_right": own == decided,
                 "strength": _strength(counts.get((own, decided), 0) / max(whole, 1)),
             }
             for decided in chosen
         ]
-        rows.append({"label": label_on_page(own), "cells": cells})
-    return {"labels": [label_on_page(label) for label in chosen], "rows": rows, "hidden": len(mistakes) - len(chosen)}
+        rows.append({"label": own, "cells": cells})
+    return {"labels": chosen, "rows": rows, "hidden": len(mistakes) - len(chosen)}
 
 
 def _strength(share: float) -> float:
@@ -416,27 +412,12 @@ def _strength(share: float) -> float:
     return round(0.12 + 0.5 * share, 3) if share else 0.0
 
 
-def _suspects(suspects: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    by_kind = {kind: [one for one in suspects if one["kind"] == kind] for kind in _SUSPECTS}
-    on_page = [one for members in by_kind.values() for one in members[:SUSPECTS_ON_PAGE]]
-    images = thumbnails(path for one in on_page for path in (one["source"], one["other_source"]) if path is not None)
-    groups = []
+def _suspects(suspects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the ``suspects`` by kind, and their ``images``."""
+    groups, paths = [], list[str | None]()
     for kind, (title, verb) in _SUSPECTS.items():
-        members = by_kind[kind]
-        if members:
-            shown = [_suspect(one, images) for one in members[:SUSPECTS_ON_PAGE]]
+        if members := [one for one in suspects if one["kind"] == kind]:
+            shown = members[:SUSPECTS_ON_PAGE]
             groups.append({"title": title, "verb": verb, "members": shown, "hidden": len(members) - len(shown)})
-    return groups
-
-
-def _suspect(one: Mapping[str, Any], images: Mapping[str, str]) -> dict[str, Any]:
-    other = one["other_source"]
-    return {
-        "image": images.get(one["source"]),
-        "label": label_on_page(one["label"]),
-        "other_label": label_on_page(one["other_label"]),
-        "score": one["score"],
-        "name": name_on_page(one["source"]),
-        "other_name": None if other is None else name_on_page(other),
-        "other_image": images.get(other),
-    }
+            paths += [path for one in shown for path in (one["source"], one["other_source"])]
+    return {"suspects": groups, "images": thumbnails(path for path in paths if path is not None)}

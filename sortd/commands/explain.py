@@ -13,7 +13,7 @@ from sortd.classify.explain import Explanation, explain, explain_finetuned, expl
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import PROBABILISTIC
 from sortd.commands.console import format_time, print_line, print_table, printable, say, show, spinner
-from sortd.commands.evaluation import label_on_page, name_on_page, render, write_page
+from sortd.commands.evaluation import render, write_page
 from sortd.commands.moves import JournalPlace, dataset_at, journal_of, record_facts
 from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
 from sortd.config import Config
@@ -341,41 +341,14 @@ def _print_explained(facts: Mapping[str, Any]) -> None:
 def explain_page(facts: Mapping[str, Any], *, now: datetime) -> str:
     """Return the page of one explanation, from ``ImageExplanation.facts``."""
     path, scores = facts["path"], facts["scores"][:CLASSES_AT_MOST]
-    images = thumbnails(one["path"] for one in facts["neighbours"])
+    largest = max((one["score"] for one in scores), default=0.0)
     return render(
         "explain.html",
         now,
-        facts={**facts, "label": label_on_page(facts["label"])},
-        name=name_on_page(path),
-        path=printable(path),
+        facts=facts,
         image=thumbnails([path], side_pixels=LARGE_SIDE_PIXELS).get(path),
         unit="probability" if facts["mode"] in PROBABILISTIC else "cosine",
-        scores=[{**one, "label": label_on_page(one["label"]), "width": width} for one, width in _widths(scores)],
+        scores=[{**one, "width": 100 * max(one["score"], 0.0) / largest if largest > 0 else 0.0} for one in scores],
         hidden=len(facts["scores"]) - len(scores),
-        neighbours=[
-            {
-                **one,
-                "label": label_on_page(one["label"]),
-                "image": images.get(one["path"]),
-                "name": name_on_page(one["path"]),
-            }
-            for one in facts["neighbours"]
-        ],
-        history=[
-            {
-                "when": format_time(one["at"]),
-                "outcome": one["outcome"].replace("_", " "),
-                "label": label_on_page(one["label"]),
-                "undone": one["undone_by"] is not None,
-                "origin": printable(one["from"]),
-                "destination": printable(one["to"]),
-            }
-            for one in facts["history"]
-        ],
+        images=thumbnails(one["path"] for one in facts["neighbours"]),
     )
-
-
-def _widths(scores: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
-    """Return each score with the length of its bar in per cent of the largest score."""
-    largest = max((one["score"] for one in scores), default=0.0)
-    return [(one, round(100 * max(one["score"], 0.0) / largest, 1) if largest > 0 else 0.0) for one in scores]

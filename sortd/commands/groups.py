@@ -17,7 +17,7 @@ from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.assign import assign_to_class, print_assigned
 from sortd.commands.check_dataset import FEW_REFERENCES, NAMED_AT_MOST
 from sortd.commands.console import counted, print_line, print_table, printable, say, show, spinner
-from sortd.commands.evaluation import check_page_path, label_on_page, name_on_page, render, write_page
+from sortd.commands.evaluation import check_page_path, render, write_page
 from sortd.commands.explain import current_prototypes
 from sortd.commands.findings import Finding, note
 from sortd.commands.moves import File, files_in, journal_of, without_links
@@ -268,28 +268,20 @@ def _print_groups(name: str, facts: Mapping[str, Any]) -> None:
 
 def groups_page(found: Mapping[str, Mapping[str, Any]], *, now: datetime) -> str:
     """Return the page of several datasets, from ``GroupedPile.facts`` by name."""
-    left = PICTURES_OF_PAGE
-    shown_on_page: list[dict[str, Any]] = []
+    shown: list[str] = []
 
-    def pictures(paths: Sequence[str], most: int) -> list[dict[str, Any]]:
-        nonlocal left
-        shown = paths[: min(most, left)]
-        left -= len(shown)
-        taken = [{"path": path, "name": name_on_page(path)} for path in shown]
-        shown_on_page.extend(taken)
+    def pictures(paths: Sequence[str]) -> Sequence[str]:
+        taken = paths[: min(PICTURES_OF_GROUP, PICTURES_OF_PAGE - len(shown))]
+        shown.extend(taken)
         return taken
 
-    datasets = []
-    for name, facts in found.items():
-        asked, groups = pictures(facts["next_to_label"], PICTURES_OF_GROUP), []
-        for group in facts["groups"]:
-            members = pictures(group["members"], PICTURES_OF_GROUP)
-            hidden = group["size"] - len(members)
-            groups.append(
-                {**group, "nearest_label": label_on_page(group["nearest_label"]), "pictures": members, "hidden": hidden}
-            )
-        datasets.append({**facts, "name": printable(name), "groups": groups, "next_to_label": asked})
-    images = thumbnails(one["path"] for one in shown_on_page)
-    for one in shown_on_page:
-        one["image"] = images.get(one["path"])
-    return render("groups.html", now, datasets=datasets)
+    datasets = [
+        {
+            **facts,
+            "name": name,
+            "next_to_label": pictures(facts["next_to_label"]),
+            "groups": [{**group, "pictures": pictures(group["members"])} for group in facts["groups"]],
+        }
+        for name, facts in found.items()
+    ]
+    return render("groups.html", now, datasets=datasets, images=thumbnails(shown))
