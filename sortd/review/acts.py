@@ -30,7 +30,7 @@ from sortd.layout import Area, Layout
 from sortd.review.activity import Activity
 from sortd.review.effects import Act, Effects
 from sortd.review.index import Index, ShownImage, dataset_key
-from sortd.review.rendering import CLASS_MARK, form_label, session_of
+from sortd.review.rendering import CLASS_MARK, form_label, index_of, session_of
 from sortd.store.records import Record, Selection
 
 NONE_ACTIONS = frozenset({"none", "example"})
@@ -58,7 +58,7 @@ async def correct(request: Request) -> RedirectResponse:
 async def _assigned(
     request: Request, layout: Layout, form: FormData, images: list[ShownImage], refused: list[str], *, kind: str
 ) -> RedirectResponse:
-    index = _index(request)
+    index = index_of(request)
     action = _text(form, "action")
     is_none = action in NONE_ACTIONS
     label = NO_CLASS if is_none else await run_in_threadpool(_label, index, layout, _text(form, "label"))
@@ -85,7 +85,7 @@ async def _assigned(
 async def undo(request: Request) -> RedirectResponse:
     """Take back the act of this person that the form names, or the newest, or the newest assignment in the journal."""
     form = await request.form(max_fields=MOST_FIELDS)
-    index, effects, session = _index(request), _effects(request), session_of(request)
+    index, effects, session = index_of(request), _effects(request), session_of(request)
     layout = await run_in_threadpool(index.dataset, _text(form, "dataset"))
     if number := _number(form, "number"):
         named = effects.get(number, session)
@@ -104,7 +104,7 @@ async def undo(request: Request) -> RedirectResponse:
 async def _taken_back(request: Request, layout: Layout, one: Act) -> Act:
     """Undo the moves of an act, those included that ended after its answer."""
     one.is_tried = True  # before the request, so that a second one takes the act before
-    ended = await run_in_threadpool(_ended_later, _index(request), layout, one)
+    ended = await run_in_threadpool(_ended_later, index_of(request), layout, one)
     act = await _undone(request, layout, [*one.ids, *ended], undoes=one.number)
     one.is_tried = not act.is_unanswered
     one.is_undone = act.moved + act.later > 0
@@ -117,7 +117,7 @@ async def _taken_back(request: Request, layout: Layout, one: Act) -> Act:
 async def undo_consequences(request: Request) -> RedirectResponse:
     """Take back what sortd filed because of an act, as far as the page has shown it."""
     form = await request.form(max_fields=MOST_FIELDS)
-    index, effects = _index(request), _effects(request)
+    index, effects = index_of(request), _effects(request)
     act = effects.get(_number(form, "number"), session_of(request))
     if act is None:
         raise HTTPException(404, "this act is not known any more")
@@ -135,7 +135,7 @@ async def undo_run(request: Request) -> RedirectResponse:
 
 
 async def _undone(request: Request, layout: Layout, ids: Sequence[int], *, undoes: int = 0) -> Act:
-    index = _index(request)
+    index = index_of(request)
     act = await _added(request, layout, "undone", undoes=undoes)
     if ids:
         await _carried_out(act, lambda: undo_records_of(index.config, layout, ids), "undone", only=frozenset(ids))
@@ -210,11 +210,6 @@ routes = [
 # ---------------------------------------------------------------- their parts
 
 
-def _index(request: Request) -> Index:
-    found: Index = request.app.state.index
-    return found
-
-
 def _effects(request: Request) -> Effects:
     found: Effects = request.app.state.effects
     return found
@@ -222,13 +217,13 @@ def _effects(request: Request) -> Effects:
 
 async def _added(request: Request, layout: Layout, kind: str, **facts: Any) -> Act:  # noqa: ANN401 - of Act
     """Note an act of this person."""
-    activity = Activity(_index(request).config.state_dir, layout)
+    activity = Activity(index_of(request).config.state_dir, layout)
     generation = await run_in_threadpool(activity.last_generation)
     return _effects(request).add(dataset_key(layout), session_of(request), kind, generation=generation, **facts)
 
 
 async def _begin(request: Request) -> tuple[Index, Layout, FormData]:
-    index = _index(request)
+    index = index_of(request)
     form = await request.form(max_fields=MOST_FIELDS)
     return index, await run_in_threadpool(index.dataset, request.path_params["key"]), form
 

@@ -17,9 +17,8 @@ from sortd.commands.console import printable
 from sortd.errors import SortdError
 from sortd.layout import Layout
 from sortd.review.effects import running_state
-from sortd.review.i18n import catalogue, chosen_language
 from sortd.review.index import Index
-from sortd.review.rendering import effect_number, session_of
+from sortd.review.rendering import effect_number, session_of, translations_of
 
 EVERY_SECONDS = 1.0
 PING_EVERY = 15
@@ -63,7 +62,7 @@ async def events(request: Request) -> StreamingResponse:
     """Send the changed texts of a page once a second, until it is closed."""
     state = request.app.state
     layout = await run_in_threadpool(state.index.dataset, request.path_params["key"])
-    translations = catalogue(chosen_language(request.headers.get("accept-language", "")))
+    translations = translations_of(request)
     known = effect_number(request)
     session = session_of(request)
 
