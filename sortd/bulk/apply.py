@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from math import isfinite
@@ -30,7 +30,6 @@ from sortd.bulk.transfers import (
     TransferJournal,
     TransferResult,
     dry_run_transfer,
-    open_transfers,
     transfer_all,
 )
 from sortd.commands.console import bar, counted, print_line, print_table, printable, say, show
@@ -93,6 +92,15 @@ class Applied:
         if len(self.listed) < MOST_LISTED:
             self.listed.append({"uri": uri, "message": reason})
 
+    def count(self, scheme: str, result: TransferResult) -> None:
+        """Count a transfer of an object."""
+        if result.message:
+            self.refuse(f"{scheme}://{result.transfer.source}", result.message)
+        elif result.was_done:
+            self.before += 1
+        else:
+            self.moved[result.transfer.label] += 1
+
     def facts(self) -> dict[str, Any]:
         """Return it as plain values."""
         return {
@@ -105,15 +113,10 @@ class Applied:
         }
 
 
-def assigned_images(
-    run: Path, *, tell: Tell, count_abstained: Callable[[str], None] = lambda _: None
-) -> Iterator[list[AssignedImage]]:
-    """Yield the assigned images of a run in groups, each image once.
+def assigned_images(run: Path, *, tell: Tell, abstained: Counter[str]) -> Iterator[list[AssignedImage]]:
+    """Yield the assigned images of a run in groups, each image once; count the others by reason in ``abstained``.
 
-    Args:
-        run: the folder of the run.
-        tell: called with the number of decisions that were read, and that of the images of the run.
-        count_abstained: called with the reason of each image that is left where it is.
+    ``tell`` is called with the number of decisions that were read, and that of the images of the run.
 
     Raises:
         DataError: the decisions are damaged, or there are none.
@@ -124,9 +127,9 @@ def assigned_images(
         for row in rows:
             reason = row.pop("reason") or "unknown"
             if row["label"] is None:
-                count_abstained(reason.partition(":")[0])
+                abstained[reason.partition(":")[0]] += 1
             elif None in row.values() or not (0 <= row["probability"] <= 1 and isfinite(row["margin"])):
-                count_abstained("incomplete row")
+                abstained["incomplete row"] += 1
             else:
                 found[row["id"]] = AssignedImage(**row)
         yield list(found.values())
@@ -149,7 +152,7 @@ def apply_run(
 
     Args:
         config: of sortd, for the datasets of files on this disk.
-        run: the folder of the run.
+        run: its folder.
         to: the prefix of objects, below which ``Dataset/`` is; None: the parent of the run's source ``…/Images``.
         dry_run: check everything, and move nothing.
         tell: called with what is done.
@@ -165,11 +168,7 @@ def apply_run(
         pool = stack.enter_context(ThreadPoolExecutor(THREADS, "bulk"))
         files = _Files(config, stack, pool, applied, is_dry=dry_run)
         objects = _Objects(run, to, stack, pool, applied, make_store, is_dry=dry_run)
-
-        def count_abstained(reason: str) -> None:
-            applied.abstained[reason] += 1
-
-        for group in assigned_images(run, tell=tell, count_abstained=count_abstained):
+        for group in assigned_images(run, tell=tell, abstained=applied.abstained):
             files.apply([one for one in group if local_path(one.uri) is not None])
             objects.apply([one for one in group if local_path(one.uri) is None])
     return {"run": os.fspath(run), "dry_run": dry_run, **applied.facts()}
@@ -306,41 +305,33 @@ class _Objects:
         if not images:
             return
         prefix = self._prefix()
-        store = self._make_store(prefix.partition("://")[0])
-        wanted = []
+        own, _, folder = prefix.partition("://")
+        store, wanted = self._make_store(own), list[Transfer]()
         for image in images:
             scheme, _, path = image.uri.partition("://")
             label, name = image.label, path.rpartition("/")[2]
             problem = class_name_problem(label)
             if scheme not in WRITABLE:
                 self._applied.refuse(image.uri, f"objects are moved in {' and '.join(WRITABLE)} only")
-            elif scheme != prefix.partition("://")[0]:
+            elif scheme != own:
                 self._applied.refuse(image.uri, f"it is not in the store of {prefix}")
             elif problem is not None or not name:
                 self._applied.refuse(image.uri, f"{label!r} cannot be a class: {problem}" if name else "it has no name")
             else:
-                destination = f"{prefix.partition('://')[2]}/{Area.DATASET}/{label}/{name}"
+                destination = f"{folder}/{Area.DATASET}/{label}/{name}"
                 wanted.append(Transfer(image.id, APPLY, path, destination, label, image.sha256))
         for start in range(0, len(wanted), AT_ONCE):
             for result in self._results(store, wanted[start : start + AT_ONCE]):
-                self._count(prefix, result)
+                self._applied.count(own, result)
 
     def _results(self, store: ObjectStore, wanted: Sequence[Transfer]) -> list[TransferResult]:
         if self._journal is None and (not self._is_dry or (self._run / JOURNAL).is_file()):
-            self._journal = self._stack.enter_context(open_transfers(self._run))
+            self._journal = self._stack.enter_context(closing(TransferJournal(self._run)))
         if self._is_dry:
             known = wanted if self._journal is None else self._journal.known(wanted)
             return list(self._pool.map(lambda one: dry_run_transfer(store, one), known))
         assert self._journal is not None
         return transfer_all(store, self._journal, wanted, self._pool)
-
-    def _count(self, prefix: str, result: TransferResult) -> None:
-        if result.message:
-            self._applied.refuse(f"{prefix.partition('://')[0]}://{result.transfer.source}", result.message)
-        elif result.was_done:
-            self._applied.before += 1
-        else:
-            self._applied.moved[result.transfer.label] += 1
 
     def _prefix(self) -> str:
         """Return the URL below which ``Dataset/`` is; raise DataError if it is not known."""
@@ -369,7 +360,7 @@ def undo_run(
 ) -> dict[str, Any]:
     """Move the images that ``apply_run`` moved back, and return the outcome as plain values; raises as it."""
     undone, scheme = Applied(), ""
-    for group in assigned_images(run, tell=tell):
+    for group in assigned_images(run, tell=tell, abstained=Counter()):
         by_layout: dict[Layout, list[tuple[str, AssignedImage]]] = {}
         for image in group:
             if (path := local_path(image.uri)) is None:
@@ -393,31 +384,15 @@ def undo_run(
 
 
 def _undo_transfers(run: Path, store: ObjectStore, scheme: str, undone: Applied) -> None:
-    with open_transfers(run) as journal, ThreadPoolExecutor(THREADS, "bulk") as pool:
+    with closing(TransferJournal(run)) as journal, ThreadPoolExecutor(THREADS, "bulk") as pool:
         for begun in journal.groups(APPLY, done=False):  # a crash may have left copies, which are undone as the others
             for result in transfer_all(store, journal, begun, pool):
                 if result.message:
                     undone.refuse(f"{scheme}://{result.transfer.source}", result.message)
         for done in journal.groups(APPLY, done=True):
             wanted = [Transfer(one.id, UNDO, one.destination, one.source, one.label, one.sha256) for one in done]
-            _undo_group(store, journal, wanted, pool, scheme, undone)
-
-
-def _undo_group(
-    store: ObjectStore,
-    journal: TransferJournal,
-    wanted: Sequence[Transfer],
-    pool: ThreadPoolExecutor,
-    scheme: str,
-    undone: Applied,
-) -> None:
-    for result in transfer_all(store, journal, wanted, pool):
-        if result.message:
-            undone.refuse(f"{scheme}://{result.transfer.source}", result.message)
-        elif result.was_done:
-            undone.before += 1
-        else:
-            undone.moved[result.transfer.label] += 1
+            for result in transfer_all(store, journal, wanted, pool):
+                undone.count(scheme, result)
 
 
 # ---------------------------------------------------------------- the commands

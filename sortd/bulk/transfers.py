@@ -16,19 +16,14 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pyarrow.fs import FileSystem, FileType
 
-from sortd.errors import (
-    AlreadyRunningError,
-    DestinationError,
-    JournalError,
-    SortdError,
-)
+from sortd.errors import AlreadyRunningError, DestinationError, JournalError, SortdError
 from sortd.store.records import MoveProgress
 
 JOURNAL = "applied.sqlite"
@@ -152,8 +147,10 @@ class TransferJournal:
 
     def known(self, wanted: Sequence[Transfer]) -> list[Transfer]:
         """Return the transfers as they are journaled, or as they are wanted if they are not."""
+        statement = "SELECT * FROM transfers WHERE (id, action) = (?, ?)"
         with self._translated():
-            return [self._known(one) for one in wanted]
+            found = [(one, self._connection.execute(statement, (one.id, one.action)).fetchone()) for one in wanted]
+            return [one if row is None else _transfer_from(row) for one, row in found]
 
     def groups(self, action: str, *, done: bool) -> Iterator[list[Transfer]]:
         """Yield the transfers that are DONE, or those that have begun and are not, by id and so many at once."""
@@ -196,11 +193,6 @@ class TransferJournal:
         self._connection.execute("BEGIN EXCLUSIVE")  # this lock stays until the connection is closed
         self._connection.execute("COMMIT")
         self._connection.executescript(SCHEMA)
-
-    def _known(self, wanted: Transfer) -> Transfer:
-        statement = "SELECT * FROM transfers WHERE (id, action) = (?, ?)"
-        row = self._connection.execute(statement, (wanted.id, wanted.action)).fetchone()
-        return wanted if row is None else _transfer_from(row)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -348,10 +340,3 @@ def _delete(store: ObjectStore, state: _State) -> _State:
         if not has_changed:
             store.delete(transfer.source)
     return state.at(MoveProgress.DONE)
-
-
-@contextmanager
-def open_transfers(run: Path) -> Iterator[TransferJournal]:
-    """Open the journal of a run until the block ends; raises as ``TransferJournal``."""
-    with closing(TransferJournal(run)) as journal:
-        yield journal
