@@ -385,11 +385,11 @@ def undo_run(
 
 def _undo_transfers(run: Path, store: ObjectStore, scheme: str, undone: Applied) -> None:
     with closing(TransferJournal(run)) as journal, ThreadPoolExecutor(THREADS, "bulk") as pool:
-        for begun in journal.groups(APPLY, done=False):  # a crash may have left copies, which are undone as the others
+        for begun in journal.applied(done=False):  # a crash may have left copies, which are undone as the others
             for result in transfer_all(store, journal, begun, pool):
                 if result.message:
                     undone.refuse(f"{scheme}://{result.transfer.source}", result.message)
-        for done in journal.groups(APPLY, done=True):
+        for done in journal.applied(done=True):
             wanted = [Transfer(one.id, UNDO, one.destination, one.source, one.label, one.sha256) for one in done]
             for result in transfer_all(store, journal, wanted, pool):
                 undone.count(scheme, result)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -125,8 +126,12 @@ def make_plan(
     path, count, parts = local_path(source), 0, 0
     while rows := list(islice(images, min(MOST_ROWS, max(fewest_rows, count // PARTS_BEFORE)))):
         if not parts:  # a source that cannot be listed leaves no folder behind
-            _make_folder(run)
-        write_table(run / MANIFEST / part_name(parts), _manifest_table(rows))
+            try:
+                (run / MANIFEST).mkdir(parents=True)
+            except OSError as error:
+                raise DestinationError(f"{run} cannot be made: {error.strerror}; name another folder") from error
+        table = pa.Table.from_pylist([{"id": version_id(one), **asdict(one)} for one in rows], schema=MANIFEST_SCHEMA)
+        write_table(run / MANIFEST / part_name(parts), table)
         count, parts = count + len(rows), parts + 1
         tell("listing", count, 0)
     if not count:
@@ -139,21 +144,6 @@ def make_plan(
     }
     write_json(run / PLAN_FILE, facts)  # the last file: it says that the manifest is complete
     return {**facts, "run": os.fspath(run), "parts": parts, "errors": errors, "examples": unread}
-
-
-def _make_folder(run: Path) -> None:
-    try:
-        (run / MANIFEST).mkdir(parents=True)
-    except OSError as error:
-        raise DestinationError(f"{run} cannot be made: {error.strerror}; name another folder") from error
-
-
-def _manifest_table(images: list[StoredFile]) -> pa.Table:
-    rows = [
-        {"id": version_id(one), "uri": one.uri, "size": one.size, "mtime_ns": one.mtime_ns, "etag": one.etag}
-        for one in images
-    ]
-    return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
 
 
 def decided_rows(run: Path, columns: Sequence[str], *, at_once: int = 1_000) -> Iterator[list[dict[str, Any]]]:

@@ -28,6 +28,7 @@ from sortd.watch.scan import scan, stamp
 FILE_URL = "file://"
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)", re.DOTALL)
 _BLOCK_BYTES = 1 << 20
+_UNBLOCKED = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # an open does not wait for the other end of a pipe
 _WILDCARD = re.compile(r"[*?\[]")
 
 Report = Callable[[OSError], None]
@@ -171,12 +172,8 @@ def _is_image(path: str) -> bool:
         return True
     if stamp(path) is None:
         return False
-    with open(path, "rb", opener=_open_without_waiting) as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _UNBLOCKED)) as file:
         return looks_like_image(path, file.read(HEAD_BYTES))
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _list_store(source: str, report: Report) -> Iterator[StoredFile]:

@@ -124,14 +124,14 @@ class TransferResult:
 class TransferJournal:
     """The transfers of one run, in SQLite with durable commits; one process has it open at a time."""
 
-    def __init__(self, run: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, run: Path) -> None:
         """Open or create the journal in the folder of a run.
 
         Raises:
             AlreadyRunningError: another process has it open.
             JournalError: it cannot be opened.
         """
-        self._path, self._clock = run / JOURNAL, clock
+        self._path = run / JOURNAL
         with self._translated():
             self._connection = sqlite3.connect(self._path, timeout=0, isolation_level=None)
         try:
@@ -152,13 +152,13 @@ class TransferJournal:
             found = [(one, self._connection.execute(statement, (one.id, one.action)).fetchone()) for one in wanted]
             return [one if row is None else _transfer_from(row) for one, row in found]
 
-    def groups(self, action: str, *, done: bool) -> Iterator[list[Transfer]]:
-        """Yield the transfers that are DONE, or those that have begun and are not, by id and so many at once."""
+    def applied(self, *, done: bool) -> Iterator[list[Transfer]]:
+        """Yield the APPLY transfers that are DONE, or those that have begun and are not, by id and so many at once."""
         statement = "SELECT * FROM transfers WHERE action = ? AND (progress = ?) = ? AND id > ? ORDER BY id LIMIT ?"
         last = ""
         while True:
             with self._translated():
-                rows = self._connection.execute(statement, (action, MoveProgress.DONE, done, last, AT_ONCE)).fetchall()
+                rows = self._connection.execute(statement, (APPLY, MoveProgress.DONE, done, last, AT_ONCE)).fetchall()
             if not rows:
                 return
             yield [_transfer_from(row) for row in rows]
@@ -173,7 +173,6 @@ class TransferJournal:
 
     def write(self, transfers: Sequence[Transfer]) -> None:
         """Record the progress of transfers in one durable commit; one without progress is removed."""
-        now = self._clock()
         if not transfers:
             return
         with self._translated(), self._connection:
@@ -182,7 +181,16 @@ class TransferJournal:
                 if one.progress is None:
                     self._connection.execute("DELETE FROM transfers WHERE (id, action) = (?, ?)", (one.id, one.action))
                     continue
-                columns = (one.id, one.action, one.source, one.destination, one.label, one.sha256, one.progress, now)
+                columns = (
+                    one.id,
+                    one.action,
+                    one.source,
+                    one.destination,
+                    one.label,
+                    one.sha256,
+                    one.progress,
+                    time.time(),
+                )
                 self._connection.execute("REPLACE INTO transfers VALUES (?,?,?,?,?,?,?,?)", columns)
 
     def _prepare(self) -> None:

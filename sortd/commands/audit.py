@@ -97,7 +97,7 @@ def draw_sample(config: Config, layout: Layout, size: int | None) -> AuditSample
             drawn = drawn[AT_ONCE:]
     if not records:
         raise DataError(f"{layout.name} has no filed image that was not checked")
-    sample = AuditSample(time(), unchecked, tuple(_image(layout, record) for record in records[:wanted]))
+    sample = AuditSample(time(), unchecked, tuple(_image(layout, one) for one in records[:wanted]))
     try:
         write_json(
             folder / SAMPLE_FILE,

@@ -96,7 +96,8 @@ def measure(
                 raise DataError(f"none of {len(timed)} images can be decoded; `sortd check` says more")
         tell("moving copies")
         moved = _move_milliseconds(scratch, sorted(files, key=lambda file: file[1].size)[:MOVED_AT_MOST])
-    own = _own_backend(config, encoder)
+    own = "torch" if "-onnx-" not in encoder.encoder_id else INT8 if f"-{INT8}-" in encoder.encoder_id else "onnx"
+    own = own if config.encoder_socket is None else SERVED
     backends = [_backend(own, encoder, forward[best], bound, serves=True)]
     for name in BACKENDS if own != SERVED else ():  # the model here may be another one
         with suppress(ModelError):  # a missing backend is not recommended
@@ -284,12 +285,6 @@ def _scratch(config: Config) -> Iterator[Path]:
 
 
 # ---------------------------------------------------------------- backends
-
-
-def _own_backend(config: Config, encoder: Encoder) -> str:
-    if config.encoder_socket is not None:
-        return SERVED
-    return "torch" if "-onnx-" not in encoder.encoder_id else INT8 if f"-{INT8}-" in encoder.encoder_id else "onnx"
 
 
 def _backend(name: str, encoder: Encoder, encode: float, bound: float, *, serves: bool) -> dict[str, Any]:

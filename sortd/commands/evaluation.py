@@ -365,7 +365,9 @@ def precision_plot(points: Sequence[Sequence[float]], calibration: Mapping[str, 
     levels = [floor + index * step for index in range(round((1.0 - floor) / step) + 1)]
     now = None
     if calibration["filed_expected"]:
-        x, y = place(calibration["filed_expected"], _precision_at(calibration["filed_expected"], points))
+        filed = calibration["filed_expected"]
+        shares, precisions = zip(*sorted((share, precision) for _, share, precision in points), strict=True)
+        x, y = place(filed, float(np.interp(filed, shares, precisions)))
         now = {"x": x, "y": y, "text_y": y + NOW_BELOW if y + NOW_BELOW < _BOTTOM else y - NOW_ABOVE}
     return {
         "points": " ".join(f"{x},{y}" for x, y in drawn),
@@ -373,12 +375,6 @@ def precision_plot(points: Sequence[Sequence[float]], calibration: Mapping[str, 
         "columns": [{"x": place(share / 100, 1.0)[0], "text": f"{share} %"} for share in range(0, 101, 20)],
         "now": now,
     }
-
-
-def _precision_at(filed: float, points: Sequence[Sequence[float]]) -> float:
-    """Return the precision of the curve at this filed share, by linear interpolation."""
-    shares, precisions = zip(*sorted((share, precision) for _, share, precision in points), strict=True)
-    return float(np.interp(filed, shares, precisions))
 
 
 def _matrix(confusion: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
@@ -394,22 +390,13 @@ def _matrix(confusion: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
     rows = []
     for own in chosen:
         whole = sum(number for (row, _), number in counts.items() if row == own)
-        cells = [
-            {
-                "label": decided,
-                "number": counts.get((own, decided), 0),
-                "is_right": own == decided,
-                "strength": _strength(counts.get((own, decided), 0) / max(whole, 1)),
-            }
-            for decided in chosen
-        ]
+        cells = []
+        for decided in chosen:
+            number = counts.get((own, decided), 0)
+            strength = round(0.12 + 0.5 * number / whole, 3) if number else 0.0  # a single error is visible
+            cells.append({"label": decided, "number": number, "is_right": own == decided, "strength": strength})
         rows.append({"label": own, "cells": cells})
     return {"labels": chosen, "rows": rows, "hidden": len(mistakes) - len(chosen)}
-
-
-def _strength(share: float) -> float:
-    """Return the opacity of a cell; single errors are visible, and numbers stay readable."""
-    return round(0.12 + 0.5 * share, 3) if share else 0.0
 
 
 def _suspects(suspects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -88,10 +88,10 @@ def _compare(
             before, compared = compared, {}
             for layout in layouts:
                 with suppress(ReferencesAbsentError):
-                    report = _counter(on_progress, f"comparing int8: {layout.name}")
-                    compared[layout.name] = _agreement(
-                        config, layout, by_quick, by_exact, partial(sample, most=most), report, before.get(layout.name)
-                    )
+                    what, choose = f"comparing int8: {layout.name}", partial(sample, most=most)
+                    report = partial(_report, on_progress, what)
+                    known = before.get(layout.name)
+                    compared[layout.name] = _agreement(config, layout, by_quick, by_exact, choose, report, known)
             if is_settled(compared, largest=MAX_REFERENCES) or compared == before:
                 break
     return compared
@@ -121,8 +121,8 @@ def _agreement(
     return agreement(accurate, fast, settings.settings)
 
 
-def _counter(on_progress: Progress, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: on_progress(f"{what}, {done} of {counted(total, 'reference')}")
+def _report(on_progress: Progress, what: str, done: int, total: int) -> None:
+    on_progress(f"{what}, {done} of {counted(total, 'reference')}")
 
 
 def sample(folders: Sequence[ClassFolder], *, most: int = MAX_REFERENCES) -> list[ClassFolder]:

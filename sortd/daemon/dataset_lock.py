@@ -220,20 +220,11 @@ def simulate_dataset(layout: Layout, state: Path, report: ReportMove) -> Iterato
     with tempfile.TemporaryDirectory(prefix="sortd-") as folder:
         file, copy = find_state_folder(layout, state) / JOURNAL_FILE, Path(folder) / JOURNAL_FILE
         if file.is_file():
-            _copy_journal(file, copy)
+            with closing(open_for_reading(file)) as reader, translated(copy), closing(sqlite3.connect(copy)) as writer:
+                reader.backup(writer)  # its current state, which another process may be writing
         with Journal(copy) as journal:
             presence = Presence(layout, journal, needs_marker=False)
             yield OpenDataset(layout, journal, DryRunMover(layout.root, journal, report), presence)
-
-
-def _copy_journal(path: Path, copy: Path) -> None:
-    """Copy the current state of a journal that another process may write.
-
-    Raises:
-        JournalError: it cannot be read, or the copy cannot be written.
-    """
-    with closing(open_for_reading(path)) as reader, translated(copy), closing(sqlite3.connect(copy)) as writer:
-        reader.backup(writer)
 
 
 @contextmanager

@@ -346,11 +346,9 @@ EVALUATED = "evaluated"
 SETTINGS = "settings (mode or abstain)"
 
 
-def stored_prototypes(
-    config: Config, layout: Layout, *, report: Callable[[str], None] = lambda _: None
-) -> PrototypeSet | None:
-    """Return the last prototypes of a dataset, or None; call ``report`` with a message about damaged files."""
-    return _files(config, report).read(layout.key)
+def stored_prototypes(config: Config, layout: Layout) -> PrototypeSet | None:
+    """Return the last prototypes of a dataset, or None."""
+    return _files(config).read(layout.key)
 
 
 def evaluated_prototypes(config: Config, layout: Layout) -> PrototypeSet | None:
@@ -416,5 +414,5 @@ def _is_new(path: str, files: Mapping[str, tuple[str, Stamp]], known: Collection
         return False
 
 
-def _files(config: Config, report: Callable[[str], None] = lambda _: None) -> PrototypeFiles:
-    return PrototypeFiles(config.cache_dir / PROTOTYPES_FOLDER, report)
+def _files(config: Config) -> PrototypeFiles:
+    return PrototypeFiles(config.cache_dir / PROTOTYPES_FOLDER, lambda _: None)  # damaged files are none

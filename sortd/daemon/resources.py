@@ -46,14 +46,11 @@ class ActiveClassifier:
 
     def classifier(self, abstain: AbstainSettings | None, *, generation: int) -> FinetunedClassifier | None:
         """Return what decides in the place of the prototypes, if anything does."""
-        return None if self.facts is None else classifier_of(self.facts, abstain, generation=generation)
-
-
-def classifier_of(facts: FinetunedFacts, abstain: AbstainSettings | None, *, generation: int) -> FinetunedClassifier:
-    """Return the classifier that a model's facts make under these settings."""
-    outcomes = HeldOutOutcomes(np.clip(facts.confidence, 0.0, 1.0), facts.is_right, facts.classes)
-    calibration = calibrate_outcomes(outcomes, abstain, classes=len(facts.labels))
-    return FinetunedClassifier(facts.labels, facts.temperature, facts.model_id, generation, calibration, abstain)
+        if (facts := self.facts) is None:
+            return None
+        outcomes = HeldOutOutcomes(np.clip(facts.confidence, 0.0, 1.0), facts.is_right, facts.classes)
+        calibration = calibrate_outcomes(outcomes, abstain, classes=len(facts.labels))
+        return FinetunedClassifier(facts.labels, facts.temperature, facts.model_id, generation, calibration, abstain)
 
 
 def select_classifier(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -> ActiveClassifier:

@@ -130,8 +130,8 @@ async def undo_run(request: Request) -> RedirectResponse:
     """Take back the moves of one run of sortd that the page has shown."""
     index, layout, form = await _begin(request)
     shown = range(_number(form, "first"), _number(form, "last") + 1)
-    ids = await run_in_threadpool(_of_run, index, layout, _text(form, "run"), shown)
-    return _back(form, await _undone(request, layout, ids))
+    moves = await run_in_threadpool(_moves, index, layout, Selection(run=_text(form, "run"), undoable=True))
+    return _back(form, await _undone(request, layout, [one.id for one in moves if one.id in shown]))
 
 
 async def _undone(request: Request, layout: Layout, ids: Sequence[int], *, undoes: int = 0) -> Act:
@@ -318,10 +318,6 @@ def _newest_assigned(index: Index, layout: Layout, others: frozenset[int]) -> li
     """Return the newest move that a person asked for, that was not undone and is not among ``others``, as a list."""
     newest = newest_assigned(index.config, layout, len(others) + 1)
     return [found for one in newest if (found := int(str(one["id"]))) not in others][:1]
-
-
-def _of_run(index: Index, layout: Layout, run: str, shown: range) -> list[int]:
-    return [one.id for one in _moves(index, layout, Selection(run=run, undoable=True)) if one.id in shown]
 
 
 def _ended_later(index: Index, layout: Layout, act: Act) -> list[int]:

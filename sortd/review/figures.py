@@ -39,7 +39,7 @@ _GAP = 0.2
 """Share of the width of a day that is left empty between two bars."""
 
 
-def dataset_figures(index: Index, layout: Layout, *, now: datetime | None = None) -> dict[str, Any]:
+def dataset_figures(index: Index, layout: Layout) -> dict[str, Any]:
     """Return the figures of a dataset.
 
     ``classes``: label, references, filed, checked, and right in words, or None; ``audit`` and ``guesses``: see
@@ -47,8 +47,7 @@ def dataset_figures(index: Index, layout: Layout, *, now: datetime | None = None
     """
     prototypes = stored_prototypes(index.config, layout)
     counts = {} if prototypes is None else dict(zip(prototypes.labels, prototypes.counts.tolist(), strict=True))
-    now = now or datetime.now().astimezone()
-    first = (now - timedelta(days=DAYS - 1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    first = (datetime.now().astimezone() - timedelta(days=DAYS - 1)).replace(hour=0, minute=0, second=0, microsecond=0)
     with journal_of(index.config, layout).open() as history:
         accuracy, guesses = history.accuracy(), history.guesses()
         by_day = history.counts_by_day(first.timestamp())
@@ -119,7 +118,7 @@ def _plot(by_day: list[tuple[str, str, int]], days: list[str]) -> dict[str, Any]
         "left": _LEFT,
         "bottom": _BOTTOM,
         "bars": bars,
-        "rows": [{"y": round(_BOTTOM - unit * part, 1), "text": f"{part:,}"} for part in _levels(top)],
+        "rows": [{"y": round(_BOTTOM - unit * part, 1), "text": f"{part:,}"} for part in sorted({0, top // 2, top})],
         "columns": [{"x": round(_LEFT + step * (at + 0.5), 1), "text": days[at][5:]} for at in range(0, len(days), 7)],
         "table": [{"day": day, **numbers[day]} for day in days if day in numbers],
     }
@@ -133,10 +132,6 @@ def _round_up(number: int) -> int:
             if factor * power >= number:
                 return factor * power
         power *= 10
-
-
-def _levels(top: int) -> list[int]:
-    return sorted({0, top // 2, top})
 
 
 class Evaluations:

@@ -216,7 +216,8 @@ class Index:
         for group in groups:
             members = tuple(images[one] for one in group["members"] if one in images)
             if len(members) > 1:
-                guess = _commonest(members) if group["nearest_label"] is None else group["nearest_label"]
+                commonest = Counter(image.guess for image in members).most_common(1)[0][0]
+                guess = commonest if group["nearest_label"] is None else group["nearest_label"]
                 batches.append(ReviewBatch(group["id"], members, guess, is_group=True, is_new=group["is_new"]))
                 grouped |= {one.id for one in members}
         single: dict[str | None, list[ShownImage]] = {}
@@ -312,10 +313,6 @@ def _from_journal(layout: Layout, history: History, identifier: str, path: str, 
     why = record.move_reason
     facts = (why.content, why.label, why.second_label, why.score, why.margin, why.mode, why.reason, record.ended_at)
     return ShownImage(identifier, layout.name, path, mark, *facts)
-
-
-def _commonest(images: Sequence[ShownImage]) -> str | None:
-    return Counter(image.guess for image in images).most_common(1)[0][0]
 
 
 def _batch_id(guess: str | None) -> str:

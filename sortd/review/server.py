@@ -59,7 +59,6 @@ def serve(
     port: int | None = None,
     socket: Path | None = None,
     behind_proxy: str | None = None,
-    environ: MutableMapping[str, str] = os.environ,
 ) -> None:
     """Serve the pages until a signal stops the process.
 
@@ -69,7 +68,6 @@ def serve(
         port: on 127.0.0.1; 0: any free one; default: ``PORT``.
         socket: path of a Unix socket, instead of a port.
         behind_proxy: the host of a proxy that ends TLS before this server.
-        environ: the variables of systemd.
 
     Raises:
         StartupError: the address cannot be used.
@@ -78,8 +76,8 @@ def serve(
     os.nice(NICENESS)
     if behind_proxy is not None and not _HOST.fullmatch(behind_proxy):
         raise typer.BadParameter("give a host name, and a port if it is not 443", param_hint="--behind-proxy")
-    notifier, log = Notifier(environ), structlog.get_logger("sortd")
-    with listening(port, socket, environ) as sockets:
+    notifier, log = Notifier(os.environ), structlog.get_logger("sortd")
+    with listening(port, socket, os.environ) as sockets:
         access = Access(port=_common_port(sockets), proxy=behind_proxy)
         url = f"{_origin(sockets, behind_proxy)}/enter/{access.token}"
         with _url_file(config.state_dir, url) as file:
@@ -87,7 +85,7 @@ def serve(
             def on_ready() -> None:
                 places = [socket_place(one) for one in sockets]
                 log.info(logs.REVIEW_READY, listens_on=places, url_file=os.fspath(file))
-                if not logs.is_journal(sys.stdout, environ.get("JOURNAL_STREAM", "")):
+                if not logs.is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", "")):
                     _print_url(url, sockets)
                 notifier.ready(f"listens on {', '.join(places)}")
 
