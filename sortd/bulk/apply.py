@@ -150,13 +150,8 @@ def apply_run(
 ) -> dict[str, Any]:
     """Move the assigned images of a run, and return what became of each, counted, as plain values.
 
-    Args:
-        config: of sortd, for the datasets of files on this disk.
-        run: its folder.
-        to: the prefix of objects, below which ``Dataset/`` is; None: the parent of the run's source ``…/Images``.
-        dry_run: check everything, and move nothing.
-        tell: called with what is done.
-        make_store: connects to the store of a scheme.
+    ``to`` is the prefix of objects, below which ``Dataset/`` is; by default the parent of the run's source
+    ``…/Images``. A dry run checks everything and moves nothing. ``make_store`` connects to the store of a scheme.
 
     Raises:
         DataError: the run has no decisions, or ``to`` is missing or of another store.

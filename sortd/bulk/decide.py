@@ -63,11 +63,7 @@ class DecideSettings:
 
     @classmethod
     def of(cls, config: Config, classifier: Path, *, model: str | None, processors: int, batch_size: int) -> Self:
-        """Return the settings of a configuration, with another model if one is given.
-
-        Raises:
-            ConfigError: the configuration has no model of its own.
-        """
+        """Return the settings of a configuration, maybe with another model; raise ConfigError if it has none."""
         if config.encoder_socket is not None:
             raise ConfigError("an encoder service forms batches of its own; set `backend: auto` for sortd bulk")
         changes = {
@@ -78,11 +74,7 @@ class DecideSettings:
         return cls(config.model_copy(update=changes), classifier, batch_size)
 
     def facts(self) -> dict[str, Any]:
-        """Return what must be equal for all decisions of a run, as plain values.
-
-        Raises:
-            DataError: there is no such classifier.
-        """
+        """Return what is equal for all decisions of a run, as plain values; raise DataError without a classifier."""
         file = self.classifier / FACTS_FILE  # it has the hash of the arrays
         try:
             content = read_regular(file)

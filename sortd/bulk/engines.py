@@ -151,11 +151,7 @@ def _started_ray(options: RayOptions, *, processors: int) -> Iterator[Any]:
 
 
 def _start_here(ray: Any, options: Mapping[str, object]) -> None:  # noqa: ANN401 -- a module without types
-    """Start Ray on this machine; a few times, since it waits only 30 s for its processes.
-
-    Raises:
-        StartupError: it does not start.
-    """
+    """Start Ray on this machine; try again, since it waits 30 s for its processes. Raises StartupError in the end."""
     for tries_left in (2, 1, 0):
         try:
             ray.init("local", **options)
@@ -172,8 +168,7 @@ def _start_here(ray: Any, options: Mapping[str, object]) -> None:  # noqa: ANN40
 def _parts(run: Path, settings: DecideSettings, shard: tuple[int, int] = (1, 1)) -> tuple[list[int], int]:
     """Return the parts of a shard that are not decided, and how many are.
 
-    Raises:
-        DataError: there is no such shard, the run has no plan, or was begun with other settings.
+    Raises DataError: there is no such shard, the run has no plan, or was begun with other settings.
     """
     number, shards = shard
     if not 1 <= number <= shards:

@@ -70,11 +70,7 @@ def parts_of(folder: Path) -> dict[int, Path]:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """Return the facts of a run: version, source, time and number of images.
-
-    Raises:
-        DataError: it has no complete plan, or one of another version.
-    """
+    """Return the version, source, time and number of images of a run; raise DataError if it has no valid plan."""
     try:
         facts: dict[str, Any] = json.loads(read_regular(run / PLAN_FILE))
         if facts["version"] != VERSION or not isinstance(facts["count"], int):
@@ -87,11 +83,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def write_table(file: Path, table: pa.Table) -> None:
-    """Write a Parquet file, which has its name only when it is complete and on the disk.
-
-    Raises:
-        DestinationError: it cannot be written.
-    """
+    """Write a Parquet file, which has its name only when it is complete and durable; raises DestinationError."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     try:
@@ -147,11 +139,7 @@ def make_plan(
 
 
 def decided_rows(run: Path, columns: Sequence[str], *, at_once: int = 1_000) -> Iterator[list[dict[str, Any]]]:
-    """Yield some columns of the decisions of a run, from one complete part after another, so many rows at most.
-
-    Raises:
-        DataError: a part is damaged, or lacks a column.
-    """
+    """Yield columns of the decisions of a run, in lists of ``at_once`` rows; raise DataError if they are damaged."""
     for path in parts_of(run / DECISIONS).values():
         try:
             with pq.ParquetFile(path) as part:

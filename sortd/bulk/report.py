@@ -49,11 +49,8 @@ def make_report(
 ) -> dict[str, Any]:
     """Return what was decided in a run as plain values, with a random sample of the images that were read.
 
-    Args:
-        run: its folder; the decisions may be incomplete.
-        labels: the true class of some URIs, to state the precision.
-        sample: the number of images to draw.
-        seed: of the sample; the same images are drawn whichever engine decided.
+    The decisions may be incomplete. ``labels`` are the true classes of some URIs, to state the precision. With one
+    ``seed``, the same images are drawn whichever engine decided.
 
     Raises:
         DataError: the run has no plan, or its decisions are damaged.

@@ -62,11 +62,7 @@ def uri_of(path: str) -> str:
 
 @lru_cache
 def store_of(scheme: str) -> FileSystem:
-    """Return the store of a scheme, which is connected with its first use.
-
-    Raises:
-        DataError: no installed package knows the scheme.
-    """
+    """Return the store of a scheme, connected with its first use; raise DataError if no package knows the scheme."""
     if scheme == "s3":
         # S3FileSystem reads credentials and region from the environment, but not the endpoint (pyarrow 26).
         url = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "https://")
@@ -87,11 +83,7 @@ def open_store(uri: str) -> tuple[FileSystem, str]:
 
 
 def read_bytes(uri: str, *, limit: int) -> bytes:
-    """Return the content of a file or an object.
-
-    Raises:
-        OSError: it is missing, larger than ``limit`` bytes, no regular file, or cannot be read.
-    """
+    """Return the content of a file or an object; raise OSError if it cannot be read or is over ``limit`` bytes."""
     path = local_path(uri)
     return read_regular(path, limit=limit) if path is not None else b"".join(read_blocks(uri, limit=limit))
 

@@ -222,11 +222,7 @@ def transfer_all(
 ) -> list[TransferResult]:
     """Carry out one batch of transfers, and return the result of each in the given order.
 
-    Args:
-        store: the store of all of them.
-        journal: of the run.
-        wanted: with different ids, and without progress.
-        pool: runs the requests to the store.
+    ``wanted`` have different ids and no progress; ``pool`` runs the requests to the store.
 
     Raises:
         JournalError: the journal cannot be written; the next run continues.

@@ -25,12 +25,8 @@ def assign_to_class(
 ) -> dict[str, Any]:
     """Assign images to a class, by the running sortd or in this process, and return the outcome as plain values.
 
-    Args:
-        config: the configuration.
-        layout: the dataset that the images are in.
-        label: the class, or ``NO_CLASS``.
-        images: as ``image_facts`` returns them; one that changed since is not moved.
-        is_example: whether images of no class become examples of it.
+    ``images`` are as ``image_facts`` returns them; one that changed since is not moved. With the label ``NO_CLASS`` and
+    ``is_example`` they become examples of no class.
 
     Returns:
         ``assigned``: for each image ``path``, ``destination`` (None: it was not moved), ``id`` of the move in the

@@ -132,12 +132,8 @@ def answer_sample(config: Config, layout: Layout, wrong: Sequence[Path]) -> dict
 def answer_sample_by_ids(config: Config, layout: Layout, wrong: Sequence[int]) -> dict[str, Any]:
     """Record the answers to the open sample, and return them and what all samples prove as plain values.
 
-    An image that is no longer where it was filed counts as wrong: whoever moves it away corrects it.
-
-    Args:
-        config: the configuration.
-        layout: the dataset.
-        wrong: the ``id`` of each image of the sample that is in a wrong class.
+    ``wrong`` has the ``id`` of each image that is in a wrong class. An image that is no longer where it was filed
+    counts as wrong too: whoever moves it away corrects it.
 
     Raises:
         DataError: no sample is open, or an image is not in it.

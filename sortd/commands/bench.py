@@ -137,11 +137,7 @@ def measure(
 
 
 def draw(config: Config, folder: Path | None, images: int) -> list[_File]:
-    """Return random images of a folder or the datasets: of Images/, then Clases/, Dataset/ and Review/.
-
-    Raises:
-        DataError: there is no image.
-    """
+    """Return random images of a folder, or of Images/, Clases/, Dataset/ and Review/; raise DataError without any."""
     areas = (Area.IMAGES, Area.CLASES, Area.DATASET, Area.REVIEW)
     layouts = find_datasets(config.root) if folder is None else []
     places = [layout.area(area) for area in areas for layout in layouts] if folder is None else [folder.absolute()]

@@ -37,14 +37,9 @@ def serve_encoder(
 ) -> None:
     """Serve the configured model until a signal stops the process.
 
-    Args:
-        config: the model, its backend, the cache, the largest batch and the log. With ``backend: socket:PATH``, the
-            configuration of a client, the backend is ``auto`` and PATH is the default of ``socket``.
-        socket: path of the Unix socket.
-        group: whose members can connect; by default only this user can.
-        textfile: where Prometheus' collector of text files finds the metrics.
-        environ: the variables of systemd.
-        load_encoder: replaces the loader of the configured model.
+    With ``backend: socket:PATH``, the configuration of a client, the backend is ``auto`` and PATH is the default of
+    ``socket``. Members of ``group`` can connect; by default only this user can. Prometheus' collector of text files
+    finds the metrics in ``textfile``. ``environ`` has the variables of systemd; ``load_encoder`` replaces the loader.
 
     Raises:
         StartupError: the socket cannot be used, or the model cannot be loaded.
@@ -97,11 +92,7 @@ def greeting_of(encoder: Encoder, config: Config, description: str) -> Greeting:
 
 @contextmanager
 def _listening(path: Path | None, group: str | None, environ: MutableMapping[str, str]) -> Iterator[list[Socket]]:
-    """Yield the sockets that systemd passes, or a new one.
-
-    Raises:
-        StartupError: the path cannot be used.
-    """
+    """Yield the sockets that systemd passes, or a new one; raise StartupError if the path cannot be used."""
     passed = passed_sockets(environ, families=(AF_UNIX,))
     if passed:
         try:

@@ -272,11 +272,7 @@ def _classifier_sentence(serving: Mapping[str, Any]) -> str:
 
 
 def check_page_path(file: Path | None) -> None:
-    """Check that a page can be written to this path, if one is given.
-
-    Raises:
-        DestinationError: it is a folder, or its folder is missing or not writable.
-    """
+    """Raise DestinationError if a page cannot be written to this path, if one is given."""
     if file is None:
         return
     folder = file.absolute().parent

@@ -224,10 +224,9 @@ def with_split(images: Sequence[ExportedImage], rows: FloatArray, train: float) 
 
 @contextmanager
 def _placed(out: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``out``, renamed to it at the end; after an error nothing is left.
+    """Yield a temporary name beside ``out``, and rename it in the end; after an error nothing is left.
 
-    Raises:
-        DataError: it cannot be written, or something has taken the name meanwhile.
+    Raises DataError: it cannot be written, or something has taken the name meanwhile.
     """
     parent = out.absolute().parent
     try:

@@ -192,13 +192,9 @@ def print_demoted(facts: Mapping[str, Any]) -> None:
 
 
 def promote_model(config: Config, dataset: str | None, folder: Path | None, *, force: bool) -> dict[str, Any]:
-    """Promote a fine-tuned model, notify the running sortd, and return the outcome as plain values.
+    """Promote the fine-tuned model in a folder, or the newest of a dataset, and return the outcome as plain values.
 
-    Args:
-        config: the configuration.
-        dataset: None: the only one.
-        folder: result folder; None: the newest one of the dataset.
-        force: promote also a model that is weaker than the prototypes.
+    The running sortd is notified. With ``force`` also a model that is weaker than the prototypes is promoted.
 
     Raises:
         DataError: there is no such dataset or result, or the model has other classes or is weaker.

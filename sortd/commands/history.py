@@ -66,8 +66,7 @@ def show_history(
 ) -> None:
     """Print the records that meet the conditions, newest first, as ``table``, ``csv`` or ``json``.
 
-    Raises:
-        JournalError: a journal was unreadable; the records of the others are printed.
+    Raises the first JournalError after the records of the other journals are printed.
     """
     refusals: list[JournalError] = []
     dataset, relative = narrowed(config, dataset, file)

@@ -92,10 +92,8 @@ def make_dataset_folders(directory: Path, classes: Sequence[str]) -> Layout:
 def write_configuration(root: Path, named: Path | None, environment: Mapping[str, str]) -> Configured:
     """Return a configuration with this root, which is written or completed if needed.
 
-    Args:
-        root: the folder that holds the dataset, without links.
-        named: the file to use; None: the one in force, or a new one of the user.
-        environment: the environment variables, without that of the root.
+    ``named`` is the file to use; by default the one in force, or a new one of the user. ``root`` has no links, and
+    ``environment`` no variable of the root.
     """
     try:
         os.fspath(root).encode()

@@ -305,8 +305,7 @@ def verdict_sentence(verdict: Mapping[str, Any] | None) -> str:
 def export(config: Config, *, on_progress: Progress = lambda _: None) -> None:
     """Export the configured model unless a valid export exists, and compare int8 with float32 on the references.
 
-    Raises:
-        ModelError: it cannot be exported, or the verdict cannot be written.
+    Raises ModelError: it cannot be exported, or the verdict cannot be written.
     """
     made = make_exports(locate_configured(config), on_progress=on_progress)
     if Precision.INT8 in made.precisions:

@@ -114,11 +114,7 @@ def without_links(path: Path | str) -> str:
 
 
 def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
-    """Return the dataset that a path lies in, and the path relative to it; None if it lies in none.
-
-    Raises:
-        LayoutError: the root cannot be listed.
-    """
+    """Return the dataset that a path lies in, and the relative path; None if it lies in none. Raises LayoutError."""
     for layout in find_datasets(config.root):
         for spelled in (os.path.abspath(path), without_links(path)):
             for root in (os.fspath(layout.root), os.path.realpath(layout.root)):
@@ -167,11 +163,7 @@ def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
 
 
 def narrowed(config: Config, dataset: str | None, path: Path | None) -> tuple[str | None, str | None]:
-    """Return the dataset to search and the path relative to it; a path determines its dataset.
-
-    Raises:
-        DataError: the path lies in no dataset.
-    """
+    """Return the dataset to search and a path relative to it; raise DataError if the path lies in no dataset."""
     if path is None:
         return dataset, None
     found = dataset_at(config, path)

@@ -24,8 +24,7 @@ EXIT_FAILED = 69
 def show_notifications(config: Config, *, is_test: bool, as_json: bool) -> int:
     """Print the targets and, with ``is_test``, whether each took a test message; return the exit code.
 
-    Raises:
-        ConfigError: a test message is asked for, and there is no target.
+    Raises ConfigError: a test message is asked for, and there is no target.
     """
     targets = targets_of(config.notify, config.hooks)
     if is_test and not targets:

@@ -108,8 +108,7 @@ def _agreement(
 ) -> Agreement:
     """Return the agreement on the chosen references of a dataset; ``before`` if that was on as many.
 
-    Raises:
-        ReferencesAbsentError: there are none.
+    Raises ReferencesAbsentError: there are none.
     """
     settings = settings_with_corrections(config, layout)
     brief = replace(settings, templates=settings.templates[:TEMPLATES])

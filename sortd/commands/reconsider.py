@@ -188,8 +188,7 @@ def _classifier_and_rows(
 def apply_proposals(config: Config, found: ReconsideredDataset) -> dict[str, Any]:
     """Move the proposed images, by the running sortd or in this process, and return the outcome as plain values.
 
-    Raises:
-        SortdError: the dataset is not there, or another sortd works on it.
+    Raises SortdError: the dataset is not there, or another sortd works on it.
     """
     refiled, later = list[dict[str, Any]](), 0
     with refiling(config, found.layout) as refile:

@@ -361,10 +361,9 @@ def chosen_datasets(config: Config, name: str | None) -> list[Layout]:
 
 
 def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettings:
-    """Return the reference settings of a dataset, with what its journal adds: references and checked images.
+    """Return the reference settings of a dataset, with references and checked images by its journal.
 
-    Raises:
-        JournalError: the journal cannot be read.
+    Raises JournalError: the journal cannot be read.
     """
     reference_settings = reference_settings_of(config.dataset(layout.name))
     learns = reference_settings.learns_from_corrections

@@ -105,11 +105,7 @@ class Requests:
         self._is_woken = False
 
     def open(self) -> None:
-        """Create the folder for the user of the daemon only, and remove old requests.
-
-        Raises:
-            LayoutError: The folder cannot be created.
-        """
+        """Create the folder for the user of the daemon only, and remove old requests; raises LayoutError."""
         try:
             self._path.mkdir(parents=True, exist_ok=True, mode=0o700)
             with open_folder(self._path) as folder:

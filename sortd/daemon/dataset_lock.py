@@ -43,27 +43,17 @@ class Presence:
         needs_marker: bool = True,
         lock_problem: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """Check ``layout``.
+        """Check ``layout``; ``journal`` records which folders were on other disks. Raises JournalError.
 
-        Args:
-            layout: the dataset.
-            journal: records which folders were on other disks.
-            needs_marker: whether a dataset without a marker counts as missing.
-            lock_problem: returns a sentence if another sortd works on the dataset, otherwise None.
-
-        Raises:
-            JournalError: the journal cannot be read.
+        Without ``needs_marker`` a dataset without a marker does not count as missing. ``lock_problem`` returns a
+        sentence if another sortd works on the dataset, otherwise None.
         """
         self._layout, self._journal, self.needs_marker = layout, journal, needs_marker
         self.lock_problem = lock_problem
         self._apart = frozenset((journal.history.fact(APART_FACT) or "").split())
 
     def problem(self) -> str | None:
-        """Return a sentence that says what is missing; None if nothing is.
-
-        Raises:
-            JournalError: the journal cannot be written.
-        """
+        """Return a sentence that says what is missing, None if nothing is; raise JournalError if it cannot be noted."""
         if self.needs_marker and not self._layout.is_present:
             return f"{self._layout.marker} is missing: is the disk mounted? `sortd init {self._layout.root}` creates it"
         if (taken := self.lock_problem()) is not None:
@@ -101,11 +91,7 @@ class Presence:
 
 
 def _device(folder: Path) -> int | None:
-    """Return the device of a folder; None if there is no folder.
-
-    Raises:
-        OSError: the disk does not respond.
-    """
+    """Return the device of a folder; None if there is no folder. Raises OSError if the disk does not respond."""
     try:
         return folder.stat().st_dev
     except (FileNotFoundError, NotADirectoryError):
@@ -200,11 +186,7 @@ class MarkerLock:
 
 @contextmanager
 def inspect_dataset(layout: Layout, state: Path) -> Iterator[OpenDataset]:
-    """Open a dataset for previews only: without locks, recovery or moves.
-
-    Raises:
-        JournalError: its journal cannot be opened.
-    """
+    """Open a dataset for previews only: without locks, recovery or moves; raises JournalError."""
     with Journal(layout.state_folder(state) / JOURNAL_FILE) as journal:
         presence = Presence(layout, journal)
         yield OpenDataset(layout, journal, Mover(layout.root, journal, absence=presence.absent_folder), presence)
@@ -212,10 +194,9 @@ def inspect_dataset(layout: Layout, state: Path) -> Iterator[OpenDataset]:
 
 @contextmanager
 def simulate_dataset(layout: Layout, state: Path, report: ReportMove) -> Iterator[OpenDataset]:
-    """Open a dataset for a dry run, with a copy of its journal or an empty one; nothing of it is written or locked.
+    """Open a dataset for a dry run, with a copy of its journal; nothing of it is written or locked.
 
-    Raises:
-        JournalError: its journal cannot be read.
+    Raises JournalError: its journal cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="sortd-") as folder:
         file, copy = find_state_folder(layout, state) / JOURNAL_FILE, Path(folder) / JOURNAL_FILE
@@ -239,13 +220,7 @@ def lock_dataset(
 ) -> Iterator[OpenDataset]:
     """Lock a dataset and recover its unfinished moves; it stays open until the block ends.
 
-    Args:
-        layout: the dataset.
-        state: the state directory.
-        run: identifies this run in the journal; default: a random word.
-        companions: see ``Mover``, as for the following.
-        submit: accepts copies to another file system.
-        interrupted: whether such a copy must end.
+    ``run`` identifies this run in the journal, by default by a random word; for the others, see ``Mover``.
 
     Raises:
         AlreadyRunningError: another process has locked it.
@@ -279,12 +254,7 @@ def lock_dataset(
 
 
 def _lock(lock: FileLock, layout: Layout) -> None:
-    """Acquire a lock.
-
-    Raises:
-        AlreadyRunningError: another process has it.
-        LayoutError: it cannot be locked.
-    """
+    """Acquire a lock; raise AlreadyRunningError if another process has it, LayoutError if it cannot be locked."""
     try:
         lock.acquire()
     except Timeout as error:

@@ -23,16 +23,9 @@ BY_SORTD = frozenset({Outcome.FILED.value, Outcome.REFILED.value})
 def refile_images(
     layout: Layout, history: History, carry_out: CarryOut, images: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[list[Result], int]]:
-    """File images, or move filed ones into other classes, some at a time.
+    """File images, or move filed ones into other classes, some at a time; one that changed since is not moved.
 
-    Args:
-        layout: the dataset.
-        history: of its journal.
-        carry_out: carries out moves, and returns what has ended.
-        images: as ``refile_facts`` returns them; one that changed or was moved since is not moved.
-
-    Yields:
-        The results of some images, and how many of them end later, since they are copied to another file system.
+    ``images`` are as ``refile_facts`` returns them; for the others and what is yielded, see ``assign_images``.
 
     Raises:
         DataError: there is no class.

@@ -269,14 +269,10 @@ async def _carried_out(
     asked: frozenset[str] = frozenset(),
     only: frozenset[int] | None = None,
 ) -> None:
-    """Carry out the request of an act and note its results, or why it failed.
+    """Carry out the request of an act by ``work`` and note the results, ``key`` in its reply, or why it failed.
 
-    Args:
-        act: the act.
-        work: sends the request.
-        key: of the results in the reply.
-        asked: the images of the request, which may be moved later, or although it failed.
-        only: the moves that count; without it, all.
+    ``asked`` are the images of the request, which may be moved later, or although it failed; ``only`` the moves that
+    count, by default all.
     """
     try:
         reply = await run_in_threadpool(work)

@@ -116,10 +116,8 @@ class Access:
     ) -> None:
         """Create a token.
 
-        Args:
-            port: the port that must be in the Host of a request to loopback; None: any, as `ssh -L` of a socket needs.
-            proxy: the host, and port if not 443, of a proxy that ends TLS before this server.
-            clock: seconds, for the limits of rate.
+        ``port`` must be in the Host of a request to loopback; None: any, as `ssh -L` of a socket needs. ``proxy`` is
+        the host, and port if not 443, of a proxy that ends TLS; ``clock`` is for the limits of rate.
         """
         self.token = secrets.token_urlsafe(32)
         self._port, self._proxy, self._clock = port, proxy and proxy.lower(), clock

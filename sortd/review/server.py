@@ -62,12 +62,8 @@ def serve(
 ) -> None:
     """Serve the pages until a signal stops the process.
 
-    Args:
-        make_app: makes the pages, when the sockets and the log are ready.
-        config: the state folder and the log.
-        port: on 127.0.0.1; 0: any free one; default: ``PORT``.
-        socket: path of a Unix socket, instead of a port.
-        behind_proxy: the host of a proxy that ends TLS before this server.
+    ``make_app`` makes the pages when the sockets and the log are ready. They are served at ``port`` of 127.0.0.1 (0:
+    any free one; default: ``PORT``) or on a Unix ``socket``; ``behind_proxy`` is the host of a proxy that ends TLS.
 
     Raises:
         StartupError: the address cannot be used.
@@ -113,8 +109,7 @@ def _print_url(url: str, sockets: Sequence[Socket]) -> None:
 def _url_file(state: Path, url: str) -> Iterator[Path]:
     """Write the address into a file that only this user can read; remove it at the end, unless it is another's.
 
-    Raises:
-        StartupError: it cannot be written.
+    Raises StartupError: it cannot be written.
     """
     file, content = state / URL_FILE, f"{url}\n".encode()
     try:
@@ -259,10 +254,9 @@ class LimitedProtocol(H11Protocol):
 
 @contextmanager
 def listening(port: int | None, path: Path | None, environ: MutableMapping[str, str]) -> Iterator[list[Socket]]:
-    """Yield the sockets that this process listens on: those that systemd passes, a Unix socket, or a port of loopback.
+    """Yield the sockets of this process: those that systemd passes, a Unix socket, or a port of loopback.
 
-    Raises:
-        StartupError: the address is taken or not allowed.
+    Raises StartupError: the address is taken or not allowed.
     """
     if port is not None and path is not None:
         raise typer.BadParameter("give either --port or --socket")
