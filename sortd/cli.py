@@ -251,13 +251,13 @@ def release(
 ) -> None:
     """Release files that are held after an undo, datasets that the guard holds, and a rejected file to try it again."""
     from sortd.commands.moves import release_files
-    from sortd.commands.rejected import is_rejected, show_retried
+    from sortd.commands.rejected import retry_if_rejected
 
     if (path is None) != everything:
         raise typer.BadParameter("give either a PATH or --all")
     loaded = load_config(config)
-    if path is not None and is_rejected(loaded, path):
-        show_retried(loaded, path, as_json=as_json)
+    if path is not None:
+        retry_if_rejected(loaded, path, as_json=as_json)
     release_files(loaded, path, dataset=dataset, as_json=as_json)
 
 

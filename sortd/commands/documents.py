@@ -186,8 +186,6 @@ class StatusDocument(Document, commands=("status",)):
 class JournalMove(Document):
     """A move, or what a person did with the image of one (``corrected``, ``confirmed``)."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True, populate_by_name=True)
-
     id: int
     dataset: str
     run: str
@@ -430,8 +428,6 @@ class AssignDocument(Document, commands=("assign",)):
 
 class RefileProposal(Document):
     """A filed image that would be filed into another class now."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True, populate_by_name=True)
 
     id: int
     path: str

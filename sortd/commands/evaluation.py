@@ -145,9 +145,7 @@ def _examined(
 
 def _next_model(config: Config, report: EvaluationReport) -> str | None:
     accuracy = report.whole_accuracy
-    if accuracy is None or accuracy >= HIGH_ACCURACY:
-        return None
-    if config.encoder_socket is not None:
+    if accuracy is None or accuracy >= HIGH_ACCURACY or config.encoder_socket is not None:
         return None
     with suppress(ModelError):
         return STRONGER if locate_clip(config.model, cache_dir=config.cache_dir).folder == PACKAGED else None

@@ -103,16 +103,11 @@ def retry_rejected(config: Config, layout: Layout, paths: Sequence[Path | str]) 
     return {"retried": retried, "later": reply["later"]}
 
 
-def is_rejected(config: Config, path: Path) -> bool:
-    """Return whether a path is that of a file in Rejected/ of a dataset."""
+def retry_if_rejected(config: Config, path: Path, *, as_json: bool) -> None:
+    """Let a file in Rejected/ be tried again, print where it is and exit, with 65 if it was not moved back."""
     found = dataset_at(config, path)
-    return found is not None and found[1].startswith(f"{Area.REJECTED}/")
-
-
-def show_retried(config: Config, path: Path, *, as_json: bool) -> None:
-    """Let a rejected image be tried again and print where it is; exit with 65 if it was not moved back."""
-    found = dataset_at(config, path)
-    assert found is not None
+    if found is None or not found[1].startswith(f"{Area.REJECTED}/"):
+        return
     layout, relative = found
     reply = retry_rejected(config, layout, [f"{layout.root}/{relative}"])
     show(reply, _print_retried, as_json=as_json)

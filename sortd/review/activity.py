@@ -9,7 +9,7 @@ from typing import Any
 
 from sortd.layout import JOURNAL_FILE, Layout
 from sortd.store.damage import translated
-from sortd.store.history import History, open_for_reading
+from sortd.store.history import open_for_reading
 from sortd.store.records import label_from
 
 RUNS_SHOWN = 20
@@ -81,13 +81,6 @@ class Activity:
     def filed_because(self, since: float, after: int, last: int) -> list[int]:
         """Return the moves that filed images of Review/ since a time, by a generation after one, up to the last."""
         return [row["id"] for row in self._rows(_FILED_BECAUSE, since, after, last)]
-
-    def last_generation(self) -> int:
-        """Return the last generation of the prototypes that was used; 0: none."""
-        if not self._file.is_file():
-            return 0
-        with History.open(self._file) as history:
-            return history.last_generation()
 
     def _rows(self, statement: str, *values: Any) -> list[sqlite3.Row]:  # noqa: ANN401 - values of SQLite
         with self._connection() as connection:

@@ -27,7 +27,6 @@ from sortd.daemon.assign import image_facts
 from sortd.errors import DataError, SortdError
 from sortd.events import NO_CLASS, Outcome
 from sortd.layout import Area, Layout
-from sortd.review.activity import Activity
 from sortd.review.effects import Act, Effects
 from sortd.review.index import Index, ShownImage, dataset_key
 from sortd.review.rendering import CLASS_MARK, form_label, index_of, session_of
@@ -217,8 +216,7 @@ def _effects(request: Request) -> Effects:
 
 async def _added(request: Request, layout: Layout, kind: str, **facts: Any) -> Act:  # noqa: ANN401 - of Act
     """Note an act of this person."""
-    activity = Activity(index_of(request).config.state_dir, layout)
-    generation = await run_in_threadpool(activity.last_generation)
+    generation = await run_in_threadpool(_last_generation, index_of(request), layout)
     return _effects(request).add(dataset_key(layout), session_of(request), kind, generation=generation, **facts)
 
 
@@ -322,6 +320,11 @@ def _ended_later(index: Index, layout: Layout, act: Act) -> list[int]:
         return []
     found = _moves(index, layout, Selection(outcome=Outcome.ASSIGNED, since=act.at, undoable=True))
     return [one.id for one in found if f"{layout.root}/{one.source_path}" in act.unknown and one.id not in act.ids]
+
+
+def _last_generation(index: Index, layout: Layout) -> int:
+    with journal_of(index.config, layout).open() as history:
+        return history.last_generation()
 
 
 def _moves(index: Index, layout: Layout, selection: Selection) -> list[Record]:

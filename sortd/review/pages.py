@@ -333,7 +333,6 @@ def audited_page(request: Request) -> Response:
         proven=proportion(right, judged),
         unchecked=unchecked,
         wrong=wrong,
-        back=f"/d/{dataset_key(layout)}/audit",
         **_choices(request, layout),
     )
 
@@ -379,7 +378,6 @@ def class_page(request: Request) -> Response:
         references=[image for image in pictures if image is not None],
         hidden_references=max(0, len(paths) - PAGE_SIZE),
         filed=list(filed.values()),
-        back=f"/d/{dataset_key(layout)}/class/{class_key(label)}",
         **_choices(request, layout),
     )
 
@@ -398,7 +396,6 @@ def rejected_page(request: Request) -> Response:
         **_common(layout, "rejected"),
         files=found,
         hidden=max(0, len(files) - REJECTED_SHOWN),
-        back=f"/d/{dataset_key(layout)}/rejected",
     )
 
 
@@ -420,7 +417,6 @@ def runs_page(request: Request) -> Response:
         **_common(layout, "runs"),
         runs=Activity(config.state_dir, layout).runs(),
         moves=shown,
-        back=f"/d/{dataset_key(layout)}/runs",
     )
 
 

@@ -77,8 +77,10 @@ def rendered(request: Request, template: str, *, status: int = 200, **values: An
     """Return a page in the language of the request; ``values`` are whatever the template shows."""
     language = language_of(request)
     query = urlencode([(name, value) for name, value in request.query_params.multi_items() if name != "effect"])
+    here = request.url.path + (f"?{query}" if query else "")
     common = {
-        "without_effect": request.url.path + (f"?{query}" if query else ""),
+        "without_effect": here,
+        "back": here,
         "form_token": session_of(request),
         "effect": _effect(request),
         "dataset": None,
