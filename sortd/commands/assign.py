@@ -7,16 +7,15 @@ from typing import Any
 import typer
 
 from sortd.commands.console import counted, print_line, printable, say, show
-from sortd.commands.moves import dataset_at, journal_of
+from sortd.commands.moves import dataset_at
 from sortd.config import Config
 from sortd.daemon.assign import assign_images, assigned_label_problem, image_facts
 from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
 from sortd.daemon.corrections import record_places
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.errors import DataError
-from sortd.events import NO_CLASS, Outcome
+from sortd.events import NO_CLASS
 from sortd.layout import Layout
-from sortd.store.records import Selection
 from sortd.watch.scan import stamp
 
 
@@ -54,17 +53,6 @@ def _assign_here(
         results = [one for some, _ in steps for one in some]
         record_places(layout, opened.journal, [one["destination"] for one in results if one["destination"] is not None])
     return {"assigned": results, "later": sum(later for _, later in steps)}
-
-
-def newest_assigned(config: Config, layout: Layout, limit: int) -> list[dict[str, object]]:
-    """Return the newest moves by request that can be undone, newest first, as ``record_facts`` returns them."""
-    return journal_of(config, layout).moves(Selection(outcome=Outcome.ASSIGNED.value, undoable=True, limit=limit))
-
-
-def given_since(config: Config, layout: Layout, since: float) -> dict[str, int]:
-    """Return how many images a person ``assigned``, ``corrected`` and ``confirmed`` since a time (Unix seconds)."""
-    with journal_of(config, layout).open() as history:
-        return {"assigned": 0, "corrected": 0, "confirmed": 0} | history.given_since(since)
 
 
 def assign_paths(config: Config, paths: Sequence[Path], label: str, *, is_example: bool, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from time import time
@@ -23,7 +23,6 @@ from sortd.errors import DataError, DestinationError, advice_for_write
 from sortd.files import read_regular, write_json
 from sortd.images.thumbnails import thumbnails
 from sortd.layout import Layout
-from sortd.store.records import Record
 
 SAMPLE = 60
 """Images of a sample: without a mistake they prove 95 % at 95 % confidence."""
@@ -86,37 +85,26 @@ def draw_sample(config: Config, layout: Layout, size: int | None) -> AuditSample
     before = open_sample(folder)
     if before is not None and before.images and size in {None, len(before.images)}:
         return before
-    records: list[Record] = []
-    wanted = size or SAMPLE
+    images, wanted = list[dict[str, Any]](), size or SAMPLE
     with journal_of(config, layout).open() as history:
         drawn = np.random.default_rng().permutation(np.array(history.to_audit(), np.int64)).tolist()
         unchecked = len(drawn)
-        while drawn and len(records) < wanted:
+        while drawn and len(images) < wanted:
             found = {record.id: record for record in history.finished(drawn[:AT_ONCE])}
-            records += [found[one] for one in drawn[:AT_ONCE] if os.path.isfile(_path(layout, found[one]))]
+            for record in (found[one] for one in drawn[:AT_ONCE]):
+                path, reason = f"{layout.root}/{record.destination_path}", record.move_reason
+                if os.path.isfile(path):
+                    images.append({"id": record.id, "path": path, "label": reason.label or "", "score": reason.score})
             drawn = drawn[AT_ONCE:]
-    if not records:
+    if not images:
         raise DataError(f"{layout.name} has no filed image that was not checked")
-    sample = AuditSample(time(), unchecked, tuple(_image(layout, one) for one in records[:wanted]))
+    sample = AuditSample(time(), unchecked, tuple(images[:wanted]))
     try:
-        write_json(
-            folder / SAMPLE_FILE,
-            {"drawn_at": sample.drawn_at, "unchecked": unchecked, "images": list(sample.images)},
-            mode=0o644,
-        )
+        write_json(folder / SAMPLE_FILE, asdict(sample), mode=0o644)
     except OSError as error:
         advice = advice_for_write(error) or "run the command as the user that runs sortd"
         raise DestinationError(f"{folder / SAMPLE_FILE} cannot be written: {error.strerror}; {advice}") from error
     return sample
-
-
-def _path(layout: Layout, record: Record) -> str:
-    return os.path.join(layout.root, record.destination_path)
-
-
-def _image(layout: Layout, record: Record) -> dict[str, Any]:
-    reason = record.move_reason
-    return {"id": record.id, "path": _path(layout, record), "label": reason.label or "", "score": reason.score}
 
 
 def answer_sample(config: Config, layout: Layout, wrong: Sequence[Path]) -> dict[str, Any]:
@@ -181,9 +169,7 @@ def show_sample(config: Config, dataset: str | None, size: int | None, page: Pat
     facts = {
         "dataset": layout.name,
         "root": str(layout.root),
-        "drawn_at": sample.drawn_at,
-        "unchecked": sample.unchecked,
-        "images": list(sample.images),
+        **asdict(sample),
         "if_none_is_wrong": proportion(size, size),
     }
     if page is not None:

@@ -48,7 +48,7 @@ def serve_encoder(
     path = socket or config.encoder_socket
     config = config if config.encoder_socket is None else config.model_copy(update={"backend": "auto"})
     notifier, log = Notifier(environ), structlog.get_logger()
-    stop: Callable[[], None] = _leave  # while the model is being loaded
+    stop: Callable[[], object] = sys.exit  # while the model is being loaded
 
     def on_signal(signalled: Signalled) -> None:
         if signalled.number in {*STOP, signal.SIGHUP}:  # SIGHUP: its terminal was closed
@@ -69,10 +69,6 @@ def serve_encoder(
         notifier.ready(f"listens on {', '.join(places)}, {greeting.description}")
         server.run(sockets, on_turn=_turn(server, textfile, notifier, metrics))
     log.info(logs.ENCODER_STOPPED)
-
-
-def _leave() -> None:
-    sys.exit(0)
 
 
 def greeting_of(encoder: Encoder, config: Config, description: str) -> Greeting:

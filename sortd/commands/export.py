@@ -114,20 +114,15 @@ def exported_images(
         JournalError: the journal cannot be read.
     """
     candidates, _ = find_candidates(layout, Source.DATASET, config.state_dir)
-    found = []
+    found = list[ExportedImage | None]()
     with journal_of(config, layout).open() as history:
         given = {one.path: one.how for one in learnt_images(layout, history, with_corrections=True)}
         audited = history.audited_right()
         for number, candidate in enumerate(sorted(candidates, key=lambda one: one.path), 1):
-            image = _exported(layout, candidate, history.last_known(candidate.stamp), given, audited)
-            if image is not None and (image.checked or not checked_only):
-                found.append(image)
+            found.append(_exported(layout, candidate, history.last_known(candidate.stamp), given, audited))
             tell("reading", number, len(candidates))
-        for record in history.filed_in_place():
-            image = _exported_in_place(layout, record, audited)
-            if image is not None and (image.checked or not checked_only):
-                found.append(image)
-    return found
+        found += [_exported_in_place(layout, record, audited) for record in history.filed_in_place()]
+    return [image for image in found if image is not None and (image.checked or not checked_only)]
 
 
 def _exported(

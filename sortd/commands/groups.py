@@ -223,7 +223,6 @@ def show_groups(config: Config, dataset: str | None, page: Path | None, *, as_js
     facts = {pile.layout.name: pile.facts() for pile in piles}
     if page is not None:
         write_page(page, groups_page(facts, now=datetime.now().astimezone()))
-        say(f"sortd: page written to {page}")
     show({"datasets": facts}, _print_all_groups, as_json=as_json)
 
 

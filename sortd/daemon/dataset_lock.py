@@ -280,9 +280,10 @@ def claim_state_folder(layout: Layout, state: Path) -> Path:
     """
     folder = layout.state_folder(state)
     try:
-        is_begun = folder.is_dir() and any(folder.iterdir())
-        if not is_begun and (former := _former(layout, state)) is not None:
-            _rename(former, folder)
+        if (former := find_state_folder(layout, state)) != folder:
+            with suppress(Timeout), FileLock(former / "lock", timeout=0):  # unless a sortd uses it
+                os.rename(former, folder)
+                sync_folder_at(folder.parent)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise LayoutError(
@@ -337,13 +338,6 @@ def _former(layout: Layout, state: Path) -> Path | None:
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # never written, or damaged: a new journal begins
     return former if is_own else None
-
-
-def _rename(former: Path, folder: Path) -> None:
-    """Rename a state folder, unless a sortd uses it."""
-    with suppress(Timeout), FileLock(former / "lock", timeout=0):
-        os.rename(former, folder)
-        sync_folder_at(folder.parent)
 
 
 def _write(path: Path, content: bytes, folder: int | None = None) -> None:

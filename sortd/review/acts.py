@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse
 from starlette.routing import Route
 
-from sortd.commands.assign import assign_to_class, newest_assigned
+from sortd.commands.assign import assign_to_class
 from sortd.commands.audit import answer_sample_by_ids, draw_sample, open_sample
 from sortd.commands.console import printable
 from sortd.commands.moves import journal_of, undo_records_of
@@ -310,8 +310,8 @@ def _list_again(index: Index, layout: Layout) -> None:
 
 def _newest_assigned(index: Index, layout: Layout, others: frozenset[int]) -> list[int]:
     """Return the newest move that a person asked for, that was not undone and is not among ``others``, as a list."""
-    newest = newest_assigned(index.config, layout, len(others) + 1)
-    return [found for one in newest if (found := int(str(one["id"]))) not in others][:1]
+    newest = _moves(index, layout, Selection(outcome=Outcome.ASSIGNED, undoable=True, limit=len(others) + 1))
+    return [one.id for one in newest if one.id not in others][:1]
 
 
 def _ended_later(index: Index, layout: Layout, act: Act) -> list[int]:

@@ -77,11 +77,10 @@ def dataset_figures(index: Index, layout: Layout) -> dict[str, Any]:
 
 def _weeks(checked: Sequence[tuple[str, int, int]]) -> list[dict[str, Any]]:
     """Return for each week its ``day``, ``judged`` images, and the share ``right`` with its interval, low and high."""
-    found = []
-    for day, right, judged in checked:
-        low, high = interval(right, judged)
-        found.append({"day": day, "judged": judged, "right": right / judged, "low": low, "high": high})
-    return found
+    bounds = [(day, right, judged, *interval(right, judged)) for day, right, judged in checked]
+    return [
+        {"day": day, "judged": n, "right": right / n, "low": low, "high": high} for day, right, n, low, high in bounds
+    ]
 
 
 def _plot(by_day: list[tuple[str, str, int]], days: list[str]) -> dict[str, Any] | None:

@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from sortd.commands.assign import given_since
 from sortd.commands.console import printable
+from sortd.commands.moves import journal_of
 from sortd.errors import SortdError
 from sortd.layout import Layout
 from sortd.review.effects import running_state
@@ -28,7 +28,8 @@ PING_EVERY = 15
 def answers_today(index: Index, layout: Layout) -> int:
     """Return to how many images a person gave a class since midnight, local time."""
     midnight = datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0)
-    return sum(given_since(index.config, layout, midnight.timestamp()).values())
+    with journal_of(index.config, layout).open() as history:
+        return sum(history.given_since(midnight.timestamp()).values())
 
 
 def live_texts(
