@@ -139,10 +139,8 @@ def explain_command(
     as_json: JsonOption = False,
 ) -> None:
     """Explain where an image is filed, and why."""
-    from sortd.commands.evaluation import check_page_path
     from sortd.commands.explain import show_explanation
 
-    check_page_path(html)
     show_explanation(load_config(config), image, dataset, html, as_json=as_json)
 
 
@@ -298,9 +296,8 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate the references by leave-one-out: modes, classes that need images, and suspect images."""
-    from sortd.commands.evaluation import check_page_path, show_evaluation
+    from sortd.commands.evaluation import show_evaluation
 
-    check_page_path(html)
     show_evaluation(load_config(config), dataset, html, as_json=as_json)
 
 

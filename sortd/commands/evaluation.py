@@ -157,6 +157,7 @@ def _next_model(config: Config, report: EvaluationReport) -> str | None:
 
 def show_evaluation(config: Config, dataset: str | None, html: Path | None, *, as_json: bool) -> None:
     """Evaluate one dataset or all, write the page, print the figures, then raise the first error of a dataset."""
+    check_page_path(html)
     examined: dict[str, dict[str, Any]] = {}
     refusal: SortdError | None = None
     with bar("loading the model") as tell:

@@ -13,7 +13,7 @@ from sortd.classify.explain import Explanation, explain, explain_finetuned, expl
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import PROBABILISTIC
 from sortd.commands.console import format_time, print_line, print_table, printable, say, show, spinner
-from sortd.commands.evaluation import render, write_page
+from sortd.commands.evaluation import check_page_path, render, write_page
 from sortd.commands.moves import JournalPlace, dataset_at, journal_of, record_facts
 from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
 from sortd.config import Config
@@ -128,15 +128,13 @@ def explain_image(
     absolute = os.path.abspath(path)
     mark = stamp(absolute)
     left = why_kept(config, path)
-    if mark is None and (left is not None or os.path.islink(absolute)):
-        why = (
-            "it is a symbolic link; give the path of the file"
-            if left is None
-            else f"it stays in Images/: {left.message}"
-        )
-        raise DataError(f"{absolute}: {why}")
     if mark is None:
-        raise DataError(f"{absolute}: there is no such file, or it is a folder; give the path of an image")
+        why = "there is no such file, or it is a folder; give the path of an image"
+        if left is not None:
+            why = f"it stays in Images/: {left.message}"
+        elif os.path.islink(absolute):
+            why = "it is a symbolic link; give the path of the file"
+        raise DataError(f"{absolute}: {why}")
     layout = _dataset(config, path, dataset)
     with open(absolute, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
@@ -303,6 +301,7 @@ def _moves_back(place: JournalPlace, history: History, path: str) -> list[dict[s
 
 def show_explanation(config: Config, image: Path, dataset: str | None, html: Path | None, *, as_json: bool) -> None:
     """Explain the decision on an image, write the page, and print the explanation."""
+    check_page_path(html)
     with spinner("reading the image"):
         facts = explain_image(config, image, dataset).facts()
     if html is not None:

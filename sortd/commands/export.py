@@ -8,7 +8,7 @@ the dataset is changed, and nothing that exists is overwritten.
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,10 +22,11 @@ from sortd.commands.console import bar, counted, say, show
 from sortd.commands.export_formats import WRITERS, ExportedImage, ExportFormat, ExportOptions, Link
 from sortd.commands.moves import journal_of
 from sortd.config import Config
+from sortd.daemon.corrections import version_at
 from sortd.daemon.learnt import learnt_images
 from sortd.daemon.resources import Resources
 from sortd.errors import DataError, ImageError, LayoutError
-from sortd.events import EmbeddedImage, Stamp
+from sortd.events import EmbeddedImage
 from sortd.files import sha256_of
 from sortd.finetune.data import Candidate, find_candidates, near_duplicate_groups, split_by_group
 from sortd.finetune.recipe import Source
@@ -33,7 +34,6 @@ from sortd.images.decode import DecodeLimits, image_size
 from sortd.layout import Layout, enclosing_dataset
 from sortd.moving.fs import rename_new
 from sortd.store.records import Record
-from sortd.watch.scan import stamp
 
 AUDITED = "audited"
 AT_FDCWD = -100  # of fcntl.h: paths are relative to the working directory
@@ -164,7 +164,7 @@ def _exported_in_place(layout: Layout, record: Record, audited: frozenset[int]) 
     """Return an image that stayed in Images/, if this version and its link, if it has one, are still there."""
     move, label = record.move, record.move_reason.label
     path, link = os.path.join(layout.root, record.source_path), os.path.join(layout.root, record.destination_path)
-    version = _version(path)
+    version = version_at(path)
     if label is None or version is None or not version.is_same_version(move.image.stamp) or not os.path.lexists(link):
         return None
     image = _exported(layout, Candidate(path, version, label), record, {}, audited)
@@ -185,7 +185,7 @@ def _embedded(
         DataError: no image can be decoded.
     """
     with Resources(config) as resources:
-        files = [(image.path, version) for image in images if (version := _version(image.path)) is not None]
+        files = [(image.path, version) for image in images if (version := version_at(image.path)) is not None]
         rows: dict[str, FloatArray] = {}
         for number, answer in enumerate(resources.embedder().embed(files), 1):
             if isinstance(answer, EmbeddedImage):
@@ -195,12 +195,6 @@ def _embedded(
     if not kept:
         raise DataError(f"none of the {len(images)} images can be decoded")
     return kept, np.stack([rows[image.path] for image in kept])
-
-
-def _version(path: str) -> Stamp | None:
-    with suppress(OSError):
-        return stamp(path)
-    return None
 
 
 def with_split(images: Sequence[ExportedImage], rows: FloatArray, train: float) -> list[ExportedImage]:

@@ -12,6 +12,7 @@ import typer
 from sortd.commands.console import counted, print_line, printable, say, show
 from sortd.commands.moves import dataset_at, files_in, journal_of, release_held, undo_records_of
 from sortd.config import Config
+from sortd.daemon.corrections import put_there
 from sortd.files import read_regular
 from sortd.layout import Area, Layout
 from sortd.store.records import Record
@@ -61,8 +62,7 @@ def _rejections(config: Config, layout: Layout, paths: Sequence[str]) -> dict[st
     with journal_of(config, layout).open() as history:
         for path in paths:
             folder, _, name = path.removeprefix(f"{layout.root}/").rpartition("/")
-            put, gone = history.last_put(folder, name), history.last_moved(folder, name)
-            if put is not None and (gone is None or gone.id < put.id):  # otherwise this is another file
+            if (put := put_there(history, folder, name)) is not None:
                 found[path] = put
     return found
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -40,24 +41,10 @@ MOST_FIELDS = 25_000
 _CLASS_VALUE = re.compile(f"{CLASS_MARK}[0-9a-f]{{12}}")
 
 
-async def assign(request: Request) -> RedirectResponse:
-    """File the images of a form into a class, or set them apart as none of the classes."""
+async def assign(request: Request, *, area: Area, kind: str) -> RedirectResponse:
+    """File images of Review/ into a class, or of Dataset/ into another; or set them apart as none of the classes."""
     index, layout, form = await _begin(request)
-    images, refused = _found(index, form.getlist("image"), Area.REVIEW, layout)
-    return await _assigned(request, layout, form, images, refused, kind="assigned")
-
-
-async def correct(request: Request) -> RedirectResponse:
-    """File images of Dataset/ into another class."""
-    index, layout, form = await _begin(request)
-    images, refused = _found(index, form.getlist("image"), Area.DATASET, layout)
-    return await _assigned(request, layout, form, images, refused, kind="corrected")
-
-
-async def _assigned(
-    request: Request, layout: Layout, form: FormData, images: list[ShownImage], refused: list[str], *, kind: str
-) -> RedirectResponse:
-    index = index_of(request)
+    images, refused = _found(index, form.getlist("image"), area, layout)
     action = _text(form, "action")
     is_none = action in NONE_ACTIONS
     label = NO_CLASS if is_none else await run_in_threadpool(_label, index, layout, _text(form, "label"))
@@ -195,8 +182,8 @@ routes = [
     *(
         Route(f"/d/{{key}}/{name}", handler, methods=["POST"])
         for name, handler in {
-            "assign": assign,
-            "correct": correct,
+            "assign": partial(assign, area=Area.REVIEW, kind="assigned"),
+            "correct": partial(assign, area=Area.DATASET, kind="corrected"),
             "undo-run": undo_run,
             "retry": retry,
             "draw": draw,

@@ -18,6 +18,7 @@ from sortd.events import Mode, Outcome
 from sortd.layout import Layout
 from sortd.review.activity import Activity
 from sortd.review.index import Background, Index, dataset_key
+from sortd.store.checks import FiledImages
 
 DAYS = 30
 """Days of the plot."""
@@ -53,18 +54,10 @@ def dataset_figures(index: Index, layout: Layout) -> dict[str, Any]:
         by_day = history.counts_by_day(first.timestamp())
     classes = []
     for label in sorted({*index.labels(layout), *accuracy, *counts}):
-        filed = accuracy.get(label)
-        checked = 0 if filed is None else filed.checked
-        right = None if filed is None or not checked else out_of(filed.right, checked)
-        classes.append(
-            {
-                "label": label,
-                "references": counts.get(label, 0),
-                "filed": 0 if filed is None else filed.filed,
-                "checked": checked,
-                "right": right,
-            }
-        )
+        one = accuracy.get(label, FiledImages(filed=0, checked=0, corrected=0, undone=0))
+        right = out_of(one.right, one.checked) if one.checked else None
+        numbers = {"references": counts.get(label, 0), "filed": one.filed, "checked": one.checked}
+        classes.append({"label": label, **numbers, "right": right})
     audited = sum(one.audited for one in accuracy.values())
     return {
         "classes": classes,
