@@ -89,13 +89,9 @@ def greeting_of(encoder: Encoder, config: Config, description: str) -> Greeting:
 @contextmanager
 def _listening(path: Path | None, group: str | None, environ: MutableMapping[str, str]) -> Iterator[list[Socket]]:
     """Yield the sockets that systemd passes, or a new one; raise StartupError if the path cannot be used."""
-    passed = passed_sockets(environ, families=(AF_UNIX,))
-    if passed:
-        try:
-            yield passed
-        finally:
-            for one in passed:
-                one.close()
+    if passed := passed_sockets(environ, families=(AF_UNIX,)):
+        with ExitStack() as stack:
+            yield [stack.enter_context(one) for one in passed]
         return
     if path is None:
         raise typer.BadParameter(f"give --socket PATH, or set `backend: {SOCKET}PATH`", param_hint="--socket")

@@ -135,21 +135,11 @@ def _given_facts(place: JournalPlace, record: Record, corrected: str, path: str)
     facts = record_facts(place, record)
     unknown = dict.fromkeys(("score", "margin", "second_label", "mode", "undoes", "undone_by"))
     guess = facts["label"]
-    return (
-        facts
-        | unknown
-        | {
-            "run": "",
-            "action": "move",
-            "outcome": CONFIRMED if corrected == guess else CORRECTED,
-            "label": corrected,
-            "from": facts["to"],
-            "to": path if place.root is None else f"{place.root}/{path}",
-            "reason": f"by a person; sortd's class: {guess or 'none'}",
-            "companions": [],
-            "lost": [],
-        }
-    )
+    moved = {"from": facts["to"], "to": path if place.root is None else f"{place.root}/{path}", "label": corrected}
+    outcome = CONFIRMED if corrected == guess else CORRECTED
+    reason = f"by a person; sortd's class: {guess or 'none'}"
+    own = {"run": "", "action": "move", "outcome": outcome, "reason": reason, "companions": [], "lost": []}
+    return facts | unknown | moved | own
 
 
 def _print_json(rows: Iterable[Row]) -> None:

@@ -133,18 +133,10 @@ def _from_journal(place: JournalPlace) -> tuple[dict[str, Any], list[Row]]:
             }
     except JournalError as error:
         return facts | {"journal_problem": str(error)}, []
-    rows = []
-    for relative, mark in held.items():
-        path = f"{place.root}/{relative}"
+    rows, why = [], "it is held after an undo until it changes or is released: sortd release PATH"
+    for path, mark in ((f"{place.root}/{relative}", mark) for relative, mark in held.items()):
         with suppress(OSError):
-            if is_version(os.lstat(path), mark):
-                rows.append(
-                    _row(
-                        path,
-                        Reason.HELD,
-                        "it is held after an undo until it changes or is released: sortd release PATH",
-                    )
-                )
+            rows += [_row(path, Reason.HELD, why)] if is_version(os.lstat(path), mark) else []
     return facts, rows
 
 

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import AF_INET, AF_UNIX, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET
 from socket import socket as Socket  # noqa: N812 -- a class; `socket` is the name of the option
@@ -267,12 +267,8 @@ def listening(port: int | None, path: Path | None, environ: MutableMapping[str, 
         with unix_socket(path.absolute()) as listener:
             yield [listener]
         return
-    sockets = passed or [_loopback_socket(PORT if port is None else port)]
-    try:
-        yield sockets
-    finally:
-        for one in sockets:
-            one.close()
+    with ExitStack() as stack:
+        yield [stack.enter_context(one) for one in passed or [_loopback_socket(PORT if port is None else port)]]
 
 
 def _loopback_socket(port: int) -> Socket:
