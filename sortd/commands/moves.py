@@ -9,7 +9,7 @@ import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,29 +134,18 @@ def files_in(folder: Path) -> list[File]:
 
 def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
     """Return a record as plain values, its paths absolute where the dataset is there."""
-    reason, image = record.move_reason, record.move.image
     root = "" if place.root is None else f"{place.root}/"
     return {
         "id": record.id,
         "dataset": place.dataset,
         "run": record.run,
         "at": record.ended_at,
-        "outcome": reason.outcome,
-        "label": reason.label,
+        **asdict(record.move_reason),
         "from": f"{root}{record.source_path}",
         "to": f"{root}{record.destination_path}",
-        "size": image.stamp.size,
+        "size": record.move.image.stamp.size,
         "action": record.move.action,
         "companions": list(dict.fromkeys(file.final or file.name for file in record.move.files[1:])),
-        "score": reason.score,
-        "margin": reason.margin,
-        "second_label": reason.second_label,
-        "mode": reason.mode,
-        "reason": reason.reason,
-        "generation": reason.generation,
-        "encoder_id": reason.encoder_id,
-        "content": reason.content,
-        "undoes": reason.undoes,
         "undone_by": record.undone_by,
         "lost": list(record.move.lost),
     }
