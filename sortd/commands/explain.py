@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -217,18 +217,24 @@ def _dataset(config: Config, path: Path, name: str | None) -> Layout:
 
 def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
     """Return the cached embedding and logits of a content with stored prototypes, or None if one is missing."""
-    prototypes = current_prototypes(config, layout)
-    file = config.cache_dir / CACHE_FILE
-    if prototypes is None or not file.is_file():
+    if (prototypes := current_prototypes(config, layout)) is None:
         return None
     wanted = config.dataset(layout.name).classifier
     decider = select_classifier(layout, config.state_dir, wanted, _labels(layout, prototypes))
-    with Cache(file, report=lambda _: None) as cache:
-        embedding = cache.embeddings({content}, prototypes.encoder_id).get(content)
-        logits = cache.embeddings({content}, decider.model_id).get(content)
+    ids = (prototypes.encoder_id, decider.model_id)
+    embedding, logits = (stored_rows(config, {content}, one).get(content) for one in ids)
     if (embedding if decider.facts is None else logits) is None:
         return None
     return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
+
+
+def stored_rows(config: Config, contents: Iterable[str], encoder_id: str) -> dict[str, FloatArray]:
+    """Return the embeddings that the cache has, by content; create no cache for it."""
+    file = config.cache_dir / CACHE_FILE
+    if not file.is_file():
+        return {}
+    with Cache(file, report=lambda _: None) as cache:
+        return cache.embeddings(set(contents), encoder_id)
 
 
 def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_encoder: LoadEncoder | None) -> _Sight:

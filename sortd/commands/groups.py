@@ -1,7 +1,7 @@
 """The command ``groups``: groups of the images in Review/, shown on a page, and accepted as a class."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -18,7 +18,7 @@ from sortd.commands.assign import assign_to_class, print_assigned
 from sortd.commands.check_dataset import FEW_REFERENCES, NAMED_AT_MOST
 from sortd.commands.console import counted, print_line, print_table, printable, say, show, spinner
 from sortd.commands.evaluation import check_page_path, render, write_page
-from sortd.commands.explain import current_prototypes
+from sortd.commands.explain import current_prototypes, stored_rows
 from sortd.commands.findings import Finding, note
 from sortd.commands.moves import File, files_in, journal_of, without_links
 from sortd.commands.status import chosen_datasets, settings_with_corrections
@@ -33,7 +33,6 @@ from sortd.events import EmbeddedImage, ImageRefused
 from sortd.files import sha256_of
 from sortd.images.thumbnails import thumbnails
 from sortd.layout import Area, Layout
-from sortd.store.cache import CACHE_FILE, Cache
 from sortd.watch.scan import whole_files
 
 NEXT_AT_MOST = 24
@@ -166,15 +165,6 @@ def embed_missing(
             contents.pop(file, None)
             refused.append(answer)
     return tuple(refused)
-
-
-def stored_rows(config: Config, contents: Iterable[str], encoder_id: str) -> dict[str, FloatArray]:
-    """Return the embeddings that the cache has, by content; create no cache for it."""
-    file = config.cache_dir / CACHE_FILE
-    if not file.is_file():
-        return {}
-    with Cache(file, report=lambda _: None) as cache:
-        return cache.embeddings(set(contents), encoder_id)
 
 
 def _journaled_contents(config: Config, layout: Layout, files: Sequence[File]) -> dict[File, str]:

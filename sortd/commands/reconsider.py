@@ -16,7 +16,8 @@ from sortd.arrays import FloatArray
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import Classifier, PrototypeSet
 from sortd.commands.console import counted, print_line, print_table, printable, say, show, spinner
-from sortd.commands.groups import embed_missing, embedded_rows, stored_rows
+from sortd.commands.explain import stored_rows
+from sortd.commands.groups import embed_missing, embedded_rows
 from sortd.commands.moves import File, files_in, journal_of
 from sortd.commands.status import chosen_datasets
 from sortd.config import Config

@@ -30,7 +30,7 @@ from sortd.events import NO_CLASS, Outcome
 from sortd.layout import Area, Layout
 from sortd.review.effects import Act, Effects
 from sortd.review.index import Index, ShownImage, dataset_key
-from sortd.review.rendering import CLASS_MARK, form_label, index_of, session_of
+from sortd.review.rendering import CLASS_MARK, form_label, index_of, number_of, session_of
 from sortd.store.records import Record, Selection
 
 NONE_ACTIONS = frozenset({"none", "example"})
@@ -219,8 +219,7 @@ def _text(form: FormData, name: str) -> str:
 
 
 def _number(form: FormData, name: str) -> int:
-    text = _text(form, name)
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else 0  # noqa: PLR2004 - 64 bits
+    return number_of(_text(form, name))
 
 
 def _label(index: Index, layout: Layout, text: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from sortd.classify.groups import find_groups
-from sortd.commands.groups import stored_rows
+from sortd.commands.explain import stored_rows
 from sortd.commands.moves import files_in, journal_of
 from sortd.companions import is_image
 from sortd.config import Config

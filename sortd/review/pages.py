@@ -34,6 +34,7 @@ from sortd.review.rendering import (
     class_key,
     effect_number,
     index_of,
+    number_of,
     problem_page,
     rendered,
     session_of,
@@ -110,12 +111,6 @@ def _layout(request: Request) -> Layout:
         return index_of(request).dataset(request.path_params["key"])
     except DataError as error:
         raise HTTPException(404) from error
-
-
-def _number(request: Request, name: str) -> int:
-    """Return the number of a page in the address, from 1."""
-    text = request.query_params.get(name, "")
-    return int(text) if text.isascii() and text.isdigit() and 0 < len(text) < 8 and int(text) else 1  # noqa: PLR2004
 
 
 def _common(layout: Layout, here: str) -> dict[str, Any]:
@@ -217,7 +212,7 @@ def waiting_page(request: Request) -> Response:
         return rendered(request, "nothing.html", **common, is_skipped=bool(batches))
     batch = batches[position]
     pages = ceil(len(batch.images) / PAGE_SIZE)
-    page = min(_number(request, "page"), pages)
+    page = min(number_of(request.query_params.get("page", "")) or 1, pages)
     shown = batch.images[(page - 1) * PAGE_SIZE : page * PAGE_SIZE]
     near = index.nearest(layout, shown)
     return rendered(
@@ -259,7 +254,7 @@ def _listed(request: Request, batches: Sequence[ReviewBatch], position: int) -> 
     """Return the other batches of one page of their list."""
     others = [*batches[position + 1 :], *batches[:position]]
     lists = max(1, ceil(len(others) / BATCHES_LISTED))
-    at = min(_number(request, "list"), lists)
+    at = min(number_of(request.query_params.get("list", "")) or 1, lists)
     return {"others_of_list": others[(at - 1) * BATCHES_LISTED : at * BATCHES_LISTED], "list": at, "lists": lists}
 
 
