@@ -55,27 +55,37 @@ def make_report(
     Raises:
         DataError: the run has no plan, or its decisions are damaged.
     """
-    plan, counts = read_run(run), _Counts(labels or {})
-    drawn = heapq.nsmallest(
-        sample,
-        (
-            row
-            for row in counts.counted(chain.from_iterable(decided_rows(run, _COLUMNS)))
-            if not (row["reason"] or "").startswith(UNREADABLE)
-        ),
-        key=lambda row: hashlib.sha256(f"{seed} {row['id']}".encode()).digest(),
-    )
-    right, judged = counts.right, counts.judged
+    plan, examples = read_run(run), list[dict[str, str]]()
+    filed, right, judged, others = (Counter[str]() for _ in range(4))
+
+    def read_rows() -> Iterator[dict[str, Any]]:
+        """Count the decisions, and yield those on images that were read."""
+        for row in chain.from_iterable(decided_rows(run, _COLUMNS)):
+            label, uri, reason = row["label"], row["uri"], row["reason"] or ""
+            if label is None:
+                others[UNREADABLE if reason.startswith(UNREADABLE) else reason] += 1
+            else:
+                filed[label] += 1
+            if label is not None and labels is not None and uri in labels:
+                judged[label] += 1
+                right[label] += labels[uri] == label
+            if not reason.startswith(UNREADABLE):
+                yield row
+            elif len(examples) < EXAMPLES:
+                examples.append({"uri": uri, "reason": reason})
+
+    drawn = heapq.nsmallest(sample, read_rows(), key=lambda row: _random_order(seed, row["id"]))
+    unreadable = others.pop(UNREADABLE, 0)
     return {
         "run": os.fspath(run),
         "source": plan["source"],
         "planned": plan["count"],
-        "decided": counts.decided,
-        "filed": sum(counts.labels.values()),
-        "unreadable": counts.unreadable,
-        "classes": dict(counts.labels.most_common()),
-        "reasons": dict(counts.reasons.most_common()),
-        "examples": counts.examples,
+        "decided": filed.total() + others.total() + unreadable,
+        "filed": filed.total(),
+        "unreadable": unreadable,
+        "classes": dict(filed.most_common()),
+        "reasons": dict(others.most_common()),
+        "examples": examples,
         "checked": proportion(sum(right.values()), sum(judged.values())),
         "checked_by_class": {label: proportion(right[label], judged[label]) for label in sorted(judged)},
         "seed": seed,
@@ -83,35 +93,8 @@ def make_report(
     }
 
 
-class _Counts:
-    """Counts of decisions, and of those whose true class is known."""
-
-    def __init__(self, truth: Mapping[str, str]) -> None:
-        self._truth = truth
-        self.decided = self.unreadable = 0
-        self.labels: Counter[str] = Counter()
-        self.reasons: Counter[str] = Counter()
-        self.right: Counter[str] = Counter()
-        self.judged: Counter[str] = Counter()
-        self.examples: list[dict[str, str]] = []
-
-    def counted(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield rows after counting them."""
-        for row in rows:
-            self.decided += 1
-            label, reason = row["label"], row["reason"] or ""
-            if label is not None:
-                self.labels[label] += 1
-                if row["uri"] in self._truth:
-                    self.judged[label] += 1
-                    self.right[label] += self._truth[row["uri"]] == label
-            elif reason.startswith(UNREADABLE):
-                self.unreadable += 1
-                if len(self.examples) < EXAMPLES:
-                    self.examples.append({"uri": row["uri"], "reason": reason})
-            else:
-                self.reasons[reason] += 1
-            yield row
+def _random_order(seed: int, identifier: str) -> bytes:
+    return hashlib.sha256(f"{seed} {identifier}".encode()).digest()
 
 
 # ---------------------------------------------------------------- output
