@@ -203,17 +203,15 @@ class Resources:
 
     def _store(self, cache: Cache) -> PrototypeStore:
         """Return the store of prototypes; with a scratch folder it is read-only."""
-        config = self.config
-
-        def layout(dataset: str) -> Layout:
-            return Layout(config.root / dataset)
-
+        config, files = self.config, cache.prototypes
         if self._is_scratch:
-            return PrototypeStore(lambda dataset: stored_prototypes(config, layout(dataset)), _nothing, _nothing)
+            return PrototypeStore(
+                lambda name: stored_prototypes(config, Layout(config.root / name)), _nothing, _nothing
+            )
         return PrototypeStore(
-            read=lambda dataset: cache.prototypes.read(layout(dataset).key),
-            write=lambda dataset, prototypes: cache.prototypes.write(layout(dataset).key, prototypes),
-            forget=lambda dataset: cache.prototypes.remove(layout(dataset).key),
+            read=lambda name: files.read(Layout(config.root / name).key),
+            write=lambda name, prototypes: files.write(Layout(config.root / name).key, prototypes),
+            forget=lambda name: files.remove(Layout(config.root / name).key),
         )
 
     def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:

@@ -1,8 +1,7 @@
 """What the journal of a dataset says for the pages: the classes last used, the last runs, and what audits found."""
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,14 +82,8 @@ class Activity:
         return [row["id"] for row in self._rows(_FILED_BECAUSE, since, after, last)]
 
     def _rows(self, statement: str, *values: Any) -> list[sqlite3.Row]:  # noqa: ANN401 - values of SQLite
-        with self._connection() as connection:
-            return [] if connection is None else connection.execute(statement, values).fetchall()
-
-    @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection | None]:
         if not self._file.is_file():
-            yield None
-            return
+            return []
         with translated(self._file), closing(open_for_reading(self._file)) as connection:
             connection.row_factory = sqlite3.Row
-            yield connection
+            return connection.execute(statement, values).fetchall()
