@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sortd.arrays import Pixels
-from sortd.commands.console import counted, megabytes, print_line, print_table, printable
+from sortd.commands.console import counted, decimals, megabytes, print_line, print_table, printable
 from sortd.commands.models import backend_facts
 from sortd.config import Config
 from sortd.daemon.dataset_lock import lock_dataset
@@ -201,10 +201,7 @@ def print_measured(facts: Mapping[str, Any]) -> None:
         "encode_alone": "with batch size 1",
         "move": "of copies in a temporary folder, with the journal",
     }
-    rows = [
-        (name.replace("_", " "), "" if stages[name] is None else f"{stages[name]:.2f}", text)
-        for name, text in notes.items()
-    ]
+    rows = [(name.replace("_", " "), decimals(stages[name], ".2f"), text) for name, text in notes.items()]
     print_table(("stage", "ms/image", ""), rows, right=("ms/image",))
     print_line("")
     backends = [

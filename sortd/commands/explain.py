@@ -12,7 +12,7 @@ from sortd.arrays import FloatArray
 from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import PROBABILISTIC
-from sortd.commands.console import format_time, print_line, print_table, printable, say, show, spinner
+from sortd.commands.console import decimals, format_time, print_line, print_table, printable, say, show, spinner
 from sortd.commands.evaluation import check_page_path, render, write_page
 from sortd.commands.moves import JournalPlace, dataset_at, journal_of, record_facts
 from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
@@ -323,15 +323,7 @@ def _print_explained(facts: Mapping[str, Any]) -> None:
         print_line(printable(sentence))
     print_line("")
     scores = facts["scores"][:CLASSES_SHOWN]
-    rows = [
-        (
-            one["label"],
-            f"{one['score']:.3f}",
-            "" if one["nearest"] is None else f"{one['nearest']:.3f}",
-            one["references"],
-        )
-        for one in scores
-    ]
+    rows = [(one["label"], decimals(one["score"]), decimals(one["nearest"]), one["references"]) for one in scores]
     print_table(("class", "score", "nearest", "references"), rows, right=("score", "nearest", "references"))
     if len(facts["scores"]) > len(scores):
         say(f"sortd: {len(facts['scores']) - len(scores)} more classes; --json prints all")

@@ -16,7 +16,7 @@ from sortd.classify.groups import ImageGroup, find_groups, next_to_label, whiten
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.assign import assign_to_class, print_assigned
 from sortd.commands.check_dataset import FEW_REFERENCES, NAMED_AT_MOST
-from sortd.commands.console import counted, print_line, print_table, printable, say, show, spinner
+from sortd.commands.console import counted, decimals, print_line, print_table, printable, say, show, spinner
 from sortd.commands.evaluation import check_page_path, render, write_page
 from sortd.commands.explain import current_prototypes, stored_rows
 from sortd.commands.findings import Finding, note
@@ -238,7 +238,7 @@ def _print_groups(name: str, facts: Mapping[str, Any]) -> None:
         (
             one["id"],
             one["size"],
-            "" if one["familiarity"] is None else f"{one['familiarity']:+.2f}",
+            decimals(one["familiarity"], "+.2f"),
             one["nearest_label"],
             "yes" if one["is_new"] else "",
             one["members"][0],

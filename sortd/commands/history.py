@@ -16,6 +16,7 @@ from typing import Any
 
 from sortd.commands.console import (
     counted,
+    decimals,
     format_time,
     json_document,
     json_values,
@@ -189,8 +190,8 @@ def _columns(record: Mapping[str, Any]) -> tuple[str, ...]:
         f"{record['outcome'].replace('_', ' ')}{action}" + (" (undone)" if record["undone_by"] else ""),
         relative_to_dataset(record["from"]),
         relative_to_dataset(record["to"]),
-        "" if record["score"] is None else f"{record['score']:.3f}",
-        "" if record["margin"] is None else f"{record['margin']:.3f}",
+        decimals(record["score"]),
+        decimals(record["margin"]),
         _reason(record),
         record["run"],
     )

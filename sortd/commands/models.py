@@ -36,13 +36,9 @@ _CLASSIFIERS = {"prototypes": "prototypes", "finetuned": "fine-tuned model"}
 
 def print_models(facts: Mapping[str, Any]) -> None:
     """Print ``model_list``: the models, the selected one and its backend, and the classifier of each dataset."""
-    columns = ("name", "kind", "size", "content", "folder")
     rows = [
-        (
-            "->" * model["chosen"],
-            *((model | {"size": megabytes(model["size_bytes"])})[column] or "" for column in columns),
-        )
-        for model in facts["models"]
+        ("->" * one["chosen"], one["name"], one["kind"], megabytes(one["size_bytes"]), one["content"], one["folder"])
+        for one in facts["models"]
     ]
     print_table(("", "model", "kind", "size", "content", "folder"), rows, right=("size",))
     print_line("")

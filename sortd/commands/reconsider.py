@@ -15,7 +15,7 @@ import typer
 from sortd.arrays import FloatArray
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import Classifier, PrototypeSet
-from sortd.commands.console import counted, print_line, print_table, printable, say, show, spinner
+from sortd.commands.console import counted, decimals, print_line, print_table, printable, say, show, spinner
 from sortd.commands.explain import stored_rows
 from sortd.commands.groups import embed_missing, embedded_rows
 from sortd.commands.moves import File, files_in, journal_of
@@ -257,7 +257,7 @@ def _print_dataset(name: str, facts: Mapping[str, Any], *, is_applied: bool) -> 
     considered = counted(facts["considered"], "filed image")
     print_line(f"{printable(name)}: {considered} decided again", style="bold")
     rows = [
-        (one["path"], one["from"], one["to"], _score(one["then"]), _score(one["now"])) for one in facts["proposals"]
+        (one["path"], one["from"], one["to"], decimals(one["then"]), decimals(one["now"])) for one in facts["proposals"]
     ]
     if rows:
         print_table(("image", "class", "new class", "then", "now"), rows, right=("then", "now"))
@@ -279,7 +279,3 @@ def _print_moved(facts: Mapping[str, Any]) -> None:
     say(f"sortd: {counted(done, 'image')} moved" + (f"; to take them back: sortd undo --last {done}" if done else ""))
     if facts["later"]:
         say(f"sortd: {counted(facts['later'], 'image')} still to be copied to another file system")
-
-
-def _score(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
