@@ -271,15 +271,15 @@ def _known_contents(config: Config, files: Sequence[_File]) -> Mapping[_File, st
 
 def _name_findings(clases: Path, labels: Sequence[str], misnamed: Sequence[str]) -> Iterator[Finding]:
     if misnamed:
-        yield warning(clases, f"holds folders whose names cannot be classes: {_listed(misnamed)}", "rename them")
+        yield warning(clases, f"holds folders whose names cannot be classes: {listed(misnamed)}", "rename them")
     if blanks := [written_name(label) for label in labels if written_name(label) != label]:
-        what = f"holds class names with a blank at an end or two in a row: {_listed(blanks)}"
+        what = f"holds class names with a blank at an end or two in a row: {listed(blanks)}"
         yield warning(clases, what, "rename them; some file systems remove a blank at the end")
     alike = defaultdict(list)
     for label in labels:
         alike[" ".join(unicodedata.normalize("NFC", label).casefold().split())].append(written_name(label))
     for same in (names for names in alike.values() if len(names) > 1):
-        what = f"holds classes whose names look the same: {_listed(same)}"
+        what = f"holds classes whose names look the same: {listed(same)}"
         yield warning(clases, what, "rename or merge them; on other systems they are one folder")
 
 
@@ -290,7 +290,7 @@ def _unused_findings(clases: Path) -> Iterator[Finding]:
         if isinstance(found, Why) and found.reason is not Reason.SYSTEM and Path(path).parent != clases:
             unused[found.reason].append((os.path.relpath(path, clases), found.message))
     for reason, files in unused.items():
-        shown, number = _listed(sorted(path for path, _ in files)), counted(len(files), "entry")
+        shown, number = listed(sorted(path for path, _ in files)), counted(len(files), "entry")
         yield warning(clases, f"{number} not used as references ({reason.replace('_', ' ')}): {shown}", files[0][1])
 
 
@@ -331,7 +331,7 @@ def _count_findings(clases: Path, counts: dict[str, int], mode: str) -> Iterator
         yield error(clases, "holds no class, so nothing can be decided", f"put images into {clases}/CLASS/")
         return
     if len(counts) == 1:
-        what = f"holds only one class ({_listed(list(counts))}), so there is no other to compare with"
+        what = f"holds only one class ({listed(list(counts))}), so there is no other to compare with"
         yield warning(clases, what, "add a second class, or examples of what belongs to no class in _none/")
     if empty := [label for label, count in counts.items() if count == 0]:
         severity, effect, advice = {
@@ -342,10 +342,10 @@ def _count_findings(clases: Path, counts: dict[str, int], mode: str) -> Iterator
             f"without an image; `mode: {mode}` files nothing there",
             "add images, or set `mode: mixed`, which also uses the names of classes",
         )
-        yield severity(clases, f"{counted(len(empty), 'class')} {effect}: {_listed(empty)}", advice)
+        yield severity(clases, f"{counted(len(empty), 'class')} {effect}: {listed(empty)}", advice)
     few = [f"{label} ({count})" for label, count in counts.items() if 0 < count < FEW_REFERENCES]
     if few and mode != "text":
-        what = f"{counted(len(few), 'class')} with fewer than {FEW_REFERENCES} images: {_listed(few)}"
+        what = f"{counted(len(few), 'class')} with fewer than {FEW_REFERENCES} images: {listed(few)}"
         yield warning(clases, what, f"add at least {FEW_REFERENCES} varied images per class, ideally 16")
 
 
@@ -365,8 +365,8 @@ def _duplicate_findings(
                     by_content[contents.get(file) or sha256_of(file[0])].append((label, file[0]))
     for twins in by_content.values():
         if len(labels := sorted({label for label, _ in twins})) > 1:
-            paths = _listed([os.path.relpath(path, clases) for _, path in twins])
-            what = f"is a reference of {len(labels)} classes ({_listed(labels)}): {paths}"
+            paths = listed([os.path.relpath(path, clases) for _, path in twins])
+            what = f"is a reference of {len(labels)} classes ({listed(labels)}): {paths}"
             yield warning(twins[0][1], what, "keep it only in the class to which it belongs")
 
 
@@ -379,7 +379,7 @@ def _is_image(path: str) -> bool:
         return True  # _reading_findings reports it
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return the first few names in printable form, and how many more there are."""
     more = len(names) - NAMED_AT_MOST
     return ", ".join(map(printable, names[:NAMED_AT_MOST])) + (f" and {more} more" if more > 0 else "")

@@ -15,7 +15,7 @@ from sortd.arrays import Array, FloatArray
 from sortd.classify.groups import ImageGroup, find_groups, next_to_label, whitened_rows
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.assign import assign_to_class, print_assigned
-from sortd.commands.check_dataset import FEW_REFERENCES, NAMED_AT_MOST
+from sortd.commands.check_dataset import FEW_REFERENCES, listed
 from sortd.commands.console import counted, decimals, print_line, print_table, printable, say, show, spinner
 from sortd.commands.evaluation import check_page_path, render, write_page
 from sortd.commands.explain import current_prototypes, stored_rows
@@ -125,9 +125,8 @@ def label_findings(config: Config, layout: Layout) -> Iterator[Finding]:
     known = [(path, rows[content]) for (path, _), content in contents.items() if content in rows]
     if known:
         asked = _next(prototypes, np.array([row for _, row in known], np.float64))
-        named = ", ".join(os.path.relpath(known[at][0], review) for at in asked[:NAMED_AT_MOST])
-        more = f" and {len(asked) - NAMED_AT_MOST} more" if len(asked) > NAMED_AT_MOST else ""
-        what = f"holds images that are best labelled next, since the classes have few references: {named}{more}"
+        named = listed([os.path.relpath(known[at][0], review) for at in asked])
+        what = f"holds images that are best labelled next, since the classes have few references: {named}"
         yield note(review, what, "move them into their classes in Clases/; `sortd groups --page FILE` shows them")
 
 
