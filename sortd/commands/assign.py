@@ -22,14 +22,10 @@ from sortd.watch.scan import stamp
 def assign_to_class(
     config: Config, layout: Layout, label: str, images: Sequence[Mapping[str, Any]], *, is_example: bool = False
 ) -> dict[str, Any]:
-    """Assign images to a class, by the running sortd or in this process, and return the outcome as plain values.
+    """Assign images to a class, by the running sortd or in this process; return the reply as ``daemon.control`` has it.
 
     ``images`` are as ``image_facts`` returns them; one that changed since is not moved. With the label ``NO_CLASS`` and
     ``is_example`` they become examples of no class.
-
-    Returns:
-        ``assigned``: for each image ``path``, ``destination`` (None: it was not moved), ``id`` of the move in the
-        journal, and ``message``; ``later``: how many are still to be copied to another file system.
 
     Raises:
         DataError: the class cannot have this name, or no image is named.

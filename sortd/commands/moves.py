@@ -216,11 +216,7 @@ def _undoable(
 
 
 def undo_records_of(config: Config, layout: Layout, identifiers: Sequence[int]) -> dict[str, Any]:
-    """Undo the moves with these numbers in the journal of a dataset, by the running sortd or in this process.
-
-    Returns:
-        ``undone``: for each move ``dataset``, ``id``, ``was``, ``restored`` (None: it was not moved back) and
-        ``message``; ``later``: how many are still to be copied back from another file system.
+    """Undo moves of a journal, by the running sortd or in this process; return the reply as ``daemon.control`` has it.
 
     Raises:
         DataError: the journal has no such move.
