@@ -255,15 +255,8 @@ def _request_or_problem(image_and_path: tuple[AssignedImage, str]) -> dict[str, 
     except ValueError as error:
         return str(error)
     decision = Assigned(image.label, image.probability, image.margin, None, mode, confidence=image.probability)
-    return refile_facts(
-        path,
-        before.size,
-        before.mtime_ns,
-        decision,
-        content=image.sha256,
-        encoder_id=image.encoder_id,
-        generation=0,  # the classifier is none of the dataset's generations
-    )
+    # The classifier is none of the dataset's generations.
+    return refile_facts(path, before, decision, content=image.sha256, encoder_id=image.encoder_id, generation=0)
 
 
 def _filing(history: History, layout: Layout, path: str, image: AssignedImage) -> Record | None:

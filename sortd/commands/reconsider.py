@@ -91,7 +91,8 @@ class ReconsideredDataset:
         """The proposals as a request has them."""
         return [
             refile_facts(
-                *(one.file[0], one.file[1].size, one.file[1].mtime_ns, one.decision),
+                *one.file,
+                one.decision,
                 content=one.content,
                 encoder_id=self.encoder_id,
                 generation=self.generation,

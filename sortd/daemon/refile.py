@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sortd.daemon.assign import CarryOut, Result, carried_out, distinct, found_version, refused
+from sortd.daemon.assign import CarryOut, Result, carried_out, distinct, found_version, image_facts, refused
 from sortd.daemon.references import class_labels
 from sortd.events import Assigned, ClassifierKind, DecidedBy, Mode, Move, Outcome, Stamp
 from sortd.layout import Area, Layout
@@ -38,13 +38,11 @@ def refile_images(
 
 
 def refile_facts(
-    path: str, size: int, mtime_ns: int, decision: Assigned, *, content: str, encoder_id: str, generation: int
+    path: str, version: Stamp, decision: Assigned, *, content: str, encoder_id: str, generation: int
 ) -> dict[str, object]:
     """Return an image of a request: its path and version, and the decision with what it was made of."""
     return {
-        "path": path,
-        "size": size,
-        "mtime_ns": mtime_ns,
+        **image_facts(path, version),
         "label": decision.label,
         "score": decision.score,
         "margin": decision.margin,

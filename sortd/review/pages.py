@@ -35,7 +35,6 @@ from sortd.review.rendering import (
     effect_number,
     index_of,
     number_of,
-    problem_page,
     rendered,
     session_of,
     static_files,
@@ -89,18 +88,20 @@ def _http_error(request: Request, error: Exception) -> Response:
         404: say("There is no such page. A file that changed or was moved has another address: look again."),
         405: say("This address does not answer that."),
     }
-    page = problem_page(request, error.status_code, texts.get(error.status_code, printable(error.detail)))
+    message = texts.get(error.status_code, printable(error.detail))
+    page = rendered(request, "error.html", status=error.status_code, message=message)
     page.headers.update(error.headers or {})
     return page
 
 
 def _own_error(request: Request, error: Exception) -> Response:
-    return problem_page(request, 503, printable(str(error)))
+    return rendered(request, "error.html", status=503, message=printable(str(error)))
 
 
 def _failure(request: Request, _: Exception) -> Response:
     say = translations_of(request).gettext
-    return problem_page(request, 500, say("sortd review failed; its log says why."))
+    message = say("sortd review failed; its log says why.")
+    return rendered(request, "error.html", status=500, message=message)
 
 
 # ---------------------------------------------------------------- parts

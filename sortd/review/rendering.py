@@ -92,11 +92,6 @@ def rendered(request: Request, template: str, *, status: int = 200, **values: An
     return _Page(text, status, headers={"Content-Language": language, "Vary": "Accept-Language"})
 
 
-def problem_page(request: Request, status: int, message: str) -> HTMLResponse:
-    """Return the page of an error; ``message`` says what happened and what to do."""
-    return rendered(request, "error.html", status=status, message=message)
-
-
 def effect_number(request: Request) -> int:
     """Return the number of the act that led to this page; 0: none."""
     return number_of(request.query_params.get("effect", ""))
