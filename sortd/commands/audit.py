@@ -173,7 +173,8 @@ def show_sample(config: Config, dataset: str | None, size: int | None, page: Pat
         "if_none_is_wrong": proportion(size, size),
     }
     if page is not None:
-        write_page(page, audit_page(facts, now=datetime.now().astimezone()))
+        pictures = thumbnails(image["path"] for image in sample.images)
+        write_page(page, render("audit.html", datetime.now().astimezone(), facts=facts, images=pictures))
     show(facts, _print_sample, as_json=as_json)
 
 
@@ -203,8 +204,3 @@ def _print_answers(facts: Mapping[str, Any]) -> None:
     for what, one in (("in this sample", facts["sample"]), ("in all samples", facts["all"])):
         print_line(f"{what} right: {out_of(one['right'], one['judged'])}")
     print_line(f"{printable(facts['dataset'])}: {facts['all']['words']} of the filed images right", style="bold")
-
-
-def audit_page(facts: Mapping[str, Any], *, now: datetime) -> str:
-    """Return the page of a sample, sorted by class."""
-    return render("audit.html", now, facts=facts, images=thumbnails(one["path"] for one in facts["images"]))

@@ -15,7 +15,7 @@ import pytest
 from sortd.api.dataset import open_dataset
 from sortd.bulk.engines import decide_shard
 from sortd.bulk.plan import make_plan
-from sortd.bulk.transfers import APPLY, TransferJournal
+from sortd.bulk.transfers import TransferJournal
 from sortd.core.guard import GuardState
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.layout import Layout
@@ -291,7 +291,7 @@ class TestObjects:
         before = objects(client)
         assert self.bulk(tmp_path, "apply").code == 0
         with closing(TransferJournal(tmp_path / "run")) as journal:
-            (group,) = journal.groups(APPLY, done=True)
+            (group,) = journal.applied(done=True)
             one = next(one for one in group if one.label == "red")
             journal.write([replace(one, progress=MoveProgress.PUBLISHED)])
         client.put_object(Bucket=BUCKET, Key="set/Images/a b.jpg", Body=CONTENTS["a b.jpg"])
