@@ -49,10 +49,7 @@ def decide_shard(
 ) -> dict[str, Any]:
     """Decide every n-th part of a run, beginning with the i-th, in this process; return counts and seconds.
 
-    Raises:
-        DataError: the run or the classifier is not usable.
-        ModelError: the model cannot be loaded.
-        DestinationError: the decisions cannot be written.
+    Raises DataError: the run or the classifier is not usable; ModelError; DestinationError.
     """
     number, shards = shard
     began, (todo, done) = time.monotonic(), _parts(run, settings, shard)

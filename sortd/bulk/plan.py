@@ -99,9 +99,7 @@ def make_plan(
 
     No more names than those of one part are held in memory.
 
-    Raises:
-        DataError: the source cannot be listed or has no image, or the run exists.
-        DestinationError: the run cannot be written.
+    Raises DataError: the source cannot be listed or has no image, or the run exists; DestinationError.
     """
     if os.path.lexists(run) and not (run.is_dir() and not any(run.iterdir())):
         raise DataError(f"{run} exists; nothing is overwritten, so name another folder or move it away")

@@ -127,9 +127,7 @@ class TransferJournal:
     def __init__(self, run: Path) -> None:
         """Open or create the journal in the folder of a run.
 
-        Raises:
-            AlreadyRunningError: another process has it open.
-            JournalError: it cannot be opened.
+        Raises AlreadyRunningError: another process has it open; JournalError.
         """
         self._path = run / JOURNAL
         with self._translated():

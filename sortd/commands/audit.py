@@ -76,10 +76,7 @@ def _name(value: object) -> str:
 def draw_sample(config: Config, layout: Layout, size: int | None) -> AuditSample:
     """Return the open sample, or draw one: by default, or if ``size`` is another one than that of the open sample.
 
-    Raises:
-        DataError: there is no image to look at.
-        JournalError: the journal cannot be read.
-        DestinationError: the sample cannot be noted.
+    Raises DataError: there is no image to look at; JournalError; DestinationError.
     """
     folder = layout.state_folder(config.state_dir)
     before = open_sample(folder)

@@ -67,9 +67,7 @@ def measure(
     At most ``images`` are drawn from ``folder`` or the datasets. ``load_encoder`` and ``load_other`` replace the loader
     of the configured model, and its loader on another backend.
 
-    Raises:
-        DataError: there is no image, or none can be decoded.
-        ModelError: the model is not available.
+    Raises DataError: there is no image, or none can be decoded; ModelError.
     """
     files, cores = draw(config, folder, images), len(os.sched_getaffinity(0))
     most = min(config.batch_size, LARGEST_BATCH)

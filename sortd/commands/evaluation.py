@@ -115,10 +115,7 @@ def evaluate_datasets(
 
     ``tell(step, done, total)`` is called for each reference; ``load_encoder`` replaces the configured model.
 
-    Raises:
-        DataError: there is no such dataset, or a dataset has no references.
-        JournalError: a journal cannot be read.
-        ModelError: the model is not available.
+    Raises DataError: there is no such dataset, or a dataset has no references; JournalError; ModelError.
     """
     chosen, refusal = chosen_datasets(config, dataset), None
     with Resources(config, load_encoder=load_encoder) as resources:

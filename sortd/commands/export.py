@@ -109,9 +109,7 @@ def exported_images(
 ) -> list[ExportedImage]:
     """Return the files of Dataset/ by path, with what the journal knows; files that are no images are left out.
 
-    Raises:
-        DataError: a folder cannot be read.
-        JournalError: the journal cannot be read.
+    Raises DataError: a folder cannot be read; JournalError.
     """
     candidates, _ = find_candidates(layout, Source.DATASET, config.state_dir)
     found = list[ExportedImage | None]()
@@ -180,9 +178,7 @@ def _embedded(
 ) -> tuple[list[ExportedImage], FloatArray]:
     """Return the N images that can be decoded, and (N, d) their embeddings by the configured model.
 
-    Raises:
-        ModelError: the model cannot be loaded.
-        DataError: no image can be decoded.
+    Raises ModelError; DataError: no image can be decoded.
     """
     with Resources(config) as resources:
         files = [(image.path, version) for image in images if (version := version_at(image.path)) is not None]

@@ -79,9 +79,7 @@ def journal_of(config: Config, layout: Layout) -> JournalPlace:
 def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
     """Return the journals of all datasets, or of one, by name; those of missing datasets come last.
 
-    Raises:
-        DataError: there is no dataset of that name.
-        StartupError: the state directory cannot be read.
+    Raises DataError: there is no dataset of that name; StartupError: the state directory cannot be read.
     """
     if config.state_dir.exists() and not os.access(config.state_dir, os.R_OK | os.X_OK, effective_ids=True):
         raise StartupError(
@@ -218,9 +216,7 @@ def _undoable(
 def undo_records_of(config: Config, layout: Layout, identifiers: Sequence[int]) -> dict[str, Any]:
     """Undo moves of a journal, by the running sortd or in this process; return the reply as ``daemon.control`` has it.
 
-    Raises:
-        DataError: the journal has no such move.
-        SortdError: the dataset is not there, or another sortd works on it.
+    Raises DataError: the journal has no such move; SortdError: the dataset is not there, or another sortd works on it.
     """
     return _undo(config, [(layout, identifiers)], dry_run=False)
 

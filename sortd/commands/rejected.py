@@ -32,9 +32,7 @@ def rejected_images(config: Config, layout: Layout) -> list[dict[str, Any]]:
         ``at`` (Unix seconds) and ``id`` of its move; the last three are None for an image that the journal does not
         know. Companions of images are not among them.
 
-    Raises:
-        DataError: Rejected/ cannot be read.
-        JournalError: the journal cannot be read.
+    Raises DataError: Rejected/ cannot be read; JournalError.
     """
     files = files_in(layout.area(Area.REJECTED))
     records = _rejections(config, layout, [path for path, _ in files])

@@ -329,9 +329,7 @@ def accuracy_comparison(facts: FinetunedFacts) -> str:
 def dataset_named(config: Config, name: str | None) -> Layout:
     """Return a dataset by name, or the only one.
 
-    Raises:
-        DataError: there is no such dataset, or not exactly one.
-        LayoutError: the root cannot be listed.
+    Raises DataError: there is no such dataset, or not exactly one; LayoutError: the root cannot be listed.
     """
     layouts = {layout.name: layout for layout in find_datasets(config.root)}
     if name is None and len(layouts) == 1:

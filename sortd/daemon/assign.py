@@ -60,9 +60,7 @@ def assign_images(
     Yields:
         The results of some images, and how many of them end later, since they are copied to another file system.
 
-    Raises:
-        DataError: the name cannot be that of a class, its folder cannot be made, or no image is named.
-        JournalError: the journal cannot be written.
+    Raises DataError: the name cannot be that of a class, its folder cannot be made, or no image is named; JournalError.
     """
     if (problem := assigned_label_problem(label, is_example=is_example)) is not None:
         raise DataError(problem)

@@ -230,9 +230,7 @@ def _read(path: Path, folder: int) -> Request:
 def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> dict[str, Any] | None:
     """Send a request to the running daemon and return its answer; None if none is running.
 
-    Raises:
-        StartupError: It does not answer, or may not be asked.
-        AnsweredError: It answered with an error.
+    Raises StartupError: it does not answer, or may not be asked; AnsweredError: it answered with an error.
     """
     status = read_status(state)
     if status is None or not status["alive"]:
@@ -346,9 +344,7 @@ def undo_records(
     Yields:
         The results of a chunk, and how many of its moves end later.
 
-    Raises:
-        DataError: A record does not exist; nothing was undone.
-        JournalError: The journal cannot be read or written.
+    Raises DataError: a record does not exist; nothing was undone; JournalError: the journal cannot be read or written.
     """
     if missing := history.missing(identifiers):
         raise errors.DataError(f"the journal has no record {missing[0]}")

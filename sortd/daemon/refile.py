@@ -27,9 +27,7 @@ def refile_images(
 
     ``images`` are as ``refile_facts`` returns them; for the others and what is yielded, see ``assign_images``.
 
-    Raises:
-        DataError: there is no class.
-        JournalError: the journal cannot be read.
+    Raises DataError: there is no class; JournalError.
     """
     labels = frozenset(class_labels(layout.area(Area.CLASES)))
     found = [_move_or_refusal(layout, history, labels, image) for image in distinct(images)]

@@ -175,9 +175,7 @@ class Index:
     def waiting(self, layout: Layout, *, now: bool = False) -> list[ShownImage]:
         """Return the images in Review/, in the order of their paths; ``now`` reads the folder in any case.
 
-        Raises:
-            DataError: Review/ cannot be read.
-            JournalError: the journal cannot be read.
+        Raises DataError and JournalError.
         """
         pile = self._pile(layout)
         with pile.lock:
