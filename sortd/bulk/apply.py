@@ -199,7 +199,7 @@ class _Files:
                     self._applied.refuse(path, str(error))
 
     def _apply(self, layout: Layout, images: Sequence[tuple[AssignedImage, str]]) -> None:
-        config = _config_of(self._config, layout)
+        config = self._config.model_copy(update={"root": layout.root.parent})
         if (action := config.dataset(layout.name).action) != "move":
             raise DataError(
                 f"`action: {action}` of its dataset leaves images where they are; bulk apply would move them"
@@ -209,14 +209,12 @@ class _Files:
             self._refile[layout]([])  # recovers moves that did not end: their images are not where they were decided on
         found = list(self._pool.map(_request_or_problem, images))
         ready = [one for one in found if not isinstance(one, str)]
-        failed = [(*image, one) for image, one in zip(images, found, strict=True) if isinstance(one, str)]
-        if failed:
-            with journal_of(config, layout).open() as history:
-                for image, path, problem in failed:
-                    if _filing(history, layout, path, image) is None:
-                        self._applied.refuse(path, problem)
-                    else:
-                        self._applied.before += 1
+        with journal_of(config, layout).open() as history:
+            for (image, path), problem in zip(images, found, strict=True):
+                if isinstance(problem, str) and _filing(history, layout, path, image) is None:
+                    self._applied.refuse(path, problem)
+                else:
+                    self._applied.before += isinstance(problem, str)
         if not ready:
             return
         labels = {path: image.label for image, path in images}
@@ -234,10 +232,6 @@ def _dataset_of(folder: str) -> Layout | None:
     """Return the dataset in whose ``Images/`` a folder lies, or which it is."""
     inboxes = (one for one in (Path(folder), *Path(folder).parents) if one.name == Area.IMAGES)
     return next((Layout(one.parent) for one in inboxes if Layout(one.parent).is_dataset), None)
-
-
-def _config_of(config: Config, layout: Layout) -> Config:
-    return config.model_copy(update={"root": layout.root.parent})
 
 
 def _request_or_problem(image_and_path: tuple[AssignedImage, str]) -> dict[str, object] | str:
@@ -339,13 +333,7 @@ class _Objects:
 # ---------------------------------------------------------------- undo
 
 
-def undo_run(
-    config: Config,
-    run: Path,
-    *,
-    tell: Tell = lambda *_: None,
-    make_store: Callable[[str], ObjectStore] = lambda scheme: ObjectStore(store_of(scheme)),
-) -> dict[str, Any]:
+def undo_run(config: Config, run: Path, *, tell: Tell = lambda *_: None) -> dict[str, Any]:
     """Move the images that ``apply_run`` moved back, and return the outcome as plain values; raises as it."""
     undone, scheme = Applied(), ""
     for group in assigned_images(run, tell=tell, abstained=Counter()):
@@ -356,7 +344,7 @@ def undo_run(
             elif (layout := _dataset_of(os.path.dirname(path))) is not None:
                 by_layout.setdefault(layout, []).append((path, image))
         for layout, images in by_layout.items():
-            own = _config_of(config, layout)
+            own = config.model_copy(update={"root": layout.root.parent})
             with journal_of(own, layout).open() as history:
                 found = [_filing(history, layout, path, image) for path, image in images]
             reply = undo_records_of(own, layout, [record.id for record in found if record is not None])
@@ -367,7 +355,7 @@ def undo_run(
                 else:
                     undone.moved[layout.name] += 1
     if scheme:
-        _undo_transfers(run, make_store(scheme), scheme, undone)
+        _undo_transfers(run, ObjectStore(store_of(scheme)), scheme, undone)
     return {"run": os.fspath(run), **undone.facts()}
 
 

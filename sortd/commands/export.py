@@ -33,7 +33,7 @@ from sortd.finetune.recipe import Source
 from sortd.images.decode import DecodeLimits, image_size
 from sortd.layout import Layout, enclosing_dataset
 from sortd.moving.fs import rename_new
-from sortd.store.records import Record
+from sortd.store.records import MoveReason, Record
 
 AUDITED = "audited"
 AT_FDCWD = -100  # of fcntl.h: paths are relative to the working directory
@@ -128,15 +128,13 @@ def _exported(
 ) -> ExportedImage | None:
     try:
         image_size(candidate.path, DecodeLimits())
-        content = "" if record is None else record.move_reason.content
-        content = content or sha256_of(candidate.path)
+        reason = MoveReason("") if record is None else record.move_reason
+        content = reason.content or sha256_of(candidate.path)
     except (ImageError, OSError):
         return None  # a sidecar, a film, or a file that has just gone
     how = given.get(candidate.path, "")
     if not how and record is not None and record.id in audited:
         how = AUDITED
-    reason = None if record is None else record.move_reason
-    score = None if reason is None else reason.score
     return ExportedImage(
         path=candidate.path,
         file_name=os.path.relpath(candidate.path, layout.root / "Dataset"),
@@ -144,14 +142,14 @@ def _exported(
         split="",
         checked=bool(how),
         checked_by=how,
-        predicted=None if reason is None or reason.mode is None else reason.label,
-        probability=score if reason is not None and reason.mode in _PROBABILISTIC else None,
-        score=score,
-        margin=None if reason is None else reason.margin,
-        outcome=None if reason is None else reason.outcome,
-        mode=None if reason is None else reason.mode,
-        encoder_id=None if reason is None else reason.encoder_id or None,
-        generation=None if reason is None else reason.generation or None,
+        predicted=None if reason.mode is None else reason.label,
+        probability=reason.score if reason.mode in _PROBABILISTIC else None,
+        score=reason.score,
+        margin=reason.margin,
+        outcome=reason.outcome or None,
+        mode=reason.mode,
+        encoder_id=reason.encoder_id or None,
+        generation=reason.generation or None,
         moved_at=None if record is None else record.ended_at,
         content=content,
         size=candidate.stamp.size,

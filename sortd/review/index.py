@@ -8,8 +8,7 @@ import hashlib
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -252,23 +251,19 @@ class Index:
                     return image
             return self._others.get(identifier)
 
-    def remember(self, images: Iterable[ShownImage]) -> list[ShownImage]:
-        """Note images outside Review/, so that ``find`` knows them, and return them."""
-        noted = list(images)
-        with self._lock:
-            for image in noted:
-                self._others[image.id] = image
-                self._others.move_to_end(image.id)
-            while len(self._others) > MOST_KNOWN:
-                self._others.popitem(last=False)
-        return noted
-
     def image_at(self, layout: Layout, path: str, **facts: Any) -> ShownImage | None:  # noqa: ANN401 - of ShownImage
         """Return the image at a path, and remember its id; None if no file is there."""
-        with suppress(OSError, ValueError):  # no name can contain NUL or every surrogate
+        try:
             mark = stamp_of(os.lstat(path))
-            return self.remember([ShownImage(image_id(path, mark), layout.name, path, mark, **facts)])[0]
-        return None
+        except (OSError, ValueError):  # no name can contain NUL or every surrogate
+            return None
+        image = ShownImage(image_id(path, mark), layout.name, path, mark, **facts)
+        with self._lock:
+            self._others[image.id] = image
+            self._others.move_to_end(image.id)
+            while len(self._others) > MOST_KNOWN:
+                self._others.popitem(last=False)
+        return image
 
     def nearest(self, layout: Layout, images: Sequence[ShownImage]) -> dict[str, list[dict[str, Any]]]:
         """Return the nearest references of images by id: ``image``, ``label`` and ``similarity``, a cosine.
