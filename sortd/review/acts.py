@@ -176,21 +176,17 @@ def _answered(index: Index, layout: Layout, shown: set[str], wrong: set[str]) ->
     )
 
 
-routes = [
-    Route("/undo", undo, methods=["POST"]),
-    Route("/undo-consequences", undo_consequences, methods=["POST"]),
-    *(
-        Route(f"/d/{{key}}/{name}", handler, methods=["POST"])
-        for name, handler in {
-            "assign": partial(assign, area=Area.REVIEW, kind="assigned"),
-            "correct": partial(assign, area=Area.DATASET, kind="corrected"),
-            "undo-run": undo_run,
-            "retry": retry,
-            "draw": draw,
-            "audit": answer_audit,
-        }.items()
-    ),
-]
+_HANDLERS: Mapping[str, Callable[..., Any]] = {
+    "/undo": undo,
+    "/undo-consequences": undo_consequences,
+    "/d/{key}/assign": partial(assign, area=Area.REVIEW, kind="assigned"),
+    "/d/{key}/correct": partial(assign, area=Area.DATASET, kind="corrected"),
+    "/d/{key}/undo-run": undo_run,
+    "/d/{key}/retry": retry,
+    "/d/{key}/draw": draw,
+    "/d/{key}/audit": answer_audit,
+}
+routes = [Route(path, handler, methods=["POST"]) for path, handler in _HANDLERS.items()]
 
 
 # ---------------------------------------------------------------- their parts
