@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from sortd.classify.proportions import proportion
 from sortd.commands.audit import AuditSample, open_sample
@@ -60,27 +60,6 @@ REJECTED_SHOWN = 200
 SCORES_SHOWN = 12
 
 
-def pages() -> list[BaseRoute]:
-    """Return the routes of all pages."""
-    return [
-        Route("/", home),
-        Route("/static/{name}", static_file),
-        Route("/image/{id}", image_page),
-        Route("/d/{key}/", dataset_page),
-        Route("/d/{key}/waiting", waiting_page),
-        Route("/d/{key}/class/{name}", class_page),
-        Route("/d/{key}/audit", audited_page),
-        Route("/d/{key}/rejected", rejected_page),
-        Route("/d/{key}/runs", runs_page),
-        Route("/d/{key}/references", references_page),
-    ]
-
-
-def error_handlers() -> Mapping[Any, Callable[[Request, Exception], Response]]:
-    """Return the pages of errors by exception or status, as an application takes them."""
-    return {HTTPException: _http_error, SortdError: _own_error, 500: _failure}
-
-
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     say = translations_of(request).gettext
@@ -99,8 +78,7 @@ def _own_error(request: Request, error: Exception) -> Response:
 
 
 def _failure(request: Request, _: Exception) -> Response:
-    say = translations_of(request).gettext
-    message = say("sortd review failed; its log says why.")
+    message = translations_of(request).gettext("sortd review failed; its log says why.")
     return rendered(request, "error.html", status=500, message=message)
 
 
@@ -432,3 +410,19 @@ def static_file(request: Request) -> Response:
     body, mark, kind = found
     headers = {"Cache-Control": "private, max-age=31536000, immutable", "ETag": f'"{mark}"'}
     return Response(body, media_type=kind, headers=headers)
+
+
+routes = [
+    Route("/", home),
+    Route("/static/{name}", static_file),
+    Route("/image/{id}", image_page),
+    Route("/d/{key}/", dataset_page),
+    Route("/d/{key}/waiting", waiting_page),
+    Route("/d/{key}/class/{name}", class_page),
+    Route("/d/{key}/audit", audited_page),
+    Route("/d/{key}/rejected", rejected_page),
+    Route("/d/{key}/runs", runs_page),
+    Route("/d/{key}/references", references_page),
+]
+_Handler = Callable[[Request, Exception], Response]
+error_handlers: Mapping[Any, _Handler] = {HTTPException: _http_error, SortdError: _own_error, 500: _failure}
