@@ -452,11 +452,8 @@ def _release(datasets: Datasets, chosen: Sequence[Dataset], path: str | None) ->
 
 def release_reply(released: Mapping[str, int], lifted: Mapping[str, str], still_held: Mapping[str, str]) -> Reply:
     """Return the reply to a release: held files by dataset, and why the guard held, or holds, datasets."""
-    return (
-        {"released": released}
-        | ({"lifted": lifted} if lifted else {})
-        | ({"still_held": still_held} if still_held else {})
-    )
+    guarded = {"lifted": lifted, "still_held": still_held}
+    return {"released": released, **{key: one for key, one in guarded.items() if one}}
 
 
 def _chosen_at(datasets: Datasets, name: str, root: str) -> Dataset:
