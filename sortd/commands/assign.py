@@ -6,8 +6,8 @@ from typing import Any
 
 import typer
 
-from sortd.commands.console import counted, print_line, printable, say, show
-from sortd.commands.moves import dataset_at
+from sortd.commands.console import counted, printable, say, show
+from sortd.commands.moves import dataset_at, print_moves
 from sortd.config import Config
 from sortd.daemon.assign import assign_images, assigned_label_problem, image_facts
 from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
@@ -94,12 +94,7 @@ def facts_at(path: str) -> dict[str, object]:
 
 def print_assigned(reply: Mapping[str, Any]) -> None:
     """Print what was assigned, from the reply with its ``label``."""
-    for one in reply["assigned"]:
-        if one["destination"] is None:
-            print_line(f"not moved: {printable(one['message'])}", style="yellow")
-        else:
-            print_line(f"{printable(one['path'])} -> {printable(one['destination'])}")
-    done = sum(one["destination"] is not None for one in reply["assigned"])
+    done = print_moves(((one["path"], one["destination"], one["message"]) for one in reply["assigned"]), "not moved")
     to, use = f"to {printable(reply['label'])}", ", used as references where they lie"
     if reply["label"] == NO_CLASS:
         to, use = "to no class", ", used as examples of no class where they lie" if reply.get("example") else ""

@@ -7,7 +7,7 @@ The last three send a request to the running sortd, so only one process moves fi
 import os
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -247,16 +247,22 @@ def _undo_here(config: Config, chosen: Sequence[tuple[Layout, Sequence[int]]], *
     return {"undone": undone, "later": 0, "recovered": recovered}
 
 
+def print_moves(moves: Iterable[tuple[str, str | None, str]], failed: str) -> int:
+    """Print path, new path and message of each image, or that it ``failed`` and why; return how many were moved."""
+    done = 0
+    for path, destination, message in moves:
+        if destination is None:
+            print_line(f"{failed}: {printable(message)}", style="yellow")
+        else:
+            done += 1
+            print_line(f"{printable(path)} -> {printable(destination)}" + (f"  ({printable(message)})" * bool(message)))
+    return done
+
+
 def _print_undone(reply: Mapping[str, Any]) -> None:
     if reply.get("recovered"):
         say(f"sortd: first recovered {counted(reply['recovered'], 'move')} that a crash had interrupted")
-    for one in reply["undone"]:
-        if one["restored"] is None:
-            print_line(f"not undone: {printable(one['message'])}", style="yellow")
-            continue
-        rest = f"  ({printable(one['message'])})" if one["message"] else ""
-        print_line(f"{printable(one['was'])} -> {printable(one['restored'])}{rest}")
-    done = sum(1 for one in reply["undone"] if one["restored"] is not None)
+    done = print_moves(((one["was"], one["restored"], one["message"]) for one in reply["undone"]), "not undone")
     images = counted(done, "image")
     if not reply["undone"] and not reply["later"]:
         say("sortd: there is nothing to undo")

@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
-from sortd.commands.console import counted, print_line, printable, say, show
-from sortd.commands.moves import dataset_at, files_in, journal_of, release_held, undo_records_of
+from sortd.commands.console import counted, say, show
+from sortd.commands.moves import dataset_at, files_in, journal_of, print_moves, release_held, undo_records_of
 from sortd.config import Config
 from sortd.daemon.corrections import put_there
 from sortd.files import read_regular
@@ -113,12 +113,7 @@ def retry_if_rejected(config: Config, path: Path, *, as_json: bool) -> None:
 
 
 def _print_retried(reply: Mapping[str, Any]) -> None:
-    for one in reply["retried"]:
-        if one["restored"] is None:
-            print_line(f"not tried again: {printable(one['message'])}", style="yellow")
-        else:
-            print_line(f"{printable(one['path'])} -> {printable(one['restored'])}")
-    done = sum(one["restored"] is not None for one in reply["retried"])
+    done = print_moves(((one["path"], one["restored"], one["message"]) for one in reply["retried"]), "not tried again")
     say(f"sortd: {counted(done, 'image')} moved back, to be tried again")
     if reply["later"]:
         say(f"sortd: {counted(reply['later'], 'image')} still to be copied back, and held then: sortd release --all")
