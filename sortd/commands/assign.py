@@ -10,7 +10,7 @@ from sortd.commands.console import counted, printable, say, show
 from sortd.commands.moves import dataset_at, print_moves
 from sortd.config import Config
 from sortd.daemon.assign import assign_images, assigned_label_problem, image_facts
-from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
+from sortd.daemon.control import ask
 from sortd.daemon.corrections import record_places
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.errors import DataError
@@ -35,7 +35,7 @@ def assign_to_class(
         raise DataError(problem)
     request = {"do": "assign", "dataset": layout.name, "root": str(layout.root), "label": label, "images": images}
     asked = {**request, "example": is_example}
-    reply = ask(config.state_dir, asked, seconds=ANSWER_SECONDS + SECONDS_FOR_EACH * len(images))
+    reply = ask(config.state_dir, asked, images=len(images))
     return _assign_here(config, layout, label, images, is_example=is_example) if reply is None else reply
 
 

@@ -16,15 +16,7 @@ from typing import Any
 from sortd.commands.console import counted, print_line, printable, say, show
 from sortd.config import Config
 from sortd.daemon.assign import forget_made_classes
-from sortd.daemon.control import (
-    ANSWER_SECONDS,
-    SECONDS_FOR_EACH,
-    NotRunningError,
-    ask,
-    release_reply,
-    undo_facts,
-    undo_records,
-)
+from sortd.daemon.control import NotRunningError, ask, release_reply, undo_facts, undo_records
 from sortd.daemon.dataset_lock import inspect_dataset, lock_dataset
 from sortd.errors import DataError, LayoutError, SortdError, StartupError
 from sortd.events import Stamp
@@ -228,9 +220,8 @@ def _undo(config: Config, chosen: Sequence[tuple[Layout, Sequence[int]]], *, dry
     }
     if not wanted:
         return {"undone": [], "later": 0}
-    number = sum(len(records) for _, records in chosen)
     request = {"do": "undo", "datasets": wanted, "dry_run": dry_run}
-    reply = ask(config.state_dir, request, seconds=ANSWER_SECONDS + SECONDS_FOR_EACH * number)
+    reply = ask(config.state_dir, request, images=sum(len(records) for _, records in chosen))
     return _undo_here(config, chosen, dry_run=dry_run) if reply is None else reply
 
 

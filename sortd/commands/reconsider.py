@@ -21,7 +21,7 @@ from sortd.commands.groups import embed_missing, embedded_rows
 from sortd.commands.moves import File, files_in, journal_of
 from sortd.commands.status import chosen_datasets
 from sortd.config import Config
-from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
+from sortd.daemon.control import ask
 from sortd.daemon.dataset_lock import OpenDataset, lock_dataset, simulate_dataset
 from sortd.daemon.references import class_labels, stored_prototypes
 from sortd.daemon.refile import filed_record, refile_facts, refile_images
@@ -216,8 +216,7 @@ def refiling(config: Config, layout: Layout, *, dry_run: bool = False) -> Iterat
             nonlocal opened
             if opened is None and not dry_run:
                 request = {"do": "refile", "dataset": layout.name, "root": str(layout.root), "images": images}
-                seconds = ANSWER_SECONDS + SECONDS_FOR_EACH * len(images)
-                if (reply := ask(config.state_dir, request, seconds=seconds)) is not None:
+                if (reply := ask(config.state_dir, request, images=len(images))) is not None:
                     return reply
             if opened is None:
                 companions = config.dataset(layout.name).companions

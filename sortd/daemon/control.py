@@ -227,11 +227,14 @@ def _read(path: Path, folder: int) -> Request:
     return request
 
 
-def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> dict[str, Any] | None:
+def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS, images: int = 0) -> dict[str, Any] | None:
     """Send a request to the running daemon and return its answer; None if none is running.
+
+    The answer is waited for so long, and longer for each of the ``images`` to be moved.
 
     Raises StartupError: it does not answer, or may not be asked; AnsweredError: it answered with an error.
     """
+    seconds += SECONDS_FOR_EACH * images
     status = read_status(state)
     if status is None or not status["alive"]:
         return None
