@@ -16,14 +16,7 @@ from sortd.encoder.backends import choose_backend, connect
 from sortd.encoder.export import Progress, make_exports
 from sortd.encoder.fetch import fetch
 from sortd.encoder.models import STRONGER, ModelFolder, Use, locate_configured
-from sortd.encoder.onnx_encoder import (
-    Exports,
-    Precision,
-    find_exports,
-    is_installed,
-    read_verdict,
-    write_verdict,
-)
+from sortd.encoder.onnx_encoder import Exports, Precision, find_exports, is_installed, read_verdict, write_verdict
 from sortd.encoder.pickles import convert_folder
 from sortd.encoder.published import CLIP_OF, PUBLISHED
 from sortd.errors import ConfigError, ModelError

@@ -11,14 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sortd.classify.held_out import (
-    LEAST_COSINE,
-    Agreement,
-    agreement,
-    agreement_figures,
-    is_settled,
-    refuse_quick,
-)
+from sortd.classify.held_out import LEAST_COSINE, Agreement, agreement, agreement_figures, is_settled, refuse_quick
 from sortd.commands.console import counted
 from sortd.commands.status import settings_with_corrections
 from sortd.config import Config

@@ -14,15 +14,7 @@ from typing import Any
 
 from sortd import errors
 from sortd.classify.proportions import estimated, interval, out_of, proportion, with_intervals
-from sortd.commands.console import (
-    counted,
-    format_duration,
-    format_time,
-    print_line,
-    print_table,
-    printable,
-    show,
-)
+from sortd.commands.console import counted, format_duration, format_time, print_line, print_table, printable, show
 from sortd.commands.moves import JournalPlace, journal_of, journals
 from sortd.config import Config, find_config_file
 from sortd.daemon.audit import evidence_of
