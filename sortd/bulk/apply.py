@@ -330,9 +330,6 @@ class _Objects:
         return prefix
 
 
-# ---------------------------------------------------------------- undo
-
-
 def undo_run(config: Config, run: Path, *, tell: Tell = lambda *_: None) -> dict[str, Any]:
     """Move the images that ``apply_run`` moved back, and return the outcome as plain values; raises as it."""
     undone, scheme = Applied(), ""
@@ -369,9 +366,6 @@ def _undo_transfers(run: Path, store: ObjectStore, scheme: str, undone: Applied)
             wanted = [Transfer(one.id, UNDO, one.destination, one.source, one.label, one.sha256) for one in done]
             for result in transfer_all(store, journal, wanted, pool):
                 undone.count(scheme, result)
-
-
-# ---------------------------------------------------------------- the commands
 
 
 def show_applied(config: Config, run: Path, *, to: str | None, dry_run: bool, as_json: bool) -> None:

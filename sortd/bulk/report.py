@@ -97,9 +97,6 @@ def _random_order(seed: int, identifier: str) -> bytes:
     return hashlib.sha256(f"{seed} {identifier}".encode()).digest()
 
 
-# ---------------------------------------------------------------- output
-
-
 def show_report(run: Path, *, labels: Path | None, sample: int, seed: int, page: Path | None, as_json: bool) -> None:
     """Print the report of a run, and write its page."""
     check_page_path(page)

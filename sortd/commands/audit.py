@@ -154,9 +154,6 @@ def _required_sample(config: Config, layout: Layout) -> AuditSample:
     return sample
 
 
-# ---------------------------------------------------------------- output
-
-
 def show_sample(config: Config, dataset: str | None, size: int | None, page: Path | None, *, as_json: bool) -> None:
     """Draw a sample, or take the open one, print it, and write its page."""
     check_page_path(page)

@@ -275,9 +275,6 @@ def _scratch(config: Config) -> Iterator[Path]:
         yield Path(name)
 
 
-# ---------------------------------------------------------------- backends
-
-
 def _backend(name: str, encoder: Encoder, encode: float, bound: float, *, serves: bool) -> dict[str, Any]:
     figures = {"encode": encode, "images_per_second": bound}
     return {"backend": name, "encoder_id": encoder.encoder_id, **figures, "serves": serves}

@@ -149,9 +149,6 @@ def _next_model(config: Config, report: EvaluationReport) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------- output
-
-
 def show_evaluation(config: Config, dataset: str | None, html: Path | None, *, as_json: bool) -> None:
     """Evaluate one dataset or all, write the page, print the figures, then raise the first error of a dataset."""
     check_page_path(html)
@@ -262,9 +259,6 @@ def _classifier_sentence(serving: Mapping[str, Any]) -> str:
     if serving["refusal"] is not None:
         return f"Classifier in use: prototypes; fine-tuned model refused: {printable(serving['refusal'])}."
     return "Classifier in use: prototypes."
-
-
-# ---------------------------------------------------------------- the page
 
 
 def check_page_path(file: Path | None) -> None:

@@ -302,9 +302,6 @@ def _moves_back(place: JournalPlace, history: History, path: str) -> list[dict[s
         path, newest = came[0].source_path, came[0].id
 
 
-# ---------------------------------------------------------------- output
-
-
 def show_explanation(config: Config, image: Path, dataset: str | None, html: Path | None, *, as_json: bool) -> None:
     """Explain the decision on an image, write the page, and print the explanation."""
     check_page_path(html)

@@ -149,9 +149,6 @@ def _print_result(metrics: Mapping[str, Any]) -> None:
         say(f"sortd: left out: {len(left_out) - LEFT_OUT_SHOWN} more; metrics.json lists all")
 
 
-# ---------------------------------------------------------------- promotion
-
-
 def print_promoted(facts: Mapping[str, Any]) -> None:
     """Print the outcome of ``promote_model``."""
     name, place = printable(facts["dataset"]), printable(facts["folder"])

@@ -203,9 +203,6 @@ def _reason(record: Mapping[str, Any]) -> str:
     return f"{record['reason'] or ''}{guess}{', learnt' if record.get('learnt') else ''}"
 
 
-# ---------------------------------------------------------------- prune
-
-
 def prune_history(config: Config, dataset: str | None, *, dry_run: bool, as_json: bool) -> None:
     """Remove the old moves that nothing needs, or with ``dry_run`` count them, and print how many, by dataset.
 

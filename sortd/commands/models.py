@@ -288,9 +288,6 @@ def verdict_sentence(verdict: Mapping[str, Any] | None) -> str:
     )
 
 
-# ---------------------------------------------------------------- export
-
-
 def export(config: Config, *, on_progress: Progress = lambda _: None) -> None:
     """Export the configured model unless a valid export exists, and compare int8 with float32 on the references.
 

@@ -159,9 +159,6 @@ def relative_to_dataset(path: str) -> str:
     return path
 
 
-# ---------------------------------------------------------------- undo, release and rebuild
-
-
 def undo_moves(
     config: Config,
     file: Path | None,

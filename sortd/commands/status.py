@@ -355,9 +355,6 @@ def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettin
         return replace(reference_settings, corrections=labelled, evidence=evidence)
 
 
-# ---------------------------------------------------------------- output
-
-
 def _print_status(facts: Mapping[str, Any]) -> None:
     _print_run(facts)
     for name, dataset in facts["datasets"].items():

@@ -189,9 +189,6 @@ _HANDLERS: Mapping[str, Callable[..., Any]] = {
 routes = [Route(path, handler, methods=["POST"]) for path, handler in _HANDLERS.items()]
 
 
-# ---------------------------------------------------------------- their parts
-
-
 def _effects(request: Request) -> Effects:
     found: Effects = request.app.state.effects
     return found

@@ -82,9 +82,6 @@ def _failure(request: Request, _: Exception) -> Response:
     return rendered(request, "error.html", status=500, message=message)
 
 
-# ---------------------------------------------------------------- parts
-
-
 def _layout(request: Request) -> Layout:
     try:
         return index_of(request).dataset(request.path_params["key"])
@@ -138,9 +135,6 @@ def _shared(near: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Mapping[str
     return [found[key] for key in ranked[:NEAREST_OF_BATCH]]
 
 
-# ---------------------------------------------------------------- datasets
-
-
 def home(request: Request) -> Response:
     """List the datasets; with one there is only its page."""
     index = index_of(request)
@@ -171,9 +165,6 @@ def dataset_page(request: Request) -> Response:
         figures=dataset_figures(index, layout),
         **_choices(request, layout),
     )
-
-
-# ---------------------------------------------------------------- what waits
 
 
 def waiting_page(request: Request) -> Response:
@@ -237,9 +228,6 @@ def _listed(request: Request, batches: Sequence[ReviewBatch], position: int) -> 
     return {"others_of_list": others[(at - 1) * BATCHES_LISTED : at * BATCHES_LISTED], "list": at, "lists": lists}
 
 
-# ---------------------------------------------------------------- one image
-
-
 def image_page(request: Request) -> Response:
     """Explain the decision on one image."""
     index, config = index_of(request), request.app.state.config
@@ -276,9 +264,6 @@ def image_page(request: Request) -> Response:
 def _neighbours(index: Index, layout: Layout, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = [{**one, "image": index.image_at(layout, one["path"])} for one in facts.get("neighbours", ())]
     return [one for one in found if one["image"] is not None]
-
-
-# ---------------------------------------------------------------- audit
 
 
 def audited_page(request: Request) -> Response:
@@ -320,9 +305,6 @@ def _sample_groups(index: Index, layout: Layout, sample: AuditSample) -> list[tu
         there = [image for image in found if image is not None]
         groups.append((label, there, len(ours) - len(there)))
     return groups
-
-
-# ---------------------------------------------------------------- classes, rejected files, runs, references
 
 
 def class_page(request: Request) -> Response:

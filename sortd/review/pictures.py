@@ -125,9 +125,6 @@ def _key_of(path: str, stamp: Stamp) -> str:
     return hashlib.sha256(repr(version).encode() + os.fsencode(path)).hexdigest()
 
 
-# ------------------------------------------------------------ making
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Request:
     """A picture that is being made; the future is that of all who wait for it."""

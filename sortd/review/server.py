@@ -126,9 +126,6 @@ def _url_file(state: Path, url: str) -> Iterator[Path]:
                 file.unlink()
 
 
-# ---------------------------------------------------------------- uvicorn
-
-
 def server_config(
     app: ASGIApp, notifier: Notifier, *, protocol: type[asyncio.Protocol] | None = None
 ) -> uvicorn.Config:
@@ -247,9 +244,6 @@ class LimitedProtocol(H11Protocol):
         super().shutdown()
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.transport.abort()
-
-
-# ---------------------------------------------------------------- sockets
 
 
 @contextmanager
