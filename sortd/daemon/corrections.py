@@ -249,7 +249,7 @@ class CorrectionScanner:
     ) -> None:
         """Prepare; ``report`` receives read errors, ``limits`` are for ``Rejects``."""
         self._layout, self._journal, self._report = layout, journal, report
-        self._rejects = Rejects(layout, journal, limits)
+        self.rejects = Rejects(layout, journal, limits)
         self._moved: dict[int, tuple[Record, str]] = {}  # by record: images that the user moved, and where they are
         self._wanted: OrderedDict[str, Area] = OrderedDict()
         prepare = partial(
@@ -303,14 +303,10 @@ class CorrectionScanner:
             taken += [(record, place)] if changed_ns else []
         return taken
 
-    def keep(self, path: str, refused: Stamp) -> None:
-        """Note that a file in Rejected/ was refused again; see ``Rejects.keep``."""
-        self._rejects.keep(path, refused)
-
     @property
     def files_looked_at(self) -> int:
         """The number of files that were inspected since the start."""
-        return self._looked_at + self._rejects.files_scanned
+        return self._looked_at + self.rejects.files_scanned
 
     @property
     def is_under_way(self) -> bool:
@@ -324,7 +320,7 @@ class CorrectionScanner:
             return
         self._began_ns = now_ns
         self._since_ns = looked_at_until(self._journal.history.number(SCANNED_FACT), now_ns)
-        self._repaired = self._rejects.scan(now_ns)
+        self._repaired = self.rejects.scan(now_ns)
         self._all.begin()
 
     def begin_asked(self) -> None:
@@ -363,7 +359,7 @@ class CorrectionScanner:
         while self._wanted:
             path, area = self._wanted.popitem(last=False)
             self._looked_at += 1
-            if area is Area.REJECTED and (found := self._rejects.look(path)) is not None:
+            if area is Area.REJECTED and (found := self.rejects.look(path)) is not None:
                 yield Repaired(path, found)
             elif _is_gone(path):
                 for copy in self._copies_of(path):

@@ -422,7 +422,7 @@ class Dataset:
         if not self.move_queue.awaits_image(leave):
             self.log.left(leave)
             if leave.stamp is not None:
-                self._corrections.keep(leave.path, leave.stamp)
+                self._corrections.rejects.keep(leave.path, leave.stamp)
 
     def _rebuild(self, job: int) -> None:
         if (problem := self.presence.problem()) is not None:
