@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,16 +179,7 @@ class TransferJournal:
                 if one.progress is None:
                     self._connection.execute("DELETE FROM transfers WHERE (id, action) = (?, ?)", (one.id, one.action))
                     continue
-                columns = (
-                    one.id,
-                    one.action,
-                    one.source,
-                    one.destination,
-                    one.label,
-                    one.sha256,
-                    one.progress,
-                    time.time(),
-                )
+                columns = (*astuple(one), time.time())
                 self._connection.execute("REPLACE INTO transfers VALUES (?,?,?,?,?,?,?,?)", columns)
 
     def _prepare(self) -> None:
