@@ -110,7 +110,7 @@ def observing() -> Iterator[Observer]:
         nonlocal training, what
         training = True
         if now.accuracy is not None:
-            what = f"training, validation {now.accuracy:.1%}"
+            what = f"training, validation {now.accuracy:.1%} at step {now.step:,}"
         tell(what, now.step, now.steps)
 
     def hear(signalled: Signalled) -> None:
