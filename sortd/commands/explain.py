@@ -30,7 +30,7 @@ from sortd.daemon.resources import ActiveClassifier, LoadEncoder, Resources, ref
 from sortd.errors import DataError, UnreadableError
 from sortd.events import LIKE_NO_CLASS, Abstained, Assigned, EmbeddedImage, Stamp
 from sortd.images.thumbnails import thumbnails
-from sortd.layout import Area, Layout, Reason, Why, find_datasets
+from sortd.layout import Area, Layout, Reason, Why
 from sortd.moving.fs import is_version
 from sortd.service import read_status
 from sortd.store.cache import CACHE_FILE, Cache
@@ -204,15 +204,8 @@ def _explanation(config: Config, layout: Layout, sight: _Sight, turned_away: int
 
 
 def _dataset(config: Config, path: Path, name: str | None) -> Layout:
-    layouts = {layout.name: layout for layout in find_datasets(config.root)}
-    found = dataset_at(config, path)
-    if name is None and found is not None:
-        return found[0]
-    if name is None and len(layouts) == 1:
-        return next(iter(layouts.values()))
-    if name is None:
-        raise DataError(f"{path} is in no dataset; choose one with --dataset {'|'.join(layouts) or 'NAME'}")
-    return dataset_named(config, name)
+    found = dataset_at(config, path) if name is None else None
+    return dataset_named(config, name) if found is None else found[0]
 
 
 def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:

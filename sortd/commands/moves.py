@@ -8,7 +8,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,7 @@ def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
         raise StartupError(
             f"{config.state_dir} cannot be read; run the command as the user that runs sortd, or as root"
         )
-    try:
-        layouts = find_datasets(config.root)
-    except LayoutError:
-        layouts = []  # not mounted: the journals can still be read
-    places = [journal_of(config, layout) for layout in layouts]
+    places = [journal_of(config, layout) for layout in datasets_there(config)]
     known = {place.file for place in places}
     places += [
         JournalPlace(named[1], None, file)
@@ -95,6 +91,13 @@ def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
         there = ", ".join(sorted({place.dataset for place in places})) or "none"
         raise DataError(f"there is no dataset {dataset!r} in {config.root}; there are: {there}")
     return chosen
+
+
+def datasets_there(config: Config) -> list[Layout]:
+    """Return the datasets below the root; none if it cannot be listed, as when it is not mounted."""
+    with suppress(LayoutError):
+        return find_datasets(config.root)
+    return []
 
 
 def without_links(path: Path | str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from sortd.classify.held_out import LEAST_COSINE, Agreement, agreement, agreement_figures, is_settled, refuse_quick
 from sortd.commands.console import counted
+from sortd.commands.moves import datasets_there
 from sortd.commands.status import settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.embedder import Embedder
@@ -22,8 +23,8 @@ from sortd.encoder.clip import torch_encoder_id
 from sortd.encoder.export import Progress
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision
 from sortd.encoder.quantize import photographic_noise
-from sortd.errors import LayoutError, SortdError
-from sortd.layout import Area, Layout, find_datasets
+from sortd.errors import SortdError
+from sortd.layout import Area, Layout
 
 FIRST_REFERENCES = 400  # of all datasets together: enough that FILED_TO_SETTLE of them can be filed
 MAX_REFERENCES = 1000  # of a dataset; with so many, a share of 0.99 has a standard error of 0.003
@@ -35,9 +36,6 @@ _GOLDEN = 0.6180339887498949
 
 def judge_int8(config: Config, exported: Exports, on_progress: Progress) -> dict[str, Any]:
     """Compare int8 with float32; return whether it may be used, and the figures, as plain values."""
-    layouts: list[Layout] = []
-    with suppress(LayoutError):  # without a root there are no references
-        layouts = find_datasets(config.root)
     parts: dict[str, Agreement] = {}
     refusal, probes = None, None
     try:
@@ -45,7 +43,7 @@ def judge_int8(config: Config, exported: Exports, on_progress: Progress) -> dict
         noise = photographic_noise(exact.preprocessing, PROBES)
         probes = float((exact.encode_images(noise) * quick.encode_images(noise)).sum(axis=1).mean())
         if probes >= LEAST_COSINE:
-            parts = _compare(config, exported, exact, quick, layouts, on_progress)
+            parts = _compare(config, exported, exact, quick, datasets_there(config), on_progress)
             refusal = refuse_quick(parts)
         else:  # also for NaN
             refusal = f"the rows of synthetic images differ: mean cosine {probes:.4f}, needed {LEAST_COSINE}"

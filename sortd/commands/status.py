@@ -15,7 +15,7 @@ from typing import Any
 from sortd import errors
 from sortd.classify.proportions import estimated, interval, out_of, proportion, with_intervals
 from sortd.commands.console import counted, format_duration, format_time, print_line, print_table, printable, show
-from sortd.commands.moves import JournalPlace, journal_of, journals
+from sortd.commands.moves import JournalPlace, datasets_there, journal_of, journals
 from sortd.config import Config, find_config_file
 from sortd.daemon.audit import evidence_of
 from sortd.daemon.control import NotRunningError
@@ -25,7 +25,7 @@ from sortd.daemon.reporting import LISTED
 from sortd.daemon.resources import reference_settings_of, select_classifier, unfit
 from sortd.encoder import finetuned
 from sortd.encoder.finetuned import FinetunedFacts, finetuning_results, read_facts
-from sortd.errors import DataError, JournalError, LayoutError, ModelError
+from sortd.errors import DataError, JournalError, ModelError
 from sortd.layout import Area, Layout, Reason, Why, find_datasets, owner_of, rule_below, rule_for_folder
 from sortd.moving.fs import is_version
 from sortd.service import read_status
@@ -256,11 +256,7 @@ def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
 
 def list_finetuned_models(config: Config) -> dict[str, Any]:
     """Return the fine-tuned models of each dataset, newest first, as plain values."""
-    try:
-        layouts = find_datasets(config.root)
-    except LayoutError:
-        return {}  # not mounted
-    return {layout.name: _models_of(config, layout) for layout in layouts}
+    return {layout.name: _models_of(config, layout) for layout in datasets_there(config)}
 
 
 def _models_of(config: Config, layout: Layout) -> dict[str, Any]:
