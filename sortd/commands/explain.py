@@ -204,8 +204,14 @@ def _explanation(config: Config, layout: Layout, sight: _Sight, turned_away: int
 
 
 def _dataset(config: Config, path: Path, name: str | None) -> Layout:
-    found = dataset_at(config, path) if name is None else None
-    return dataset_named(config, name) if found is None else found[0]
+    if name is not None:
+        return dataset_named(config, name)
+    if (found := dataset_at(config, path)) is not None:
+        return found[0]
+    try:
+        return dataset_named(config, None)
+    except DataError as error:
+        raise DataError(f"{path} is in no dataset; {error}") from None
 
 
 def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:

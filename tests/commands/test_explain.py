@@ -308,7 +308,7 @@ class TestImage:
         with pytest.raises(UnreadableError, match="cannot be decided"):
             explain_image(config, tmp_path / "notes.txt", load_encoder=lambda _: FakeEncoder())
         make_dataset(tmp_path / "Data", "Second", references=1)
-        with pytest.raises(DataError, match=r"--dataset Colours\|Second"):
+        with pytest.raises(DataError, match=r"one\.png is in no dataset; .*: Colours, Second"):
             explain_image(config, tmp_path / "one.png")
 
 
