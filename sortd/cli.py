@@ -20,6 +20,7 @@ from sortd.cli_models import OPENBLAS_SPIN, encode, finetune, models
 from sortd.commands.console import (
     Command,
     ConfigOption,
+    DatasetCommand,
     DatasetOption,
     Group,
     HtmlOption,
@@ -212,7 +213,7 @@ def history(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     show_history(load_config(config), dataset=dataset, file=path, limit=limit, format_name=kind, **chosen)
 
 
-@app.command("export", cls=Command)
+@app.command("export", cls=DatasetCommand)
 def export_images(  # noqa: PLR0913, PLR0917 -- each is an option of the command line
     out: Annotated[Path, typer.Option("--out", help="File or folder to write; it must not exist.")],
     dataset: DatasetOption = None,
@@ -291,7 +292,7 @@ def release(
     release_files(loaded, path, dataset=dataset, as_json=as_json)
 
 
-@app.command(cls=Command)
+@app.command(cls=DatasetCommand)
 def rebuild(
     dataset: DatasetOption = None,
     config: ConfigOption = None,
@@ -320,7 +321,7 @@ def bench(
     show(measured, print_measured, as_json=as_json)
 
 
-@app.command("eval", cls=Command)
+@app.command("eval", cls=DatasetCommand)
 def evaluate_command(
     dataset: DatasetOption = None,
     config: ConfigOption = None,
@@ -333,7 +334,7 @@ def evaluate_command(
     show_evaluation(load_config(config), dataset, html, as_json=as_json)
 
 
-@app.command("groups", cls=Command)
+@app.command("groups", cls=DatasetCommand)
 def groups_command(
     dataset: DatasetOption = None,
     config: ConfigOption = None,
@@ -382,7 +383,7 @@ def assign(
     assign_paths(load_config(config), [Path(path) for path in paths], label, is_example=example, as_json=as_json)
 
 
-@app.command(cls=Command)
+@app.command(cls=DatasetCommand)
 def reconsider(
     dataset: DatasetOption = None,
     config: ConfigOption = None,
@@ -400,7 +401,7 @@ def reconsider(
     show_reconsidered(load_config(config), dataset, apply=apply, as_json=as_json)
 
 
-@app.command(cls=Command)
+@app.command(cls=DatasetCommand)
 def audit(
     dataset: DatasetOption = None,
     config: ConfigOption = None,
@@ -472,7 +473,7 @@ def uninstall(user: UserOption = False, dry_run: PlanOption = False) -> None:
 
 
 app.command(cls=Command)(encode)
-app.command(cls=Command)(finetune)
+app.command(cls=DatasetCommand)(finetune)
 app.add_typer(models)
 app.add_typer(bulk)
 app.add_typer(service)

@@ -266,11 +266,21 @@ def test_config_option_may_stand_before_the_command(tmp_path: Path, arguments: s
         assert (ran.code, f"{gone}" in ran.out + ran.err) == (78, True), given
 
 
+@pytest.mark.parametrize("command", ["eval", "audit", "groups", "rebuild", "reconsider", "export --out x", "finetune"])
+def test_dataset_is_named_by_the_option_or_as_it_once_was(config: Path, command: str) -> None:
+    """Both spellings name the dataset, and two names are a mistake in the usage."""
+    spelled = [sortd(*command.split(), *given, "-c", config) for given in (["--dataset", "No"], ["No"])]
+    assert {ran.code for ran in spelled} <= {65, 75}
+    assert spelled[0] == spelled[1]
+    assert sortd(*command.split(), "--dataset", "No", "No", "-c", config).code == 2
+    assert sortd(*command.split(), "No", "Neither", "-c", config).code == 2
+
+
 @pytest.mark.parametrize("inside", ["", "Clases/roses"])
 @pytest.mark.parametrize(
     "arguments",
     ["run", "once", "once --dry-run", "status", "eval", "history", "undo --last 1", "release --all", "rebuild",
-     "explain config.yaml", "finetune --dataset Garden", "models", "models promote", "bench"],
+     "explain config.yaml", "finetune Garden", "models", "models promote", "bench"],
 )  # fmt: skip
 def test_commands_on_a_root_that_is_a_dataset_are_refused(tmp_path: Path, arguments: str, inside: str) -> None:
     """Each command reports what to set, and does not advise to create a dataset inside."""

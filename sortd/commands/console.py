@@ -119,6 +119,21 @@ class Command(_OwnHelp, typer.core.TyperCommand):
     """A command of sortd."""
 
 
+class DatasetCommand(Command):
+    """A command with the option ``--dataset``, whose name may also be given without the option, as it once was."""
+
+    allow_extra_args = True
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 -- typer's own click, as above
+        """Take one argument as the name of the dataset, and refuse more."""
+        super().parse_args(ctx, args)
+        if len(ctx.args) == 1 and ctx.params.get("dataset") is None:
+            ctx.params["dataset"] = ctx.args.pop()
+        if ctx.args and not ctx.resilient_parsing:
+            ctx.fail(f"Got unexpected extra argument(s) ({printable(' '.join(ctx.args))})")
+        return list(ctx.args)
+
+
 class Group(_OwnHelp, typer.core.TyperGroup):
     """A group of commands of sortd."""
 

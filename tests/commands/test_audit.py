@@ -56,7 +56,7 @@ class TestSample:
         drawn = run(site, "audit", "--sample", 5, "--json").facts
         assert (len(drawn["images"]), drawn["unchecked"]) == (5, FILED)
         assert all(Path(one["path"]).is_file() for one in drawn["images"])
-        assert run(site, "audit", "--dataset", "Colours", "--json").facts["images"] == drawn["images"]
+        assert run(site, "audit", "Colours", "--json").facts["images"] == drawn["images"]
         samples = {
             tuple(one["id"] for one in run(site, "audit", "--sample", size, "--json").facts["images"])
             for size in (11, 10) * 4

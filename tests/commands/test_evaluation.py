@@ -298,7 +298,7 @@ class TestExamination:
         (tmp_path / "Data").mkdir()
         assert sortd("eval", "-c", file).code == 65
         (tmp_path / "Data" / "Empty" / "Clases").mkdir(parents=True)
-        assert "there are: Empty" in sortd("eval", "--dataset", "Other", "-c", file).err
+        assert "there are: Empty" in sortd("eval", "Other", "-c", file).err
         with pytest.raises(DataError, match="has no class folder"):
             list(evaluate_datasets(read_config(file, {"HOME": "/nonexistent"}), load_encoder=lambda _: FakeEncoder()))
 

@@ -47,7 +47,7 @@ def run_export(filed: Path, *arguments: str) -> Ran:
     """Run ``sortd export`` into the folder beside the dataset's root."""
     base = filed.parents[1]
     out = () if "--out" in arguments else ("--out", str(base / "out"))
-    return sortd("export", "--dataset", "Colours", "-c", str(base / "config.yaml"), *out, *arguments)
+    return sortd("export", "Colours", "-c", str(base / "config.yaml"), *out, *arguments)
 
 
 def export(filed: Path, kind: ExportFormat, tiny_clip: Path, **options: Any) -> Path:
@@ -94,8 +94,8 @@ def test_checked_only_exports_what_a_person_said(filed: Path) -> None:
     """Images that nobody has checked are left out; an audit checks them."""
     base, config = filed.parents[1], str(filed.parents[1] / "config.yaml")
     assert run_export(filed, "--checked-only", "--json").facts["images"] == 1
-    assert sortd("audit", "--dataset", "Colours", "--sample", "5", "-c", config).code == 0
-    assert sortd("audit", "--dataset", "Colours", "--all-right", "-c", config).code == 0
+    assert sortd("audit", "Colours", "--sample", "5", "-c", config).code == 0
+    assert sortd("audit", "Colours", "--all-right", "-c", config).code == 0
     done = run_export(filed, "--checked-only", "--out", str(base / "second"))
     assert done.code == 0
     with (base / "second").open(newline="") as file:

@@ -85,7 +85,7 @@ class TestListing:
 
     def test_groups_table_names_the_group_and_what_to_do(self, site: Path) -> None:
         """The identifier is what --accept takes."""
-        ran = run(site, "groups", "--dataset", "Colours")
+        ran = run(site, "groups", "Colours")
         assert listed(site)["groups"][0]["id"] in ran.out
         assert "--accept ID --as NAME" in ran.err
 

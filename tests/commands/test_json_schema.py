@@ -79,11 +79,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "command",
     [
-        "check", "status", "history", "history --prune --dry-run", "audit --dataset Colours",
-        "audit --dataset Colours --all-right", "models", "models list", "models --available", "models prune",
-        "models demote --dataset Colours",
-        "export --dataset Colours --out {0}/out.csv", "undo --last 1 --dry-run", "undo --last 2", "release --all",
-        "assign {0}/Data/Colours/Dataset/red/a.png blue", "groups --dataset Empty",
+        "check", "status", "history", "history --prune --dry-run", "audit Colours", "audit Colours --all-right",
+        "models", "models list", "models --available", "models prune", "models demote --dataset Colours",
+        "export Colours --out {0}/out.csv", "undo --last 1 --dry-run", "undo --last 2", "release --all",
+        "assign {0}/Data/Colours/Dataset/red/a.png blue", "groups Empty",
     ],
 )  # fmt: skip
 def test_json_of_commands_matches_the_schema(config: Path, command: str) -> None:

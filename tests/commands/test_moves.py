@@ -355,7 +355,7 @@ class TestWhileRunning:
     def test_request_that_fails_returns_its_error(self, daemon: tuple[Path, DaemonProcess]) -> None:
         """The message and the exit code come from the running process."""
         site, _ = daemon
-        ran = run(site, "rebuild", "--dataset", "Other")
+        ran = run(site, "rebuild", "Other")
         assert ran.code == 65
         assert "the running sortd has no dataset 'Other'" in ran.err
 

@@ -86,12 +86,12 @@ class TestProposals:
             assert 0 < one["then"] <= 1
             assert 0.5 < one["now"] <= 1
         assert [len(one.proposals) for one in reconsider_datasets(config_of(site), load_encoder=no_model)] == [4]
-        ran = run(site, "reconsider", "--dataset", "Colours", "--dry-run")
+        ran = run(site, "reconsider", "Colours", "--dry-run")
         assert all(name in ran.out for name in YELLOWS)
         assert "sortd reconsider --apply" in ran.err
         assert tree(site) == before
         assert run(site, "reconsider", "--apply", "--dry-run").code == 2
-        assert run(site, "reconsider", "--dataset", "Other").code == 65
+        assert run(site, "reconsider", "Other").code == 65
 
     def test_reconsider_images_without_an_embedding_or_prototypes_are_embedded(self, site: Path) -> None:
         """The cache may be lost."""

@@ -315,7 +315,7 @@ def test_run_dataset_with_a_damaged_journal_is_held_until_it_is_mended(
         daemon.wait_until(
             lambda: metrics.exists() and 'sortd_dataset_held{dataset="Bad"} 1.0' in metrics.read_text(), "the metrics"
         )
-        assert sortd("rebuild", "--dataset", "Bad", "-c", config).err.startswith("the dataset 'Bad' is held: ")
+        assert sortd("rebuild", "Bad", "-c", config).err.startswith("the dataset 'Bad' is held: ")
         journal.rename(tmp_path / "aside")
         daemon.wait_for("image.filed", dataset="Bad")
         assert daemon.stop() == 0

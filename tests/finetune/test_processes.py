@@ -30,7 +30,7 @@ def test_two_processes_train_as_well_as_one(tmp_path: Path, write_config: Callab
         arguments = ("--config", config, "--base", base, "--manifest", run, "--output", tmp_path / name, *options)
         recipe = ("--epochs", 8, "--batch-size", 16, "--learning-rate", 1e-3, "--test", 0.2, "--validation", 0.3)
         done = subprocess.run(
-            [sys.executable, "-m", "sortd", "finetune", "--dataset", "Shapes", *map(str, (*arguments, *recipe))],
+            [sys.executable, "-m", "sortd", "finetune", "Shapes", *map(str, (*arguments, *recipe))],
             capture_output=True,
             text=True,
             check=False,

@@ -333,7 +333,7 @@ def test_command_prints_folder_and_metrics(tmp_path: Path, vit: Path, write_conf
     """``sortd finetune`` puts the model into the state folder, and ``--json`` says where and how good."""
     make_photos(tmp_path / "Data", COUNTS)
     config = write_config(device="cpu", threads=1)
-    common = ("finetune", "--dataset", "Shapes", "-c", config, "--base", vit, "--epochs", 1, "--set", "max_steps=2")
+    common = ("finetune", "Shapes", "-c", config, "--base", vit, "--epochs", 1, "--set", "max_steps=2")
     ran = sortd(*common, "--json")
     assert ran.code == 0, ran.err
     folder = Path(ran.facts["folder"])
@@ -347,8 +347,8 @@ def test_command_prints_folder_and_metrics(tmp_path: Path, vit: Path, write_conf
     quick = sortd(*common, "--effort", "quick", "--json")
     assert quick.facts["recipe"]["views"] == 4
     assert sortd(*common, "--effort", "enormous").code == 2
-    assert sortd("finetune", "--dataset", "Nothing", "-c", config).code == 65
-    assert sortd("finetune", "--dataset", "Shapes", "-c", config, "--from", "elsewhere").code == 2
+    assert sortd("finetune", "Nothing", "-c", config).code == 65
+    assert sortd("finetune", "Shapes", "-c", config, "--from", "elsewhere").code == 2
 
 
 def test_command_interrupted_leaves_a_checkpoint_and_says_how_to_resume(
@@ -369,7 +369,7 @@ def test_command_interrupted_leaves_a_checkpoint_and_says_how_to_resume(
     hand = threading.Thread(target=interrupt)
     hand.start()
     try:
-        ran = sortd("finetune", "--dataset", "Shapes", "-c", config, "--base", vit, "--batch-size", 8, "--epochs", 60)
+        ran = sortd("finetune", "Shapes", "-c", config, "--base", vit, "--batch-size", 8, "--epochs", 60)
     finally:
         over.set()
         hand.join()
