@@ -17,7 +17,6 @@ import typer
 from sortd import __version__
 from sortd.cli_bulk import bulk
 from sortd.cli_models import OPENBLAS_SPIN, encode, finetune, models
-from sortd.cli_setup import config_command, init, service
 from sortd.commands.console import (
     Command,
     ConfigOption,
@@ -48,6 +47,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+service = typer.Typer(name="service", cls=Group, no_args_is_help=True, help="Install or remove sortd as a service.")
+
+UserOption = Annotated[bool, typer.Option("--user", help="The service of this user, not that of the machine.")]
+PlanOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be done; change nothing.")]
+
 
 def print_version(wanted: bool) -> None:  # noqa: FBT001 -- typer passes it
     """Print the version and exit, if ``wanted``."""
@@ -66,8 +70,37 @@ def options(
     """Sort the images in a folder into classes that you define by reference images."""
 
 
-app.command(cls=Command)(init)
-app.command("config", cls=Command)(config_command)
+@app.command(cls=Command)
+def init(
+    directory: Annotated[Path, typer.Argument(help="Folder of the dataset; missing folders are created.")],
+    config: ConfigOption = None,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", help="Create the folder of this class; repeatable.")
+    ] = None,
+) -> None:
+    """Create a dataset, write its folder into a configuration if needed, and print the next command."""
+    from sortd.commands.init import create_dataset
+
+    create_dataset(directory, classes or (), config)
+
+
+@app.command("config", cls=Command)
+def config_command(
+    config: ConfigOption = None,
+    effective: Annotated[
+        bool, typer.Option("--effective", help="Print the values in force, each with its source.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print a configuration with every key and its default, or the values in force."""
+    from sortd.commands.configuration import print_example, show_effective
+
+    if as_json and not effective:
+        raise typer.BadParameter("give --json only with --effective")
+    if effective:
+        show_effective(config, os.environ, as_json=as_json)
+    else:
+        print_example()
 
 
 @app.command(cls=Command)
@@ -139,10 +172,8 @@ def explain_command(
     as_json: JsonOption = False,
 ) -> None:
     """Explain where an image is filed, and why."""
-    from sortd.commands.evaluation import check_page_path
     from sortd.commands.explain import show_explanation
 
-    check_page_path(html)
     show_explanation(load_config(config), image, dataset, html, as_json=as_json)
 
 
@@ -251,13 +282,13 @@ def release(
 ) -> None:
     """Release files that are held after an undo, datasets that the guard holds, and a rejected file to try it again."""
     from sortd.commands.moves import release_files
-    from sortd.commands.rejected import is_rejected, show_retried
+    from sortd.commands.rejected import retry_if_rejected
 
     if (path is None) != everything:
         raise typer.BadParameter("give either a PATH or --all")
     loaded = load_config(config)
-    if path is not None and is_rejected(loaded, path):
-        show_retried(loaded, path, as_json=as_json)
+    if path is not None:
+        retry_if_rejected(loaded, path, as_json=as_json)
     release_files(loaded, path, dataset=dataset, as_json=as_json)
 
 
@@ -298,9 +329,8 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate the references by leave-one-out: modes, classes that need images, and suspect images."""
-    from sortd.commands.evaluation import check_page_path, show_evaluation
+    from sortd.commands.evaluation import show_evaluation
 
-    check_page_path(html)
     show_evaluation(load_config(config), dataset, html, as_json=as_json)
 
 
@@ -424,6 +454,22 @@ def review(
     from sortd.review.server import serve
 
     serve(create_app, load_config(config), port=port, socket=socket, behind_proxy=proxy)
+
+
+@service.command("install", cls=Command)
+def install(user: UserOption = False, dry_run: PlanOption = False) -> None:
+    """Install, enable and start the systemd unit of sortd."""
+    from sortd.commands.units import install_service
+
+    install_service(is_of_user=user, dry_run=dry_run)
+
+
+@service.command("uninstall", cls=Command)
+def uninstall(user: UserOption = False, dry_run: PlanOption = False) -> None:
+    """Stop and disable the systemd unit of sortd, and remove it; configuration, journal and images stay."""
+    from sortd.commands.units import uninstall_service
+
+    uninstall_service(is_of_user=user, dry_run=dry_run)
 
 
 app.command(cls=Command)(encode)

@@ -16,8 +16,8 @@ from jsonschema.exceptions import best_match
 from typer.testing import CliRunner
 
 from sortd.cli import app
-from sortd.commands.documents import Document, FailedDocument
-from sortd.commands.json_schema import DOCUMENTS, json_schema
+from sortd.commands.documents import DOCUMENTS, Document, FailedDocument
+from sortd.commands.json_schema import json_schema
 from sortd.errors import SortdError
 
 

@@ -21,13 +21,7 @@ from sortd.classify.prompts import prompts
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import AbstainSettings, DecisionSettings, SupportSet
 from sortd.config import DEFAULT_TEMPLATES
-from sortd.daemon.references import (
-    References,
-    ReferencesAbsentError,
-    ReferenceSettings,
-    class_texts,
-    generic_text_mean,
-)
+from sortd.daemon.references import References, ReferenceSettings, class_texts, generic_text_mean
 from sortd.errors import DataError, DestinationError
 from sortd.events import Decision, Mode
 from sortd.files import read_regular, write_atomic
@@ -95,10 +89,7 @@ class Classifier:
         settings = ReferenceSettings(_settings(mode, precision, strangers))
         if settings.settings.mode is Mode.TEXT and not encoder.has_text:
             raise DataError(f"`mode: text` decides by class names, and {encoder.id} is an encoder of images")
-        try:
-            support, refused = References(Path(os.path.abspath(folder))).support(encoder.embedder(), settings)
-        except ReferencesAbsentError as error:
-            raise DataError(str(error)) from error
+        support, refused = References(Path(os.path.abspath(folder))).support(encoder.embedder(), settings)
         if refused:
             raise DataError(f"{refused[0].path}: {refused[0].message}; correct it or move it away")
         return cls(build(support, settings.settings, generation=1), encoder=encoder)

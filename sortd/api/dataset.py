@@ -10,19 +10,18 @@ from sortd.api.classifier import Classifier
 from sortd.api.images import LoadedEncoder
 from sortd.commands.assign import assign_to_class, facts_at
 from sortd.commands.explain import why_kept
-from sortd.commands.moves import JournalPlace, dataset_at, record_facts, undo_records_of
+from sortd.commands.moves import dataset_at, journal_of, undo_records_of
 from sortd.commands.status import settings_with_corrections
 from sortd.config import Config, read_config
 from sortd.core.sorter import leaves_doubtful, order_for
 from sortd.daemon.dataset_lock import lock_dataset
-from sortd.daemon.references import References, ReferencesAbsentError, stored_prototypes
+from sortd.daemon.references import References, stored_prototypes
 from sortd.daemon.resources import select_classifier
 from sortd.encoder.backends import load_with_backend
 from sortd.errors import DataError, JournalError, LayoutError, UnreadableError
 from sortd.events import Abstained, EmbeddedImage, ImageRefused, Moved
-from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.layout import Area, Layout
 from sortd.service import read_status
-from sortd.store.history import History
 from sortd.store.records import Selection
 from sortd.watch.scan import stamp
 
@@ -152,9 +151,9 @@ class DatasetHandle:
                 rebuilt = References(self.layout.area(Area.CLASES)).rebuild(
                     encoder.embedder(), settings, previous=previous, generation=generation
                 )
-            except ReferencesAbsentError as error:
+            except DataError:
                 encoder.close()
-                raise DataError(str(error)) from error
+                raise
             self._classifier = Classifier(rebuilt.prototypes, encoder=encoder)
         return self._classifier
 
@@ -180,8 +179,7 @@ class DatasetHandle:
             raise DataError(f"{path} stays in Images/: no class is certain ({decision.reason})")
         move = order_for(answer, decision, classifier.prototypes, settle_seconds=0.0, action=action)
         with lock_dataset(self.layout, self.config.state_dir, companions=companions) as opened:
-            if (problem := opened.presence.problem()) is not None:
-                raise LayoutError(problem)
+            opened.presence.require()
             if guard := opened.journal.history.guard().reason:
                 raise DataError(f"{self.name} is held, because {guard}; see `sortd release`")
             ended = [one for one in opened.mover.move_all([move]) if one.path == path]
@@ -201,16 +199,10 @@ class DatasetHandle:
         raise DataError(f"{path} is {where} after {PATIENCE_SECONDS:.0f} s; `sortd status` says more")
 
     def _moves(self, selection: Selection) -> list[dict[str, Any]]:
-        place = JournalPlace(
-            self.name, self.layout.root, self.layout.state_folder(self.config.state_dir) / JOURNAL_FILE
-        )
         try:
-            if not place.is_there:
-                return []
+            return journal_of(self.config, self.layout).moves(selection)
         except OSError as error:
-            raise JournalError(f"{place.file} cannot be read: {error.strerror}") from error
-        with History.open(place.file) as history:
-            return [record_facts(place, record) for record in history.moves(selection)]
+            raise JournalError(f"{error.filename} cannot be read: {error.strerror}") from error
 
     def _relative(self, path: str | os.PathLike[str]) -> str:
         """Return a path relative to the dataset; raise DataError if it lies elsewhere."""

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from math import isfinite
@@ -30,11 +30,10 @@ from sortd.bulk.transfers import (
     TransferJournal,
     TransferResult,
     dry_run_transfer,
-    open_transfers,
     transfer_all,
 )
 from sortd.commands.console import bar, counted, print_line, print_table, printable, say, show
-from sortd.commands.moves import undo_records_of
+from sortd.commands.moves import journal_of, undo_records_of
 from sortd.commands.reconsider import MOST_IN_A_REQUEST, Refile, refiling
 from sortd.config import Config
 from sortd.daemon.references import class_name_problem
@@ -42,7 +41,7 @@ from sortd.daemon.refile import refile_facts
 from sortd.errors import DataError, SortdError
 from sortd.events import Assigned, Mode, Outcome
 from sortd.files import sha256_of
-from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.layout import Area, Layout
 from sortd.store.history import History
 from sortd.store.records import Record, Selection
 from sortd.watch.scan import stamp
@@ -93,6 +92,15 @@ class Applied:
         if len(self.listed) < MOST_LISTED:
             self.listed.append({"uri": uri, "message": reason})
 
+    def count(self, scheme: str, result: TransferResult) -> None:
+        """Count a transfer of an object."""
+        if result.message:
+            self.refuse(f"{scheme}://{result.transfer.source}", result.message)
+        elif result.was_done:
+            self.before += 1
+        else:
+            self.moved[result.transfer.label] += 1
+
     def facts(self) -> dict[str, Any]:
         """Return it as plain values."""
         return {
@@ -105,15 +113,10 @@ class Applied:
         }
 
 
-def assigned_images(
-    run: Path, *, tell: Tell, count_abstained: Callable[[str], None] = lambda _: None
-) -> Iterator[list[AssignedImage]]:
-    """Yield the assigned images of a run in groups, each image once.
+def assigned_images(run: Path, *, tell: Tell, abstained: Counter[str]) -> Iterator[list[AssignedImage]]:
+    """Yield the assigned images of a run in groups, each image once; count the others by reason in ``abstained``.
 
-    Args:
-        run: the folder of the run.
-        tell: called with the number of decisions that were read, and that of the images of the run.
-        count_abstained: called with the reason of each image that is left where it is.
+    ``tell`` is called with the number of decisions that were read, and that of the images of the run.
 
     Raises:
         DataError: the decisions are damaged, or there are none.
@@ -124,9 +127,9 @@ def assigned_images(
         for row in rows:
             reason = row.pop("reason") or "unknown"
             if row["label"] is None:
-                count_abstained(reason.partition(":")[0])
+                abstained[reason.partition(":")[0]] += 1
             elif None in row.values() or not (0 <= row["probability"] <= 1 and isfinite(row["margin"])):
-                count_abstained("incomplete row")
+                abstained["incomplete row"] += 1
             else:
                 found[row["id"]] = AssignedImage(**row)
         yield list(found.values())
@@ -147,13 +150,8 @@ def apply_run(
 ) -> dict[str, Any]:
     """Move the assigned images of a run, and return what became of each, counted, as plain values.
 
-    Args:
-        config: of sortd, for the datasets of files on this disk.
-        run: the folder of the run.
-        to: the prefix of objects, below which ``Dataset/`` is; None: the parent of the run's source ``…/Images``.
-        dry_run: check everything, and move nothing.
-        tell: called with what is done.
-        make_store: connects to the store of a scheme.
+    ``to`` is the prefix of objects, below which ``Dataset/`` is; by default the parent of the run's source
+    ``…/Images``. A dry run checks everything and moves nothing. ``make_store`` connects to the store of a scheme.
 
     Raises:
         DataError: the run has no decisions, or ``to`` is missing or of another store.
@@ -165,11 +163,7 @@ def apply_run(
         pool = stack.enter_context(ThreadPoolExecutor(THREADS, "bulk"))
         files = _Files(config, stack, pool, applied, is_dry=dry_run)
         objects = _Objects(run, to, stack, pool, applied, make_store, is_dry=dry_run)
-
-        def count_abstained(reason: str) -> None:
-            applied.abstained[reason] += 1
-
-        for group in assigned_images(run, tell=tell, count_abstained=count_abstained):
+        for group in assigned_images(run, tell=tell, abstained=applied.abstained):
             files.apply([one for one in group if local_path(one.uri) is not None])
             objects.apply([one for one in group if local_path(one.uri) is None])
     return {"run": os.fspath(run), "dry_run": dry_run, **applied.facts()}
@@ -205,7 +199,7 @@ class _Files:
                     self._applied.refuse(path, str(error))
 
     def _apply(self, layout: Layout, images: Sequence[tuple[AssignedImage, str]]) -> None:
-        config = _config_of(self._config, layout)
+        config = self._config.model_copy(update={"root": layout.root.parent})
         if (action := config.dataset(layout.name).action) != "move":
             raise DataError(
                 f"`action: {action}` of its dataset leaves images where they are; bulk apply would move them"
@@ -215,14 +209,12 @@ class _Files:
             self._refile[layout]([])  # recovers moves that did not end: their images are not where they were decided on
         found = list(self._pool.map(_request_or_problem, images))
         ready = [one for one in found if not isinstance(one, str)]
-        failed = [(*image, one) for image, one in zip(images, found, strict=True) if isinstance(one, str)]
-        if failed:
-            with _history(config, layout) as history:
-                for image, path, problem in failed:
-                    if _filing(history, layout, path, image) is None:
-                        self._applied.refuse(path, problem)
-                    else:
-                        self._applied.before += 1
+        with journal_of(config, layout).open() as history:
+            for (image, path), problem in zip(images, found, strict=True):
+                if isinstance(problem, str) and _filing(history, layout, path, image) is None:
+                    self._applied.refuse(path, problem)
+                else:
+                    self._applied.before += isinstance(problem, str)
         if not ready:
             return
         labels = {path: image.label for image, path in images}
@@ -242,10 +234,6 @@ def _dataset_of(folder: str) -> Layout | None:
     return next((Layout(one.parent) for one in inboxes if Layout(one.parent).is_dataset), None)
 
 
-def _config_of(config: Config, layout: Layout) -> Config:
-    return config.model_copy(update={"root": layout.root.parent})
-
-
 def _request_or_problem(image_and_path: tuple[AssignedImage, str]) -> dict[str, object] | str:
     """Return an image as a request has it, if its file is the one that was decided on; else why not."""
     image, path = image_and_path
@@ -261,29 +249,12 @@ def _request_or_problem(image_and_path: tuple[AssignedImage, str]) -> dict[str, 
     except ValueError as error:
         return str(error)
     decision = Assigned(image.label, image.probability, image.margin, None, mode, confidence=image.probability)
-    return refile_facts(
-        path,
-        before.size,
-        before.mtime_ns,
-        decision,
-        content=image.sha256,
-        encoder_id=image.encoder_id,
-        generation=0,  # the classifier is none of the dataset's generations
-    )
+    # The classifier is none of the dataset's generations.
+    return refile_facts(path, before, decision, content=image.sha256, encoder_id=image.encoder_id, generation=0)
 
 
-@contextmanager
-def _history(config: Config, layout: Layout) -> Iterator[History | None]:
-    """Yield what the journal of a dataset says; None if it has none."""
-    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    with History.open(file) if file.is_file() else nullcontext() as history:
-        yield history
-
-
-def _filing(history: History | None, layout: Layout, path: str, image: AssignedImage) -> Record | None:
+def _filing(history: History, layout: Layout, path: str, image: AssignedImage) -> Record | None:
     """Return the move, unless it was undone, by which the decided content left its path for a class."""
-    if history is None:
-        return None
     relative = path.removeprefix(f"{layout.root}/")
     moves = history.moves(Selection(path=relative, outcome=Outcome.FILED, undoable=True))
     own = (one for one in moves if one.move_reason.content == image.sha256 and one.source_path == relative)
@@ -316,41 +287,33 @@ class _Objects:
         if not images:
             return
         prefix = self._prefix()
-        store = self._make_store(prefix.partition("://")[0])
-        wanted = []
+        own, _, folder = prefix.partition("://")
+        store, wanted = self._make_store(own), list[Transfer]()
         for image in images:
             scheme, _, path = image.uri.partition("://")
             label, name = image.label, path.rpartition("/")[2]
             problem = class_name_problem(label)
             if scheme not in WRITABLE:
                 self._applied.refuse(image.uri, f"objects are moved in {' and '.join(WRITABLE)} only")
-            elif scheme != prefix.partition("://")[0]:
+            elif scheme != own:
                 self._applied.refuse(image.uri, f"it is not in the store of {prefix}")
             elif problem is not None or not name:
                 self._applied.refuse(image.uri, f"{label!r} cannot be a class: {problem}" if name else "it has no name")
             else:
-                destination = f"{prefix.partition('://')[2]}/{Area.DATASET}/{label}/{name}"
+                destination = f"{folder}/{Area.DATASET}/{label}/{name}"
                 wanted.append(Transfer(image.id, APPLY, path, destination, label, image.sha256))
         for start in range(0, len(wanted), AT_ONCE):
             for result in self._results(store, wanted[start : start + AT_ONCE]):
-                self._count(prefix, result)
+                self._applied.count(own, result)
 
     def _results(self, store: ObjectStore, wanted: Sequence[Transfer]) -> list[TransferResult]:
         if self._journal is None and (not self._is_dry or (self._run / JOURNAL).is_file()):
-            self._journal = self._stack.enter_context(open_transfers(self._run))
+            self._journal = self._stack.enter_context(closing(TransferJournal(self._run)))
         if self._is_dry:
             known = wanted if self._journal is None else self._journal.known(wanted)
             return list(self._pool.map(lambda one: dry_run_transfer(store, one), known))
         assert self._journal is not None
         return transfer_all(store, self._journal, wanted, self._pool)
-
-    def _count(self, prefix: str, result: TransferResult) -> None:
-        if result.message:
-            self._applied.refuse(f"{prefix.partition('://')[0]}://{result.transfer.source}", result.message)
-        elif result.was_done:
-            self._applied.before += 1
-        else:
-            self._applied.moved[result.transfer.label] += 1
 
     def _prefix(self) -> str:
         """Return the URL below which ``Dataset/`` is; raise DataError if it is not known."""
@@ -367,19 +330,10 @@ class _Objects:
         return prefix
 
 
-# ---------------------------------------------------------------- undo
-
-
-def undo_run(
-    config: Config,
-    run: Path,
-    *,
-    tell: Tell = lambda *_: None,
-    make_store: Callable[[str], ObjectStore] = lambda scheme: ObjectStore(store_of(scheme)),
-) -> dict[str, Any]:
+def undo_run(config: Config, run: Path, *, tell: Tell = lambda *_: None) -> dict[str, Any]:
     """Move the images that ``apply_run`` moved back, and return the outcome as plain values; raises as it."""
     undone, scheme = Applied(), ""
-    for group in assigned_images(run, tell=tell):
+    for group in assigned_images(run, tell=tell, abstained=Counter()):
         by_layout: dict[Layout, list[tuple[str, AssignedImage]]] = {}
         for image in group:
             if (path := local_path(image.uri)) is None:
@@ -387,8 +341,8 @@ def undo_run(
             elif (layout := _dataset_of(os.path.dirname(path))) is not None:
                 by_layout.setdefault(layout, []).append((path, image))
         for layout, images in by_layout.items():
-            own = _config_of(config, layout)
-            with _history(own, layout) as history:
+            own = config.model_copy(update={"root": layout.root.parent})
+            with journal_of(own, layout).open() as history:
                 found = [_filing(history, layout, path, image) for path, image in images]
             reply = undo_records_of(own, layout, [record.id for record in found if record is not None])
             undone.later += reply["later"]
@@ -398,39 +352,20 @@ def undo_run(
                 else:
                     undone.moved[layout.name] += 1
     if scheme:
-        _undo_transfers(run, make_store(scheme), scheme, undone)
+        _undo_transfers(run, ObjectStore(store_of(scheme)), scheme, undone)
     return {"run": os.fspath(run), **undone.facts()}
 
 
 def _undo_transfers(run: Path, store: ObjectStore, scheme: str, undone: Applied) -> None:
-    with open_transfers(run) as journal, ThreadPoolExecutor(THREADS, "bulk") as pool:
-        for begun in journal.groups(APPLY, done=False):  # a crash may have left copies, which are undone as the others
+    with closing(TransferJournal(run)) as journal, ThreadPoolExecutor(THREADS, "bulk") as pool:
+        for begun in journal.applied(done=False):  # a crash may have left copies, which are undone as the others
             for result in transfer_all(store, journal, begun, pool):
                 if result.message:
                     undone.refuse(f"{scheme}://{result.transfer.source}", result.message)
-        for done in journal.groups(APPLY, done=True):
+        for done in journal.applied(done=True):
             wanted = [Transfer(one.id, UNDO, one.destination, one.source, one.label, one.sha256) for one in done]
-            _undo_group(store, journal, wanted, pool, scheme, undone)
-
-
-def _undo_group(
-    store: ObjectStore,
-    journal: TransferJournal,
-    wanted: Sequence[Transfer],
-    pool: ThreadPoolExecutor,
-    scheme: str,
-    undone: Applied,
-) -> None:
-    for result in transfer_all(store, journal, wanted, pool):
-        if result.message:
-            undone.refuse(f"{scheme}://{result.transfer.source}", result.message)
-        elif result.was_done:
-            undone.before += 1
-        else:
-            undone.moved[result.transfer.label] += 1
-
-
-# ---------------------------------------------------------------- the commands
+            for result in transfer_all(store, journal, wanted, pool):
+                undone.count(scheme, result)
 
 
 def show_applied(config: Config, run: Path, *, to: str | None, dry_run: bool, as_json: bool) -> None:

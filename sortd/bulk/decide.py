@@ -63,11 +63,7 @@ class DecideSettings:
 
     @classmethod
     def of(cls, config: Config, classifier: Path, *, model: str | None, processors: int, batch_size: int) -> Self:
-        """Return the settings of a configuration, with another model if one is given.
-
-        Raises:
-            ConfigError: the configuration has no model of its own.
-        """
+        """Return the settings of a configuration, maybe with another model; raise ConfigError if it has none."""
         if config.encoder_socket is not None:
             raise ConfigError("an encoder service forms batches of its own; set `backend: auto` for sortd bulk")
         changes = {
@@ -78,11 +74,7 @@ class DecideSettings:
         return cls(config.model_copy(update=changes), classifier, batch_size)
 
     def facts(self) -> dict[str, Any]:
-        """Return what must be equal for all decisions of a run, as plain values.
-
-        Raises:
-            DataError: there is no such classifier.
-        """
+        """Return what is equal for all decisions of a run, as plain values; raise DataError without a classifier."""
         file = self.classifier / FACTS_FILE  # it has the hash of the arrays
         try:
             content = read_regular(file)
@@ -100,9 +92,7 @@ class DecideSettings:
 def require_equal_settings(run: Path, settings: DecideSettings) -> None:
     """Record the settings of the first decisions of a run, and require equal ones from all later ones.
 
-    Raises:
-        DataError: a setting differs; the message names it.
-        DestinationError: the settings cannot be recorded.
+    Raises DataError: a setting, which the message names, differs; DestinationError.
     """
     facts, file = settings.facts(), run / SETTINGS_FILE
     try:
@@ -130,9 +120,7 @@ class PartDecider:
     def __init__(self, settings: DecideSettings, *, load: Load | None = None) -> None:
         """Load the model; ``load`` replaces the loader of the configured one.
 
-        Raises:
-            ModelError: the model cannot be loaded.
-            DataError: the classifier is damaged, or of another encoder.
+        Raises ModelError; DataError: the classifier is damaged, or of another encoder.
         """
         config, self._batch_size = settings.config, settings.batch_size
         self._encoder = load(config) if load else load_fastest(config, report=lambda _: None)
@@ -160,9 +148,7 @@ class PartDecider:
     def decide_part(self, run: Path, number: int) -> Result | None:
         """Write the decisions of a part of the manifest; return counts and seconds, None if they are there already.
 
-        Raises:
-            DataError: the manifest is damaged.
-            DestinationError: the decisions cannot be written.
+        Raises DataError: the manifest is damaged; DestinationError.
         """
         target = run / DECISIONS / part_name(number)
         if target.exists():

@@ -49,10 +49,7 @@ def decide_shard(
 ) -> dict[str, Any]:
     """Decide every n-th part of a run, beginning with the i-th, in this process; return counts and seconds.
 
-    Raises:
-        DataError: the run or the classifier is not usable.
-        ModelError: the model cannot be loaded.
-        DestinationError: the decisions cannot be written.
+    Raises DataError: the run or the classifier is not usable; ModelError; DestinationError.
     """
     number, shards = shard
     began, (todo, done) = time.monotonic(), _parts(run, settings, shard)
@@ -151,11 +148,7 @@ def _started_ray(options: RayOptions, *, processors: int) -> Iterator[Any]:
 
 
 def _start_here(ray: Any, options: Mapping[str, object]) -> None:  # noqa: ANN401 -- a module without types
-    """Start Ray on this machine; a few times, since it waits only 30 s for its processes.
-
-    Raises:
-        StartupError: it does not start.
-    """
+    """Start Ray on this machine; try again, since it waits 30 s for its processes. Raises StartupError in the end."""
     for tries_left in (2, 1, 0):
         try:
             ray.init("local", **options)
@@ -172,8 +165,7 @@ def _start_here(ray: Any, options: Mapping[str, object]) -> None:  # noqa: ANN40
 def _parts(run: Path, settings: DecideSettings, shard: tuple[int, int] = (1, 1)) -> tuple[list[int], int]:
     """Return the parts of a shard that are not decided, and how many are.
 
-    Raises:
-        DataError: there is no such shard, the run has no plan, or was begun with other settings.
+    Raises DataError: there is no such shard, the run has no plan, or was begun with other settings.
     """
     number, shards = shard
     if not 1 <= number <= shards:

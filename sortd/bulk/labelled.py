@@ -29,12 +29,8 @@ THREADS = 16
 def training_images(run: Path, labels: LabelSource, config: Config) -> Iterator[tuple[LabelledImage, ...]]:
     """Yield the images of a run that have a class; objects of a store are on this disk until the block ends.
 
-    Images that are gone, changed or unreadable are left out; their number is printed.
-
-    Args:
-        run: the folder of the run.
-        labels: where the classes come from.
-        config: objects are downloaded into its state directory.
+    Images that are gone, changed or unreadable are left out; their number is printed. Objects are downloaded into the
+    state directory.
 
     Raises:
         DataError: the run is damaged, or none of its images has a class.

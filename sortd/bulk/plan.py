@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -69,11 +70,7 @@ def parts_of(folder: Path) -> dict[int, Path]:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """Return the facts of a run: version, source, time and number of images.
-
-    Raises:
-        DataError: it has no complete plan, or one of another version.
-    """
+    """Return the version, source, time and number of images of a run; raise DataError if it has no valid plan."""
     try:
         facts: dict[str, Any] = json.loads(read_regular(run / PLAN_FILE))
         if facts["version"] != VERSION or not isinstance(facts["count"], int):
@@ -86,11 +83,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def write_table(file: Path, table: pa.Table) -> None:
-    """Write a Parquet file, which has its name only when it is complete and on the disk.
-
-    Raises:
-        DestinationError: it cannot be written.
-    """
+    """Write a Parquet file, which has its name only when it is complete and durable; raises DestinationError."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     try:
@@ -106,9 +99,7 @@ def make_plan(
 
     No more names than those of one part are held in memory.
 
-    Raises:
-        DataError: the source cannot be listed or has no image, or the run exists.
-        DestinationError: the run cannot be written.
+    Raises DataError: the source cannot be listed or has no image, or the run exists; DestinationError.
     """
     if os.path.lexists(run) and not (run.is_dir() and not any(run.iterdir())):
         raise DataError(f"{run} exists; nothing is overwritten, so name another folder or move it away")
@@ -125,8 +116,12 @@ def make_plan(
     path, count, parts = local_path(source), 0, 0
     while rows := list(islice(images, min(MOST_ROWS, max(fewest_rows, count // PARTS_BEFORE)))):
         if not parts:  # a source that cannot be listed leaves no folder behind
-            _make_folder(run)
-        write_table(run / MANIFEST / part_name(parts), _manifest_table(rows))
+            try:
+                (run / MANIFEST).mkdir(parents=True)
+            except OSError as error:
+                raise DestinationError(f"{run} cannot be made: {error.strerror}; name another folder") from error
+        table = pa.Table.from_pylist([{"id": version_id(one), **asdict(one)} for one in rows], schema=MANIFEST_SCHEMA)
+        write_table(run / MANIFEST / part_name(parts), table)
         count, parts = count + len(rows), parts + 1
         tell("listing", count, 0)
     if not count:
@@ -141,27 +136,8 @@ def make_plan(
     return {**facts, "run": os.fspath(run), "parts": parts, "errors": errors, "examples": unread}
 
 
-def _make_folder(run: Path) -> None:
-    try:
-        (run / MANIFEST).mkdir(parents=True)
-    except OSError as error:
-        raise DestinationError(f"{run} cannot be made: {error.strerror}; name another folder") from error
-
-
-def _manifest_table(images: list[StoredFile]) -> pa.Table:
-    rows = [
-        {"id": version_id(one), "uri": one.uri, "size": one.size, "mtime_ns": one.mtime_ns, "etag": one.etag}
-        for one in images
-    ]
-    return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
-
-
 def decided_rows(run: Path, columns: Sequence[str], *, at_once: int = 1_000) -> Iterator[list[dict[str, Any]]]:
-    """Yield some columns of the decisions of a run, from one complete part after another, so many rows at most.
-
-    Raises:
-        DataError: a part is damaged, or lacks a column.
-    """
+    """Yield columns of the decisions of a run, in lists of ``at_once`` rows; raise DataError if they are damaged."""
     for path in parts_of(run / DECISIONS).values():
         try:
             with pq.ParquetFile(path) as part:

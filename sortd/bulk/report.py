@@ -18,7 +18,7 @@ from sortd.bulk.plan import decided_rows, read_run
 from sortd.bulk.storage import local_path, read_blocks
 from sortd.classify.proportions import out_of, proportion
 from sortd.commands.console import counted, print_line, print_table, printable, say, show
-from sortd.commands.evaluation import check_page_path, label_on_page, name_on_page, render, write_page
+from sortd.commands.evaluation import check_page_path, render, write_page
 from sortd.errors import DataError
 from sortd.images.decode import DecodeLimits
 from sortd.images.thumbnails import thumbnails
@@ -49,36 +49,43 @@ def make_report(
 ) -> dict[str, Any]:
     """Return what was decided in a run as plain values, with a random sample of the images that were read.
 
-    Args:
-        run: its folder; the decisions may be incomplete.
-        labels: the true class of some URIs, to state the precision.
-        sample: the number of images to draw.
-        seed: of the sample; the same images are drawn whichever engine decided.
+    The decisions may be incomplete. ``labels`` are the true classes of some URIs, to state the precision. With one
+    ``seed``, the same images are drawn whichever engine decided.
 
     Raises:
         DataError: the run has no plan, or its decisions are damaged.
     """
-    plan, counts = read_run(run), _Counts(labels or {})
-    drawn = heapq.nsmallest(
-        sample,
-        (
-            row
-            for row in counts.counted(chain.from_iterable(decided_rows(run, _COLUMNS)))
-            if not (row["reason"] or "").startswith(UNREADABLE)
-        ),
-        key=lambda row: hashlib.sha256(f"{seed} {row['id']}".encode()).digest(),
-    )
-    right, judged = counts.right, counts.judged
+    plan, examples = read_run(run), list[dict[str, str]]()
+    filed, right, judged, others = (Counter[str]() for _ in range(4))
+
+    def read_rows() -> Iterator[dict[str, Any]]:
+        """Count the decisions, and yield those on images that were read."""
+        for row in chain.from_iterable(decided_rows(run, _COLUMNS)):
+            label, uri, reason = row["label"], row["uri"], row["reason"] or ""
+            if label is None:
+                others[UNREADABLE if reason.startswith(UNREADABLE) else reason] += 1
+            else:
+                filed[label] += 1
+            if label is not None and labels is not None and uri in labels:
+                judged[label] += 1
+                right[label] += labels[uri] == label
+            if not reason.startswith(UNREADABLE):
+                yield row
+            elif len(examples) < EXAMPLES:
+                examples.append({"uri": uri, "reason": reason})
+
+    drawn = heapq.nsmallest(sample, read_rows(), key=lambda row: _random_order(seed, row["id"]))
+    unreadable = others.pop(UNREADABLE, 0)
     return {
         "run": os.fspath(run),
         "source": plan["source"],
         "planned": plan["count"],
-        "decided": counts.decided,
-        "filed": sum(counts.labels.values()),
-        "unreadable": counts.unreadable,
-        "classes": dict(counts.labels.most_common()),
-        "reasons": dict(counts.reasons.most_common()),
-        "examples": counts.examples,
+        "decided": filed.total() + others.total() + unreadable,
+        "filed": filed.total(),
+        "unreadable": unreadable,
+        "classes": dict(filed.most_common()),
+        "reasons": dict(others.most_common()),
+        "examples": examples,
         "checked": proportion(sum(right.values()), sum(judged.values())),
         "checked_by_class": {label: proportion(right[label], judged[label]) for label in sorted(judged)},
         "seed": seed,
@@ -86,38 +93,8 @@ def make_report(
     }
 
 
-class _Counts:
-    """Counts of decisions, and of those whose true class is known."""
-
-    def __init__(self, truth: Mapping[str, str]) -> None:
-        self._truth = truth
-        self.decided = self.unreadable = 0
-        self.labels: Counter[str] = Counter()
-        self.reasons: Counter[str] = Counter()
-        self.right: Counter[str] = Counter()
-        self.judged: Counter[str] = Counter()
-        self.examples: list[dict[str, str]] = []
-
-    def counted(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Yield rows after counting them."""
-        for row in rows:
-            self.decided += 1
-            label, reason = row["label"], row["reason"] or ""
-            if label is not None:
-                self.labels[label] += 1
-                if row["uri"] in self._truth:
-                    self.judged[label] += 1
-                    self.right[label] += self._truth[row["uri"]] == label
-            elif reason.startswith(UNREADABLE):
-                self.unreadable += 1
-                if len(self.examples) < EXAMPLES:
-                    self.examples.append({"uri": row["uri"], "reason": reason})
-            else:
-                self.reasons[reason] += 1
-            yield row
-
-
-# ---------------------------------------------------------------- output
+def _random_order(seed: int, identifier: str) -> bytes:
+    return hashlib.sha256(f"{seed} {identifier}".encode()).digest()
 
 
 def show_report(run: Path, *, labels: Path | None, sample: int, seed: int, page: Path | None, as_json: bool) -> None:
@@ -154,33 +131,13 @@ def _checked(figures: Mapping[str, Any] | None) -> str:
 
 def report_page(facts: Mapping[str, Any], *, now: datetime) -> str:
     """Return the page of a report: its sample by class."""
-    labels = sorted({one["label"] or "" for one in facts["sample"]})
-    pictures = _pictures(facts["sample"])
-    groups = [
-        {
-            "title": label_on_page(label) or "not filed",
-            "pictures": [
-                {
-                    "image": pictures.get(one["uri"]),
-                    "name": name_on_page(one["uri"]),
-                    "path": printable(one["uri"]),
-                }
-                for one in facts["sample"]
-                if (one["label"] or "") == label
-            ],
-        }
-        for label in labels
-    ]
     return render(
         "bulk.html",
         now,
-        name=printable(os.path.basename(facts["run"])),
-        shown=len(facts["sample"]),
-        seed=facts["seed"],
-        decided=facts["decided"],
-        filed=facts["filed"],
+        facts=facts,
         checked=_checked(facts["checked"]) if facts["checked"]["judged"] else "",
-        groups=groups,
+        sample=[{**one, "label": one["label"] or ""} for one in facts["sample"]],
+        images=_pictures(facts["sample"]),
     )
 
 

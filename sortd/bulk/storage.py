@@ -28,6 +28,7 @@ from sortd.watch.scan import scan, stamp
 FILE_URL = "file://"
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)", re.DOTALL)
 _BLOCK_BYTES = 1 << 20
+_UNBLOCKED = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # an open does not wait for the other end of a pipe
 _WILDCARD = re.compile(r"[*?\[]")
 
 Report = Callable[[OSError], None]
@@ -61,11 +62,7 @@ def uri_of(path: str) -> str:
 
 @lru_cache
 def store_of(scheme: str) -> FileSystem:
-    """Return the store of a scheme, which is connected with its first use.
-
-    Raises:
-        DataError: no installed package knows the scheme.
-    """
+    """Return the store of a scheme, connected with its first use; raise DataError if no package knows the scheme."""
     if scheme == "s3":
         # S3FileSystem reads credentials and region from the environment, but not the endpoint (pyarrow 26).
         url = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "https://")
@@ -86,11 +83,7 @@ def open_store(uri: str) -> tuple[FileSystem, str]:
 
 
 def read_bytes(uri: str, *, limit: int) -> bytes:
-    """Return the content of a file or an object.
-
-    Raises:
-        OSError: it is missing, larger than ``limit`` bytes, no regular file, or cannot be read.
-    """
+    """Return the content of a file or an object; raise OSError if it cannot be read or is over ``limit`` bytes."""
     path = local_path(uri)
     return read_regular(path, limit=limit) if path is not None else b"".join(read_blocks(uri, limit=limit))
 
@@ -171,12 +164,8 @@ def _is_image(path: str) -> bool:
         return True
     if stamp(path) is None:
         return False
-    with open(path, "rb", opener=_open_without_waiting) as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _UNBLOCKED)) as file:
         return looks_like_image(path, file.read(HEAD_BYTES))
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _list_store(source: str, report: Report) -> Iterator[StoredFile]:

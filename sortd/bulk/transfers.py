@@ -16,19 +16,14 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pyarrow.fs import FileSystem, FileType
 
-from sortd.errors import (
-    AlreadyRunningError,
-    DestinationError,
-    JournalError,
-    SortdError,
-)
+from sortd.errors import AlreadyRunningError, DestinationError, JournalError, SortdError
 from sortd.store.records import MoveProgress
 
 JOURNAL = "applied.sqlite"
@@ -129,14 +124,12 @@ class TransferResult:
 class TransferJournal:
     """The transfers of one run, in SQLite with durable commits; one process has it open at a time."""
 
-    def __init__(self, run: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, run: Path) -> None:
         """Open or create the journal in the folder of a run.
 
-        Raises:
-            AlreadyRunningError: another process has it open.
-            JournalError: it cannot be opened.
+        Raises AlreadyRunningError: another process has it open; JournalError.
         """
-        self._path, self._clock = run / JOURNAL, clock
+        self._path = run / JOURNAL
         with self._translated():
             self._connection = sqlite3.connect(self._path, timeout=0, isolation_level=None)
         try:
@@ -152,16 +145,18 @@ class TransferJournal:
 
     def known(self, wanted: Sequence[Transfer]) -> list[Transfer]:
         """Return the transfers as they are journaled, or as they are wanted if they are not."""
+        statement = "SELECT * FROM transfers WHERE (id, action) = (?, ?)"
         with self._translated():
-            return [self._known(one) for one in wanted]
+            found = [(one, self._connection.execute(statement, (one.id, one.action)).fetchone()) for one in wanted]
+            return [one if row is None else _transfer_from(row) for one, row in found]
 
-    def groups(self, action: str, *, done: bool) -> Iterator[list[Transfer]]:
-        """Yield the transfers that are DONE, or those that have begun and are not, by id and so many at once."""
+    def applied(self, *, done: bool) -> Iterator[list[Transfer]]:
+        """Yield the APPLY transfers that are DONE, or those that have begun and are not, by id and so many at once."""
         statement = "SELECT * FROM transfers WHERE action = ? AND (progress = ?) = ? AND id > ? ORDER BY id LIMIT ?"
         last = ""
         while True:
             with self._translated():
-                rows = self._connection.execute(statement, (action, MoveProgress.DONE, done, last, AT_ONCE)).fetchall()
+                rows = self._connection.execute(statement, (APPLY, MoveProgress.DONE, done, last, AT_ONCE)).fetchall()
             if not rows:
                 return
             yield [_transfer_from(row) for row in rows]
@@ -176,7 +171,6 @@ class TransferJournal:
 
     def write(self, transfers: Sequence[Transfer]) -> None:
         """Record the progress of transfers in one durable commit; one without progress is removed."""
-        now = self._clock()
         if not transfers:
             return
         with self._translated(), self._connection:
@@ -185,7 +179,7 @@ class TransferJournal:
                 if one.progress is None:
                     self._connection.execute("DELETE FROM transfers WHERE (id, action) = (?, ?)", (one.id, one.action))
                     continue
-                columns = (one.id, one.action, one.source, one.destination, one.label, one.sha256, one.progress, now)
+                columns = (*astuple(one), time.time())
                 self._connection.execute("REPLACE INTO transfers VALUES (?,?,?,?,?,?,?,?)", columns)
 
     def _prepare(self) -> None:
@@ -196,11 +190,6 @@ class TransferJournal:
         self._connection.execute("BEGIN EXCLUSIVE")  # this lock stays until the connection is closed
         self._connection.execute("COMMIT")
         self._connection.executescript(SCHEMA)
-
-    def _known(self, wanted: Transfer) -> Transfer:
-        statement = "SELECT * FROM transfers WHERE (id, action) = (?, ?)"
-        row = self._connection.execute(statement, (wanted.id, wanted.action)).fetchone()
-        return wanted if row is None else _transfer_from(row)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -222,11 +211,7 @@ def transfer_all(
 ) -> list[TransferResult]:
     """Carry out one batch of transfers, and return the result of each in the given order.
 
-    Args:
-        store: the store of all of them.
-        journal: of the run.
-        wanted: with different ids, and without progress.
-        pool: runs the requests to the store.
+    ``wanted`` have different ids and no progress; ``pool`` runs the requests to the store.
 
     Raises:
         JournalError: the journal cannot be written; the next run continues.
@@ -348,10 +333,3 @@ def _delete(store: ObjectStore, state: _State) -> _State:
         if not has_changed:
             store.delete(transfer.source)
     return state.at(MoveProgress.DONE)
-
-
-@contextmanager
-def open_transfers(run: Path) -> Iterator[TransferJournal]:
-    """Open the journal of a run until the block ends; raises as ``TransferJournal``."""
-    with closing(TransferJournal(run)) as journal:
-        yield journal

@@ -6,36 +6,26 @@ from typing import Any
 
 import typer
 
-from sortd.commands.console import counted, print_line, printable, say, show
-from sortd.commands.moves import JournalPlace, dataset_at, record_facts
+from sortd.commands.console import counted, printable, say, show
+from sortd.commands.moves import dataset_at, print_moves
 from sortd.config import Config
 from sortd.daemon.assign import assign_images, assigned_label_problem, image_facts
-from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
+from sortd.daemon.control import ask
 from sortd.daemon.corrections import record_places
 from sortd.daemon.dataset_lock import lock_dataset
-from sortd.errors import DataError, LayoutError
-from sortd.events import NO_CLASS, Outcome
-from sortd.layout import JOURNAL_FILE, Layout
-from sortd.store.history import History
-from sortd.store.records import Selection
+from sortd.errors import DataError
+from sortd.events import NO_CLASS
+from sortd.layout import Layout
 from sortd.watch.scan import stamp
 
 
 def assign_to_class(
     config: Config, layout: Layout, label: str, images: Sequence[Mapping[str, Any]], *, is_example: bool = False
 ) -> dict[str, Any]:
-    """Assign images to a class, by the running sortd or in this process, and return the outcome as plain values.
+    """Assign images to a class, by the running sortd or in this process; return the reply as ``daemon.control`` has it.
 
-    Args:
-        config: the configuration.
-        layout: the dataset that the images are in.
-        label: the class, or ``NO_CLASS``.
-        images: as ``image_facts`` returns them; one that changed since is not moved.
-        is_example: whether images of no class become examples of it.
-
-    Returns:
-        ``assigned``: for each image ``path``, ``destination`` (None: it was not moved), ``id`` of the move in the
-        journal, and ``message``; ``later``: how many are still to be copied to another file system.
+    ``images`` are as ``image_facts`` returns them; one that changed since is not moved. With the label ``NO_CLASS`` and
+    ``is_example`` they become examples of no class.
 
     Raises:
         DataError: the class cannot have this name, or no image is named.
@@ -45,7 +35,7 @@ def assign_to_class(
         raise DataError(problem)
     request = {"do": "assign", "dataset": layout.name, "root": str(layout.root), "label": label, "images": images}
     asked = {**request, "example": is_example}
-    reply = ask(config.state_dir, asked, seconds=ANSWER_SECONDS + SECONDS_FOR_EACH * len(images))
+    reply = ask(config.state_dir, asked, images=len(images))
     return _assign_here(config, layout, label, images, is_example=is_example) if reply is None else reply
 
 
@@ -53,33 +43,12 @@ def _assign_here(
     config: Config, layout: Layout, label: str, images: Sequence[Mapping[str, Any]], *, is_example: bool
 ) -> dict[str, Any]:
     with lock_dataset(layout, config.state_dir, companions=config.dataset(layout.name).companions) as opened:
-        if (problem := opened.presence.problem()) is not None:
-            raise LayoutError(problem)
+        opened.presence.require()
         move_all = opened.mover.move_all
         steps = list(assign_images(layout, opened.journal, move_all, label, images, is_example=is_example))
         results = [one for some, _ in steps for one in some]
         record_places(layout, opened.journal, [one["destination"] for one in results if one["destination"] is not None])
     return {"assigned": results, "later": sum(later for _, later in steps)}
-
-
-def newest_assigned(config: Config, layout: Layout, limit: int) -> list[dict[str, object]]:
-    """Return the newest moves by request that can be undone, newest first, as ``record_facts`` returns them."""
-    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if not file.is_file():
-        return []
-    with History.open(file) as history:
-        records = history.moves(Selection(outcome=Outcome.ASSIGNED.value, undoable=True, limit=limit))
-    place = JournalPlace(layout.name, layout.root, file)
-    return [record_facts(place, record) for record in records]
-
-
-def given_since(config: Config, layout: Layout, since: float) -> dict[str, int]:
-    """Return how many images a person ``assigned``, ``corrected`` and ``confirmed`` since a time (Unix seconds)."""
-    file, none = layout.state_folder(config.state_dir) / JOURNAL_FILE, {"assigned": 0, "corrected": 0, "confirmed": 0}
-    if not file.is_file():
-        return none
-    with History.open(file) as history:
-        return none | history.given_since(since)
 
 
 def assign_paths(config: Config, paths: Sequence[Path], label: str, *, is_example: bool, as_json: bool) -> None:
@@ -125,12 +94,7 @@ def facts_at(path: str) -> dict[str, object]:
 
 def print_assigned(reply: Mapping[str, Any]) -> None:
     """Print what was assigned, from the reply with its ``label``."""
-    for one in reply["assigned"]:
-        if one["destination"] is None:
-            print_line(f"not moved: {printable(one['message'])}", style="yellow")
-        else:
-            print_line(f"{printable(one['path'])} -> {printable(one['destination'])}")
-    done = sum(one["destination"] is not None for one in reply["assigned"])
+    done = print_moves(((one["path"], one["destination"], one["message"]) for one in reply["assigned"]), "not moved")
     to, use = f"to {printable(reply['label'])}", ", used as references where they lie"
     if reply["label"] == NO_CLASS:
         to, use = "to no class", ", used as examples of no class where they lie" if reply.get("example") else ""

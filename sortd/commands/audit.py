@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from time import time
@@ -13,18 +13,16 @@ import numpy as np
 
 from sortd.classify.proportions import out_of, proportion, proven
 from sortd.commands.console import counted, format_time, print_line, print_table, printable, say, show
-from sortd.commands.evaluation import check_page_path, label_on_page, name_on_page, render, write_page
-from sortd.commands.moves import without_links
+from sortd.commands.evaluation import check_page_path, render, write_page
+from sortd.commands.moves import journal_of, without_links
 from sortd.commands.status import dataset_named
 from sortd.config import Config
 from sortd.daemon.control import ask
 from sortd.daemon.dataset_lock import lock_dataset
-from sortd.errors import DataError, DestinationError, LayoutError, advice_for_write
+from sortd.errors import DataError, DestinationError, advice_for_write
 from sortd.files import read_regular, write_json
 from sortd.images.thumbnails import thumbnails
-from sortd.layout import JOURNAL_FILE, Layout
-from sortd.store.history import History
-from sortd.store.records import Record
+from sortd.layout import Layout
 
 SAMPLE = 60
 """Images of a sample: without a mistake they prove 95 % at 95 % confidence."""
@@ -78,47 +76,32 @@ def _name(value: object) -> str:
 def draw_sample(config: Config, layout: Layout, size: int | None) -> AuditSample:
     """Return the open sample, or draw one: by default, or if ``size`` is another one than that of the open sample.
 
-    Raises:
-        DataError: there is no image to look at.
-        JournalError: the journal cannot be read.
-        DestinationError: the sample cannot be noted.
+    Raises DataError: there is no image to look at; JournalError; DestinationError.
     """
     folder = layout.state_folder(config.state_dir)
     before = open_sample(folder)
     if before is not None and before.images and size in {None, len(before.images)}:
         return before
-    records: list[Record] = []
-    wanted, unchecked = size or SAMPLE, 0
-    if (folder / JOURNAL_FILE).is_file():
-        with History.open(folder / JOURNAL_FILE) as history:
-            drawn = np.random.default_rng().permutation(np.array(history.to_audit(), np.int64)).tolist()
-            unchecked = len(drawn)
-            while drawn and len(records) < wanted:
-                found = {record.id: record for record in history.finished(drawn[:AT_ONCE])}
-                records += [found[one] for one in drawn[:AT_ONCE] if os.path.isfile(_path(layout, found[one]))]
-                drawn = drawn[AT_ONCE:]
-    if not records:
+    images, wanted = list[dict[str, Any]](), size or SAMPLE
+    with journal_of(config, layout).open() as history:
+        drawn = np.random.default_rng().permutation(np.array(history.to_audit(), np.int64)).tolist()
+        unchecked = len(drawn)
+        while drawn and len(images) < wanted:
+            found = {record.id: record for record in history.finished(drawn[:AT_ONCE])}
+            for record in (found[one] for one in drawn[:AT_ONCE]):
+                path, reason = f"{layout.root}/{record.destination_path}", record.move_reason
+                if os.path.isfile(path):
+                    images.append({"id": record.id, "path": path, "label": reason.label or "", "score": reason.score})
+            drawn = drawn[AT_ONCE:]
+    if not images:
         raise DataError(f"{layout.name} has no filed image that was not checked")
-    sample = AuditSample(time(), unchecked, tuple(_image(layout, record) for record in records[:wanted]))
+    sample = AuditSample(time(), unchecked, tuple(images[:wanted]))
     try:
-        write_json(
-            folder / SAMPLE_FILE,
-            {"drawn_at": sample.drawn_at, "unchecked": unchecked, "images": list(sample.images)},
-            mode=0o644,
-        )
+        write_json(folder / SAMPLE_FILE, asdict(sample), mode=0o644)
     except OSError as error:
         advice = advice_for_write(error) or "run the command as the user that runs sortd"
         raise DestinationError(f"{folder / SAMPLE_FILE} cannot be written: {error.strerror}; {advice}") from error
     return sample
-
-
-def _path(layout: Layout, record: Record) -> str:
-    return os.path.join(layout.root, record.destination_path)
-
-
-def _image(layout: Layout, record: Record) -> dict[str, Any]:
-    reason = record.move_reason
-    return {"id": record.id, "path": _path(layout, record), "label": reason.label or "", "score": reason.score}
 
 
 def answer_sample(config: Config, layout: Layout, wrong: Sequence[Path]) -> dict[str, Any]:
@@ -134,12 +117,8 @@ def answer_sample(config: Config, layout: Layout, wrong: Sequence[Path]) -> dict
 def answer_sample_by_ids(config: Config, layout: Layout, wrong: Sequence[int]) -> dict[str, Any]:
     """Record the answers to the open sample, and return them and what all samples prove as plain values.
 
-    An image that is no longer where it was filed counts as wrong: whoever moves it away corrects it.
-
-    Args:
-        config: the configuration.
-        layout: the dataset.
-        wrong: the ``id`` of each image of the sample that is in a wrong class.
+    ``wrong`` has the ``id`` of each image that is in a wrong class. An image that is no longer where it was filed
+    counts as wrong too: whoever moves it away corrects it.
 
     Raises:
         DataError: no sample is open, or an image is not in it.
@@ -154,12 +133,10 @@ def answer_sample_by_ids(config: Config, layout: Layout, wrong: Sequence[int]) -
     request = {"do": "check", "dataset": layout.name, "root": str(layout.root), "answers": answers}
     if ask(config.state_dir, request) is None:
         with lock_dataset(layout, config.state_dir) as opened:
-            if (problem := opened.presence.problem()) is not None:
-                raise LayoutError(problem)
+            opened.presence.require()
             opened.journal.record_checks([(int(move), bool(right)) for move, right in answers])
-    folder = layout.state_folder(config.state_dir)
-    (folder / SAMPLE_FILE).unlink(missing_ok=True)
-    with History.open(folder / JOURNAL_FILE) as history:
+    (layout.state_folder(config.state_dir) / SAMPLE_FILE).unlink(missing_ok=True)
+    with journal_of(config, layout).open() as history:
         accuracy = history.accuracy().values()
     return {
         "dataset": layout.name,
@@ -177,9 +154,6 @@ def _required_sample(config: Config, layout: Layout) -> AuditSample:
     return sample
 
 
-# ---------------------------------------------------------------- output
-
-
 def show_sample(config: Config, dataset: str | None, size: int | None, page: Path | None, *, as_json: bool) -> None:
     """Draw a sample, or take the open one, print it, and write its page."""
     check_page_path(page)
@@ -189,13 +163,12 @@ def show_sample(config: Config, dataset: str | None, size: int | None, page: Pat
     facts = {
         "dataset": layout.name,
         "root": str(layout.root),
-        "drawn_at": sample.drawn_at,
-        "unchecked": sample.unchecked,
-        "images": list(sample.images),
+        **asdict(sample),
         "if_none_is_wrong": proportion(size, size),
     }
     if page is not None:
-        write_page(page, audit_page(facts, now=datetime.now().astimezone()))
+        pictures = thumbnails(image["path"] for image in sample.images)
+        write_page(page, render("audit.html", datetime.now().astimezone(), facts=facts, images=pictures))
     show(facts, _print_sample, as_json=as_json)
 
 
@@ -225,24 +198,3 @@ def _print_answers(facts: Mapping[str, Any]) -> None:
     for what, one in (("in this sample", facts["sample"]), ("in all samples", facts["all"])):
         print_line(f"{what} right: {out_of(one['right'], one['judged'])}")
     print_line(f"{printable(facts['dataset'])}: {facts['all']['words']} of the filed images right", style="bold")
-
-
-def audit_page(facts: Mapping[str, Any], *, now: datetime) -> str:
-    """Return the page of a sample, sorted by class."""
-    labels = sorted({one["label"] for one in facts["images"]})
-    images = thumbnails(one["path"] for one in facts["images"])
-    groups = [
-        {
-            "label": label_on_page(label),
-            "pictures": [
-                {"image": images.get(one["path"]), "name": name_on_page(one["path"]), "path": printable(one["path"])}
-                for one in facts["images"]
-                if one["label"] == label
-            ],
-        }
-        for label in labels
-    ]
-    words = facts["if_none_is_wrong"]["words"]
-    return render(
-        "audit.html", now, facts={**facts, "dataset": printable(facts["dataset"])}, groups=groups, words=words
-    )

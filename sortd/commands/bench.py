@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sortd.arrays import Pixels
-from sortd.commands.console import counted, megabytes, print_line, print_table, printable
+from sortd.commands.console import counted, decimals, megabytes, print_line, print_table, printable
 from sortd.commands.models import backend_facts
 from sortd.config import Config
 from sortd.daemon.dataset_lock import lock_dataset
@@ -67,16 +67,14 @@ def measure(
     At most ``images`` are drawn from ``folder`` or the datasets. ``load_encoder`` and ``load_other`` replace the loader
     of the configured model, and its loader on another backend.
 
-    Raises:
-        DataError: there is no image, or none can be decoded.
-        ModelError: the model is not available.
+    Raises DataError: there is no image, or none can be decoded; ModelError.
     """
     files, cores = draw(config, folder, images), len(os.sched_getaffinity(0))
     most = min(config.batch_size, LARGEST_BATCH)
     with _scratch(config) as scratch:
         tell("loading the model")
-        began, resources = perf_counter(), Resources(config, load_encoder=load_encoder, scratch=scratch)
-        try:
+        began = perf_counter()
+        with Resources(config, load_encoder=load_encoder, scratch=scratch) as resources:
             embedder, _, description = resources.load()
             load_seconds = perf_counter() - began
             encoder = embedder.encoder
@@ -94,11 +92,10 @@ def measure(
             embedded = len(done) / (perf_counter() - began)
             if not done:
                 raise DataError(f"none of {len(timed)} images can be decoded; `sortd check` says more")
-        finally:
-            resources.unload()
         tell("moving copies")
         moved = _move_milliseconds(scratch, sorted(files, key=lambda file: file[1].size)[:MOVED_AT_MOST])
-    own = _own_backend(config, encoder)
+    own = "torch" if "-onnx-" not in encoder.encoder_id else INT8 if f"-{INT8}-" in encoder.encoder_id else "onnx"
+    own = own if config.encoder_socket is None else SERVED
     backends = [_backend(own, encoder, forward[best], bound, serves=True)]
     for name in BACKENDS if own != SERVED else ():  # the model here may be another one
         with suppress(ModelError):  # a missing backend is not recommended
@@ -138,11 +135,7 @@ def measure(
 
 
 def draw(config: Config, folder: Path | None, images: int) -> list[_File]:
-    """Return random images of a folder or the datasets: of Images/, then Clases/, Dataset/ and Review/.
-
-    Raises:
-        DataError: there is no image.
-    """
+    """Return random images of a folder, or of Images/, Clases/, Dataset/ and Review/; raise DataError without any."""
     areas = (Area.IMAGES, Area.CLASES, Area.DATASET, Area.REVIEW)
     layouts = find_datasets(config.root) if folder is None else []
     places = [layout.area(area) for area in areas for layout in layouts] if folder is None else [folder.absolute()]
@@ -206,10 +199,7 @@ def print_measured(facts: Mapping[str, Any]) -> None:
         "encode_alone": "with batch size 1",
         "move": "of copies in a temporary folder, with the journal",
     }
-    rows = [
-        (name.replace("_", " "), "" if stages[name] is None else f"{stages[name]:.2f}", text)
-        for name, text in notes.items()
-    ]
+    rows = [(name.replace("_", " "), decimals(stages[name], ".2f"), text) for name, text in notes.items()]
     print_table(("stage", "ms/image", ""), rows, right=("ms/image",))
     print_line("")
     backends = [
@@ -283,15 +273,6 @@ def _scratch(config: Config) -> Iterator[Path]:
     is_writable = place.is_dir() and os.access(place, os.W_OK)
     with tempfile.TemporaryDirectory(prefix=".sortd-bench-", dir=place if is_writable else None) as name:
         yield Path(name)
-
-
-# ---------------------------------------------------------------- backends
-
-
-def _own_backend(config: Config, encoder: Encoder) -> str:
-    if config.encoder_socket is not None:
-        return SERVED
-    return "torch" if "-onnx-" not in encoder.encoder_id else INT8 if f"-{INT8}-" in encoder.encoder_id else "onnx"
 
 
 def _backend(name: str, encoder: Encoder, encode: float, bound: float, *, serves: bool) -> dict[str, Any]:

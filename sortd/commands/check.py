@@ -31,6 +31,7 @@ from sortd.commands.console import counted, megabytes
 from sortd.commands.findings import Finding, Topic, error, note, warning
 from sortd.commands.groups import label_findings
 from sortd.commands.models import EXPORT_MISSING, backend_facts, verdict_sentence
+from sortd.commands.moves import datasets_there
 from sortd.commands.notify import notification_findings
 from sortd.config import Config, read_config
 from sortd.encoder import models
@@ -38,10 +39,10 @@ from sortd.encoder.backends import connect
 from sortd.encoder.clip import TorchEncoder
 from sortd.encoder.models import STRONGER, LocatedModel
 from sortd.encoder.onnx_encoder import find_exports, is_installed
-from sortd.errors import ConfigError, JournalError, LayoutError, ModelError, StartupError
+from sortd.errors import ConfigError, JournalError, ModelError, StartupError
 from sortd.files import identity_of
 from sortd.images.decode import load_decoders
-from sortd.layout import Area, Layout, find_datasets, inside_dataset, nested_datasets, root_problem
+from sortd.layout import Area, Layout, inside_dataset, nested_datasets, root_problem
 from sortd.service import lock_holder, read_status
 from sortd.watch import inotify
 
@@ -65,10 +66,7 @@ def check_all(
     except ConfigError as mistakes:
         yield from (error("configuration", line, "", Topic.CONFIGURATION) for line in str(mistakes).splitlines())
         return
-    try:
-        layouts = find_datasets(config.root)
-    except LayoutError:
-        layouts = []  # root_findings reports why
+    layouts = datasets_there(config)  # root_findings reports why there are none
     checks = [(topic, check(config, layouts)) for check, topic in SITE_CHECKS.items()]
     for layout in layouts:
         checks += [(topic, check(config, layout)) for check, topic in DATASET_CHECKS.items()]

@@ -25,6 +25,7 @@ from sortd.classify.proportions import estimated, out_of
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.console import counted, printable
 from sortd.commands.findings import Finding, Topic, error, note, warning
+from sortd.commands.moves import journal_of
 from sortd.commands.status import accuracy_comparison, promotable_model, serving_facts
 from sortd.config import Config, DatasetConfig
 from sortd.daemon.references import (
@@ -250,10 +251,10 @@ def reference_findings(
 
 def _assigned_counts(config: Config, layout: Layout) -> Counter[str]:
     """Return the number of images in Dataset/ that a person assigned to each class, which are references as well."""
-    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if not file.is_file():
-        return Counter()
-    with suppress(JournalError), History.open(file) as history:  # another finding reports a damaged journal
+    with (
+        suppress(JournalError),
+        journal_of(config, layout).open() as history,
+    ):  # another finding reports a damaged journal
         there = [label for label, path, _ in history.assigned() if os.path.isfile(layout.root / path)]
         return Counter(label for label in there if label is not None)
     return Counter()
@@ -270,15 +271,15 @@ def _known_contents(config: Config, files: Sequence[_File]) -> Mapping[_File, st
 
 def _name_findings(clases: Path, labels: Sequence[str], misnamed: Sequence[str]) -> Iterator[Finding]:
     if misnamed:
-        yield warning(clases, f"holds folders whose names cannot be classes: {_listed(misnamed)}", "rename them")
+        yield warning(clases, f"holds folders whose names cannot be classes: {listed(misnamed)}", "rename them")
     if blanks := [written_name(label) for label in labels if written_name(label) != label]:
-        what = f"holds class names with a blank at an end or two in a row: {_listed(blanks)}"
+        what = f"holds class names with a blank at an end or two in a row: {listed(blanks)}"
         yield warning(clases, what, "rename them; some file systems remove a blank at the end")
     alike = defaultdict(list)
     for label in labels:
         alike[" ".join(unicodedata.normalize("NFC", label).casefold().split())].append(written_name(label))
     for same in (names for names in alike.values() if len(names) > 1):
-        what = f"holds classes whose names look the same: {_listed(same)}"
+        what = f"holds classes whose names look the same: {listed(same)}"
         yield warning(clases, what, "rename or merge them; on other systems they are one folder")
 
 
@@ -289,7 +290,7 @@ def _unused_findings(clases: Path) -> Iterator[Finding]:
         if isinstance(found, Why) and found.reason is not Reason.SYSTEM and Path(path).parent != clases:
             unused[found.reason].append((os.path.relpath(path, clases), found.message))
     for reason, files in unused.items():
-        shown, number = _listed(sorted(path for path, _ in files)), counted(len(files), "entry")
+        shown, number = listed(sorted(path for path, _ in files)), counted(len(files), "entry")
         yield warning(clases, f"{number} not used as references ({reason.replace('_', ' ')}): {shown}", files[0][1])
 
 
@@ -330,7 +331,7 @@ def _count_findings(clases: Path, counts: dict[str, int], mode: str) -> Iterator
         yield error(clases, "holds no class, so nothing can be decided", f"put images into {clases}/CLASS/")
         return
     if len(counts) == 1:
-        what = f"holds only one class ({_listed(list(counts))}), so there is no other to compare with"
+        what = f"holds only one class ({listed(list(counts))}), so there is no other to compare with"
         yield warning(clases, what, "add a second class, or examples of what belongs to no class in _none/")
     if empty := [label for label, count in counts.items() if count == 0]:
         severity, effect, advice = {
@@ -341,10 +342,10 @@ def _count_findings(clases: Path, counts: dict[str, int], mode: str) -> Iterator
             f"without an image; `mode: {mode}` files nothing there",
             "add images, or set `mode: mixed`, which also uses the names of classes",
         )
-        yield severity(clases, f"{counted(len(empty), 'class')} {effect}: {_listed(empty)}", advice)
+        yield severity(clases, f"{counted(len(empty), 'class')} {effect}: {listed(empty)}", advice)
     few = [f"{label} ({count})" for label, count in counts.items() if 0 < count < FEW_REFERENCES]
     if few and mode != "text":
-        what = f"{counted(len(few), 'class')} with fewer than {FEW_REFERENCES} images: {_listed(few)}"
+        what = f"{counted(len(few), 'class')} with fewer than {FEW_REFERENCES} images: {listed(few)}"
         yield warning(clases, what, f"add at least {FEW_REFERENCES} varied images per class, ideally 16")
 
 
@@ -364,8 +365,8 @@ def _duplicate_findings(
                     by_content[contents.get(file) or sha256_of(file[0])].append((label, file[0]))
     for twins in by_content.values():
         if len(labels := sorted({label for label, _ in twins})) > 1:
-            paths = _listed([os.path.relpath(path, clases) for _, path in twins])
-            what = f"is a reference of {len(labels)} classes ({_listed(labels)}): {paths}"
+            paths = listed([os.path.relpath(path, clases) for _, path in twins])
+            what = f"is a reference of {len(labels)} classes ({listed(labels)}): {paths}"
             yield warning(twins[0][1], what, "keep it only in the class to which it belongs")
 
 
@@ -378,7 +379,7 @@ def _is_image(path: str) -> bool:
         return True  # _reading_findings reports it
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return the first few names in printable form, and how many more there are."""
     more = len(names) - NAMED_AT_MOST
     return ", ".join(map(printable, names[:NAMED_AT_MOST])) + (f" and {more} more" if more > 0 else "")

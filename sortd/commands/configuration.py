@@ -22,11 +22,7 @@ def print_example() -> None:
 
 
 def show_effective(path: Path | None, environment: Mapping[str, str], *, as_json: bool) -> None:
-    """Print every value in force with its source: ``file:line``, a variable, or ``default``.
-
-    Raises:
-        ConfigError: the configuration is not valid.
-    """
+    """Print every value in force with its source: ``file:line``, a variable or ``default``; raises ConfigError."""
     file = find_config_file(environment) if path is None else path
     values = effective_values(path, environment)
     facts = {"config": None if file is None else os.path.abspath(file), "values": values}

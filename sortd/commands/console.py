@@ -322,6 +322,11 @@ def progress_lines(*, clock: Callable[[], float] = monotonic) -> Callable[[str, 
     return tell
 
 
+def decimals(value: float | None, form: str = ".3f") -> str:
+    """Return a number in this format; empty for None."""
+    return "" if value is None else f"{value:{form}}"
+
+
 def counted(number: int, noun: str) -> str:
     """Return ``1 image``, ``2 images``."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("s") else f"{noun}s"

@@ -10,10 +10,20 @@ Figures = dict[str, Any]
 """Figures that only the command itself describes, in the text that it prints without ``--json``."""
 
 
+DOCUMENTS: dict[str, list[type["Document"]]] = {}
+"""The documents of each command, once the modules that define them are imported."""
+
+
 class Document(BaseModel):
     """An object; the docstrings of its keys are their descriptions."""
 
     model_config = ConfigDict(use_attribute_docstrings=True, protected_namespaces=())  # model_id is a key
+
+    def __init_subclass__(cls, *, commands: tuple[str, ...] = (), **configuration: Any) -> None:  # noqa: ANN401
+        """Note the commands that print such an object."""
+        super().__init_subclass__(**configuration)
+        for command in commands:
+            DOCUMENTS.setdefault(command, []).append(cls)
 
 
 class FailedDocument(Document):
@@ -35,7 +45,7 @@ class CheckFinding(Document):
     """What to do; empty if nothing."""
 
 
-class CheckDocument(Document):
+class CheckDocument(Document, commands=("check",)):
     """``sortd check``."""
 
     errors: int
@@ -149,7 +159,7 @@ class WatchedRoot(Document):
     why: str | None
 
 
-class StatusDocument(Document):
+class StatusDocument(Document, commands=("status",)):
     """``sortd status``; the keys from ``pid`` to ``other_root`` are missing if sortd has never run."""
 
     config: str | None
@@ -175,8 +185,6 @@ class StatusDocument(Document):
 
 class JournalMove(Document):
     """A move, or what a person did with the image of one (``corrected``, ``confirmed``)."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True, populate_by_name=True)
 
     id: int
     dataset: str
@@ -206,7 +214,7 @@ class JournalMove(Document):
     """Whether the image is a reference; only where a person gave it a class."""
 
 
-class HistoryDocument(Document):
+class HistoryDocument(Document, commands=("history",)):
     """``sortd history``."""
 
     moves: list[JournalMove]
@@ -224,7 +232,7 @@ class PrunedJournal(Document):
     bytes_after: int
 
 
-class PrunedDocument(Document):
+class PrunedDocument(Document, commands=("history",)):
     """``sortd history --prune``."""
 
     dry_run: bool
@@ -257,7 +265,7 @@ class LeftReason(Document):
     message: str
 
 
-class ExplainDocument(Document):
+class ExplainDocument(Document, commands=("explain",)):
     """``sortd explain``."""
 
     path: str
@@ -290,7 +298,7 @@ class ExplainDocument(Document):
     history: list[JournalMove]
 
 
-class ExportDocument(Document):
+class ExportDocument(Document, commands=("export",)):
     """``sortd export``."""
 
     dataset: str
@@ -312,7 +320,7 @@ class UndoneMove(Document):
     message: str
 
 
-class UndoDocument(Document):
+class UndoDocument(Document, commands=("undo",)):
     """``sortd undo``."""
 
     undone: list[UndoneMove]
@@ -323,7 +331,7 @@ class UndoDocument(Document):
     """Moves that a crash had interrupted and that were recovered before."""
 
 
-class ReleaseDocument(Document):
+class ReleaseDocument(Document, commands=("release",)):
     """``sortd release``, by dataset."""
 
     released: dict[str, int]
@@ -340,14 +348,14 @@ class RetriedImage(Document):
     message: str
 
 
-class RetryDocument(Document):
+class RetryDocument(Document, commands=("release",)):
     """``sortd release`` of a file in Rejected/."""
 
     retried: list[RetriedImage]
     later: int
 
 
-class RebuildDocument(Document):
+class RebuildDocument(Document, commands=("rebuild",)):
     """``sortd rebuild``."""
 
     rebuilding: list[str]
@@ -382,7 +390,7 @@ class DatasetGroups(Document):
     unreadable: list[UnreadableImage]
 
 
-class GroupsDocument(Document):
+class GroupsDocument(Document, commands=("groups",)):
     """``sortd groups``."""
 
     datasets: dict[str, DatasetGroups]
@@ -398,7 +406,7 @@ class PlacedImage(Document):
     message: str
 
 
-class AcceptDocument(Document):
+class AcceptDocument(Document, commands=("groups",)):
     """``sortd groups --accept``."""
 
     dataset: str
@@ -408,7 +416,7 @@ class AcceptDocument(Document):
     later: int
 
 
-class AssignDocument(Document):
+class AssignDocument(Document, commands=("assign",)):
     """``sortd assign``."""
 
     dataset: str
@@ -420,8 +428,6 @@ class AssignDocument(Document):
 
 class RefileProposal(Document):
     """A filed image that would be filed into another class now."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True, populate_by_name=True)
 
     id: int
     path: str
@@ -446,7 +452,7 @@ class DatasetReconsidered(Document):
     later: int | None = None
 
 
-class ReconsiderDocument(Document):
+class ReconsiderDocument(Document, commands=("reconsider",)):
     """``sortd reconsider``."""
 
     applied: bool
@@ -462,7 +468,7 @@ class SampledImage(Document):
     score: float | None
 
 
-class SampleDocument(Document):
+class SampleDocument(Document, commands=("audit",)):
     """``sortd audit``."""
 
     dataset: str
@@ -473,7 +479,7 @@ class SampleDocument(Document):
     if_none_is_wrong: CheckedProportion
 
 
-class AnswersDocument(Document):
+class AnswersDocument(Document, commands=("audit",)):
     """``sortd audit --wrong`` and ``--all-right``."""
 
     dataset: str

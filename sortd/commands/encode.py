@@ -37,14 +37,9 @@ def serve_encoder(
 ) -> None:
     """Serve the configured model until a signal stops the process.
 
-    Args:
-        config: the model, its backend, the cache, the largest batch and the log. With ``backend: socket:PATH``, the
-            configuration of a client, the backend is ``auto`` and PATH is the default of ``socket``.
-        socket: path of the Unix socket.
-        group: whose members can connect; by default only this user can.
-        textfile: where Prometheus' collector of text files finds the metrics.
-        environ: the variables of systemd.
-        load_encoder: replaces the loader of the configured model.
+    With ``backend: socket:PATH``, the configuration of a client, the backend is ``auto`` and PATH is the default of
+    ``socket``. Members of ``group`` can connect; by default only this user can. Prometheus' collector of text files
+    finds the metrics in ``textfile``. ``environ`` has the variables of systemd; ``load_encoder`` replaces the loader.
 
     Raises:
         StartupError: the socket cannot be used, or the model cannot be loaded.
@@ -53,7 +48,7 @@ def serve_encoder(
     path = socket or config.encoder_socket
     config = config if config.encoder_socket is None else config.model_copy(update={"backend": "auto"})
     notifier, log = Notifier(environ), structlog.get_logger()
-    stop: Callable[[], None] = _leave  # while the model is being loaded
+    stop: Callable[[], object] = sys.exit  # while the model is being loaded
 
     def on_signal(signalled: Signalled) -> None:
         if signalled.number in {*STOP, signal.SIGHUP}:  # SIGHUP: its terminal was closed
@@ -76,10 +71,6 @@ def serve_encoder(
     log.info(logs.ENCODER_STOPPED)
 
 
-def _leave() -> None:
-    sys.exit(0)
-
-
 def greeting_of(encoder: Encoder, config: Config, description: str) -> Greeting:
     """Return what clients are told of an encoder."""
     return Greeting(
@@ -97,18 +88,10 @@ def greeting_of(encoder: Encoder, config: Config, description: str) -> Greeting:
 
 @contextmanager
 def _listening(path: Path | None, group: str | None, environ: MutableMapping[str, str]) -> Iterator[list[Socket]]:
-    """Yield the sockets that systemd passes, or a new one.
-
-    Raises:
-        StartupError: the path cannot be used.
-    """
-    passed = passed_sockets(environ, families=(AF_UNIX,))
-    if passed:
-        try:
-            yield passed
-        finally:
-            for one in passed:
-                one.close()
+    """Yield the sockets that systemd passes, or a new one; raise StartupError if the path cannot be used."""
+    if passed := passed_sockets(environ, families=(AF_UNIX,)):
+        with ExitStack() as stack:
+            yield [stack.enter_context(one) for one in passed]
         return
     if path is None:
         raise typer.BadParameter(f"give --socket PATH, or set `backend: {SOCKET}PATH`", param_hint="--socket")

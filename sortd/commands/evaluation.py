@@ -18,18 +18,18 @@ from sortd import __version__
 from sortd.classify.evaluate import EvaluationReport, evaluate
 from sortd.classify.prompts import written_name
 from sortd.classify.proportions import estimated, with_intervals
-from sortd.commands.console import bar, counted, print_line, print_table, printable, say, show
-from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
+from sortd.commands.console import bar, counted, format_time, print_line, print_table, printable, say, show
+from sortd.commands.status import chosen_datasets, serving_facts, settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.embedder import Embedder
-from sortd.daemon.references import References, ReferencesAbsentError, keep_evaluated
+from sortd.daemon.references import References, keep_evaluated
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.encoder.models import PACKAGED, STRONGER, locate_clip
 from sortd.errors import DataError, DestinationError, ModelError, SortdError, StorageError
 from sortd.events import ImageRefused
 from sortd.files import write_atomic
 from sortd.images.thumbnails import thumbnails
-from sortd.layout import Area, Layout, find_datasets
+from sortd.layout import Area, Layout
 
 SUSPECTS_PRINTED = 5
 MODE_COLUMNS = {
@@ -115,31 +115,17 @@ def evaluate_datasets(
 
     ``tell(step, done, total)`` is called for each reference; ``load_encoder`` replaces the configured model.
 
-    Raises:
-        DataError: there is no such dataset, or a dataset has no references.
-        JournalError: a journal cannot be read.
-        ModelError: the model is not available.
+    Raises DataError: there is no such dataset, or a dataset has no references; JournalError; ModelError.
     """
-    chosen = find_datasets(config.root) if dataset is None else [dataset_named(config, dataset)]
-    if not chosen:
-        raise DataError(f"there is no dataset in {config.root}; create one with `sortd init DIR`")
-    resources = Resources(config, load_encoder=load_encoder)
-    try:
-        embedder, _, _ = resources.load()
-        refusal: SortdError | None = None
+    chosen, refusal = chosen_datasets(config, dataset), None
+    with Resources(config, load_encoder=load_encoder) as resources:
         for layout in chosen:
             try:
-                examined = _examined(config, layout, embedder, tell)
-            except ReferencesAbsentError as error:
-                refusal = refusal or DataError(str(error))
+                yield _examined(config, layout, resources.embedder(), tell)
             except (DataError, StorageError) as error:
                 refusal = refusal or error
-            else:
-                yield examined
-        if refusal is not None:
-            raise refusal
-    finally:
-        resources.unload()
+    if refusal is not None:
+        raise refusal
 
 
 def _examined(
@@ -156,20 +142,16 @@ def _examined(
 
 def _next_model(config: Config, report: EvaluationReport) -> str | None:
     accuracy = report.whole_accuracy
-    if accuracy is None or accuracy >= HIGH_ACCURACY:
-        return None
-    if config.encoder_socket is not None:
+    if accuracy is None or accuracy >= HIGH_ACCURACY or config.encoder_socket is not None:
         return None
     with suppress(ModelError):
         return STRONGER if locate_clip(config.model, cache_dir=config.cache_dir).folder == PACKAGED else None
     return None
 
 
-# ---------------------------------------------------------------- output
-
-
 def show_evaluation(config: Config, dataset: str | None, html: Path | None, *, as_json: bool) -> None:
     """Evaluate one dataset or all, write the page, print the figures, then raise the first error of a dataset."""
+    check_page_path(html)
     examined: dict[str, dict[str, Any]] = {}
     refusal: SortdError | None = None
     with bar("loading the model") as tell:
@@ -279,15 +261,8 @@ def _classifier_sentence(serving: Mapping[str, Any]) -> str:
     return "Classifier in use: prototypes."
 
 
-# ---------------------------------------------------------------- the page
-
-
 def check_page_path(file: Path | None) -> None:
-    """Check that a page can be written to this path, if one is given.
-
-    Raises:
-        DestinationError: it is a folder, or its folder is missing or not writable.
-    """
+    """Raise DestinationError if a page cannot be written to this path, if one is given."""
     if file is None:
         return
     folder = file.absolute().parent
@@ -318,6 +293,12 @@ def render(template: str, now: datetime, **values: Any) -> str:  # noqa: ANN401 
         lstrip_blocks=True,
     )
     environment.globals["estimated"] = estimated
+    environment.filters |= {
+        "plain": printable,
+        "label": label_on_page,
+        "filename": lambda path: printable(os.path.basename(path)),
+        "when": format_time,
+    }
     made_at = now.strftime("%Y-%m-%d %H:%M")
     return environment.get_template(template).render(version=__version__, made_at=made_at, **values)
 
@@ -325,11 +306,6 @@ def render(template: str, now: datetime, **values: Any) -> str:  # noqa: ANN401 
 def label_on_page(label: str | None) -> str:
     """Return the name of a class for a page; empty for None."""
     return "" if label is None else printable(written_name(label))
-
-
-def name_on_page(path: str) -> str:
-    """Return the name of a file for a page."""
-    return printable(os.path.basename(path))
 
 
 def evaluation_page(examined: Mapping[str, Mapping[str, Any]], *, now: datetime) -> str:
@@ -345,21 +321,16 @@ def evaluation_page(examined: Mapping[str, Mapping[str, Any]], *, now: datetime)
 def _dataset(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     mine = next((mode for mode in facts["modes"] if mode["mode"] == facts["mode"]), None)
     return {
-        "name": printable(name),
-        "root": printable(facts["root"]),
+        "name": name,
         "report": facts,
         "accuracy": None if mine is None else mine["distinct_accuracy"],
         "judged": 0 if mine is None else mine["distinct_judged"],
         "sentences": evaluation_sentences(facts),
         "modes": sorted(facts["modes"], key=lambda mode: -(mode["distinct_accuracy"] or 0.0)),
         "curve": None if mine is None else precision_plot(mine["curve"], facts["calibration"]),
-        "classes": [
-            {**one, "label": label_on_page(one["label"]), "confused_with": label_on_page(one["confused_with"])}
-            for one in sorted(facts["class_reports"], key=lambda one: (one["recall"] is None, one["recall"] or 0.0))
-        ],
+        "classes": sorted(facts["class_reports"], key=lambda one: (one["recall"] is None, one["recall"] or 0.0)),
         "matrix": _matrix(facts["confusion"]),
-        "suspects": _suspects(facts["suspects"]),
-        "unreadable": [{key: printable(text) for key, text in one.items()} for one in facts["unreadable"]],
+        **_suspects(facts["suspects"]),
     }
 
 
@@ -380,7 +351,9 @@ def precision_plot(points: Sequence[Sequence[float]], calibration: Mapping[str, 
     levels = [floor + index * step for index in range(round((1.0 - floor) / step) + 1)]
     now = None
     if calibration["filed_expected"]:
-        x, y = place(calibration["filed_expected"], _precision_at(calibration["filed_expected"], points))
+        filed = calibration["filed_expected"]
+        shares, precisions = zip(*sorted((share, precision) for _, share, precision in points), strict=True)
+        x, y = place(filed, float(np.interp(filed, shares, precisions)))
         now = {"x": x, "y": y, "text_y": y + NOW_BELOW if y + NOW_BELOW < _BOTTOM else y - NOW_ABOVE}
     return {
         "points": " ".join(f"{x},{y}" for x, y in drawn),
@@ -388,12 +361,6 @@ def precision_plot(points: Sequence[Sequence[float]], calibration: Mapping[str, 
         "columns": [{"x": place(share / 100, 1.0)[0], "text": f"{share} %"} for share in range(0, 101, 20)],
         "now": now,
     }
-
-
-def _precision_at(filed: float, points: Sequence[Sequence[float]]) -> float:
-    """Return the precision of the curve at this filed share, by linear interpolation."""
-    shares, precisions = zip(*sorted((share, precision) for _, share, precision in points), strict=True)
-    return float(np.interp(filed, shares, precisions))
 
 
 def _matrix(confusion: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
@@ -409,45 +376,21 @@ def _matrix(confusion: Sequence[Sequence[Any]]) -> dict[str, Any] | None:
     rows = []
     for own in chosen:
         whole = sum(number for (row, _), number in counts.items() if row == own)
-        cells = [
-            {
-                "label": label_on_page(decided),
-                "number": counts.get((own, decided), 0),
-                "is_right": own == decided,
-                "strength": _strength(counts.get((own, decided), 0) / max(whole, 1)),
-            }
-            for decided in chosen
-        ]
-        rows.append({"label": label_on_page(own), "cells": cells})
-    return {"labels": [label_on_page(label) for label in chosen], "rows": rows, "hidden": len(mistakes) - len(chosen)}
+        cells = []
+        for decided in chosen:
+            number = counts.get((own, decided), 0)
+            strength = round(0.12 + 0.5 * number / whole, 3) if number else 0.0  # a single error is visible
+            cells.append({"label": decided, "number": number, "is_right": own == decided, "strength": strength})
+        rows.append({"label": own, "cells": cells})
+    return {"labels": chosen, "rows": rows, "hidden": len(mistakes) - len(chosen)}
 
 
-def _strength(share: float) -> float:
-    """Return the opacity of a cell; single errors are visible, and numbers stay readable."""
-    return round(0.12 + 0.5 * share, 3) if share else 0.0
-
-
-def _suspects(suspects: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    by_kind = {kind: [one for one in suspects if one["kind"] == kind] for kind in _SUSPECTS}
-    on_page = [one for members in by_kind.values() for one in members[:SUSPECTS_ON_PAGE]]
-    images = thumbnails(path for one in on_page for path in (one["source"], one["other_source"]) if path is not None)
-    groups = []
+def _suspects(suspects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the ``suspects`` by kind, and their ``images``."""
+    groups, paths = [], list[str | None]()
     for kind, (title, verb) in _SUSPECTS.items():
-        members = by_kind[kind]
-        if members:
-            shown = [_suspect(one, images) for one in members[:SUSPECTS_ON_PAGE]]
+        if members := [one for one in suspects if one["kind"] == kind]:
+            shown = members[:SUSPECTS_ON_PAGE]
             groups.append({"title": title, "verb": verb, "members": shown, "hidden": len(members) - len(shown)})
-    return groups
-
-
-def _suspect(one: Mapping[str, Any], images: Mapping[str, str]) -> dict[str, Any]:
-    other = one["other_source"]
-    return {
-        "image": images.get(one["source"]),
-        "label": label_on_page(one["label"]),
-        "other_label": label_on_page(one["other_label"]),
-        "score": one["score"],
-        "name": name_on_page(one["source"]),
-        "other_name": None if other is None else name_on_page(other),
-        "other_image": images.get(other),
-    }
+            paths += [path for one in shown for path in (one["source"], one["other_source"])]
+    return {"suspects": groups, "images": thumbnails(path for path in paths if path is not None)}

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,9 +12,9 @@ from sortd.arrays import FloatArray
 from sortd.classify.explain import Explanation, explain, explain_finetuned, explanation_sentences
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import PROBABILISTIC
-from sortd.commands.console import format_time, print_line, print_table, printable, say, show, spinner
-from sortd.commands.evaluation import label_on_page, name_on_page, render, write_page
-from sortd.commands.moves import JournalPlace, dataset_at, journals, record_facts
+from sortd.commands.console import decimals, format_time, print_line, print_table, printable, say, show, spinner
+from sortd.commands.evaluation import check_page_path, render, write_page
+from sortd.commands.moves import JournalPlace, dataset_at, journal_of, record_facts
 from sortd.commands.status import dataset_named, serving_facts, settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.embedder import Embedder
@@ -30,7 +30,7 @@ from sortd.daemon.resources import ActiveClassifier, LoadEncoder, Resources, ref
 from sortd.errors import DataError, UnreadableError
 from sortd.events import LIKE_NO_CLASS, Abstained, Assigned, EmbeddedImage, Stamp
 from sortd.images.thumbnails import thumbnails
-from sortd.layout import Area, Layout, Reason, Why, find_datasets
+from sortd.layout import Area, Layout, Reason, Why
 from sortd.moving.fs import is_version
 from sortd.service import read_status
 from sortd.store.cache import CACHE_FILE, Cache
@@ -128,15 +128,13 @@ def explain_image(
     absolute = os.path.abspath(path)
     mark = stamp(absolute)
     left = why_kept(config, path)
-    if mark is None and (left is not None or os.path.islink(absolute)):
-        why = (
-            "it is a symbolic link; give the path of the file"
-            if left is None
-            else f"it stays in Images/: {left.message}"
-        )
-        raise DataError(f"{absolute}: {why}")
     if mark is None:
-        raise DataError(f"{absolute}: there is no such file, or it is a folder; give the path of an image")
+        why = "there is no such file, or it is a folder; give the path of an image"
+        if left is not None:
+            why = f"it stays in Images/: {left.message}"
+        elif os.path.islink(absolute):
+            why = "it is a symbolic link; give the path of the file"
+        raise DataError(f"{absolute}: {why}")
     layout = _dataset(config, path, dataset)
     with open(absolute, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
@@ -169,10 +167,9 @@ def why_kept(config: Config, path: Path) -> Why | None:
         return None
     layout, relative = found
     here = os.path.join(layout.root, relative)
-    (place,) = [one for one in journals(config, layout.name) if one.root == layout.root]
-    if (why := why_left(here, os.fspath(layout.root))) is not None or not place.is_there:
+    if (why := why_left(here, os.fspath(layout.root))) is not None:
         return why
-    with History.open(place.file) as history:
+    with journal_of(config, layout).open() as history:
         held = history.held_version(relative)
     if held is None or not os.path.lexists(here) or not is_version(os.lstat(here), held):
         return None
@@ -207,38 +204,42 @@ def _explanation(config: Config, layout: Layout, sight: _Sight, turned_away: int
 
 
 def _dataset(config: Config, path: Path, name: str | None) -> Layout:
-    layouts = {layout.name: layout for layout in find_datasets(config.root)}
-    found = dataset_at(config, path)
-    if name is None and found is not None:
+    if name is not None:
+        return dataset_named(config, name)
+    if (found := dataset_at(config, path)) is not None:
         return found[0]
-    if name is None and len(layouts) == 1:
-        return next(iter(layouts.values()))
-    if name is None:
-        raise DataError(f"{path} is in no dataset; choose one with --dataset {'|'.join(layouts) or 'NAME'}")
-    return dataset_named(config, name)
+    try:
+        return dataset_named(config, None)
+    except DataError as error:
+        raise DataError(f"{path} is in no dataset; {error}") from None
 
 
 def _remembered(config: Config, layout: Layout, content: str) -> _Sight | None:
     """Return the cached embedding and logits of a content with stored prototypes, or None if one is missing."""
-    prototypes = current_prototypes(config, layout)
-    file = config.cache_dir / CACHE_FILE
-    if prototypes is None or not file.is_file():
+    if (prototypes := current_prototypes(config, layout)) is None:
         return None
     wanted = config.dataset(layout.name).classifier
     decider = select_classifier(layout, config.state_dir, wanted, _labels(layout, prototypes))
-    with Cache(file, report=lambda _: None) as cache:
-        embedding = cache.embeddings({content}, prototypes.encoder_id).get(content)
-        logits = cache.embeddings({content}, decider.model_id).get(content)
+    ids = (prototypes.encoder_id, decider.model_id)
+    embedding, logits = (stored_rows(config, {content}, one).get(content) for one in ids)
     if (embedding if decider.facts is None else logits) is None:
         return None
     return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
 
 
+def stored_rows(config: Config, contents: Iterable[str], encoder_id: str) -> dict[str, FloatArray]:
+    """Return the embeddings that the cache has, by content; create no cache for it."""
+    file = config.cache_dir / CACHE_FILE
+    if not file.is_file():
+        return {}
+    with Cache(file, report=lambda _: None) as cache:
+        return cache.embeddings(set(contents), encoder_id)
+
+
 def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_encoder: LoadEncoder | None) -> _Sight:
     """Embed the image with the models, and build prototypes if none are stored for this encoder."""
-    resources = Resources(config, load_encoder=load_encoder)
-    try:
-        embedder, _, _ = resources.load()
+    with Resources(config, load_encoder=load_encoder) as resources:
+        embedder = resources.embedder()
         embedding = _row(embedder, image)
         prototypes, wanted = current_prototypes(config, layout), config.dataset(layout.name).classifier
         decider = resources.select(layout, wanted, _labels(layout, prototypes))
@@ -247,10 +248,6 @@ def _looked_at(config: Config, layout: Layout, image: tuple[str, Stamp], load_en
             return _Sight(decider, prototypes, is_stored=True, embedding=embedding, logits=logits)
         references = References(layout.area(Area.CLASES))
         rebuilt = references.rebuild(embedder, settings_with_corrections(config, layout), previous=None, generation=0)
-    except ReferencesAbsentError as error:
-        raise DataError(str(error)) from error
-    finally:
-        resources.unload()
     return _Sight(decider, rebuilt.prototypes, is_stored=False, embedding=embedding, logits=logits)
 
 
@@ -286,10 +283,8 @@ def _row(embedder: Embedder, image: tuple[str, Stamp]) -> FloatArray:
 
 def _records(config: Config, layout: Layout, mark: Stamp, content: str) -> list[dict[str, Any]]:
     """Return the moves of this file, or else of the last file with this content."""
-    (place,) = [one for one in journals(config, layout.name) if one.root == layout.root]
-    if not place.is_there:
-        return []
-    with History.open(place.file) as history:
+    place = journal_of(config, layout)
+    with place.open() as history:
         last = history.last_known(mark, content)
         return [] if last is None else _moves_back(place, history, last.destination_path)
 
@@ -306,11 +301,9 @@ def _moves_back(place: JournalPlace, history: History, path: str) -> list[dict[s
         path, newest = came[0].source_path, came[0].id
 
 
-# ---------------------------------------------------------------- output
-
-
 def show_explanation(config: Config, image: Path, dataset: str | None, html: Path | None, *, as_json: bool) -> None:
     """Explain the decision on an image, write the page, and print the explanation."""
+    check_page_path(html)
     with spinner("reading the image"):
         facts = explain_image(config, image, dataset).facts()
     if html is not None:
@@ -326,15 +319,7 @@ def _print_explained(facts: Mapping[str, Any]) -> None:
         print_line(printable(sentence))
     print_line("")
     scores = facts["scores"][:CLASSES_SHOWN]
-    rows = [
-        (
-            one["label"],
-            f"{one['score']:.3f}",
-            "" if one["nearest"] is None else f"{one['nearest']:.3f}",
-            one["references"],
-        )
-        for one in scores
-    ]
+    rows = [(one["label"], decimals(one["score"]), decimals(one["nearest"]), one["references"]) for one in scores]
     print_table(("class", "score", "nearest", "references"), rows, right=("score", "nearest", "references"))
     if len(facts["scores"]) > len(scores):
         say(f"sortd: {len(facts['scores']) - len(scores)} more classes; --json prints all")
@@ -349,41 +334,14 @@ def _print_explained(facts: Mapping[str, Any]) -> None:
 def explain_page(facts: Mapping[str, Any], *, now: datetime) -> str:
     """Return the page of one explanation, from ``ImageExplanation.facts``."""
     path, scores = facts["path"], facts["scores"][:CLASSES_AT_MOST]
-    images = thumbnails(one["path"] for one in facts["neighbours"])
+    largest = max((one["score"] for one in scores), default=0.0)
     return render(
         "explain.html",
         now,
-        facts={**facts, "label": label_on_page(facts["label"])},
-        name=name_on_page(path),
-        path=printable(path),
+        facts=facts,
         image=thumbnails([path], side_pixels=LARGE_SIDE_PIXELS).get(path),
         unit="probability" if facts["mode"] in PROBABILISTIC else "cosine",
-        scores=[{**one, "label": label_on_page(one["label"]), "width": width} for one, width in _widths(scores)],
+        scores=[{**one, "width": 100 * max(one["score"], 0.0) / largest if largest > 0 else 0.0} for one in scores],
         hidden=len(facts["scores"]) - len(scores),
-        neighbours=[
-            {
-                **one,
-                "label": label_on_page(one["label"]),
-                "image": images.get(one["path"]),
-                "name": name_on_page(one["path"]),
-            }
-            for one in facts["neighbours"]
-        ],
-        history=[
-            {
-                "when": format_time(one["at"]),
-                "outcome": one["outcome"].replace("_", " "),
-                "label": label_on_page(one["label"]),
-                "undone": one["undone_by"] is not None,
-                "origin": printable(one["from"]),
-                "destination": printable(one["to"]),
-            }
-            for one in facts["history"]
-        ],
+        images=thumbnails(one["path"] for one in facts["neighbours"]),
     )
-
-
-def _widths(scores: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], float]]:
-    """Return each score with the length of its bar in per cent of the largest score."""
-    largest = max((one["score"] for one in scores), default=0.0)
-    return [(one, round(100 * max(one["score"], 0.0) / largest, 1) if largest > 0 else 0.0) for one in scores]

@@ -8,7 +8,7 @@ the dataset is changed, and nothing that exists is overwritten.
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,20 +20,20 @@ from sortd.arrays import FloatArray
 from sortd.classify.types import PROBABILISTIC
 from sortd.commands.console import bar, counted, say, show
 from sortd.commands.export_formats import WRITERS, ExportedImage, ExportFormat, ExportOptions, Link
+from sortd.commands.moves import journal_of
 from sortd.config import Config
+from sortd.daemon.corrections import version_at
 from sortd.daemon.learnt import learnt_images
 from sortd.daemon.resources import Resources
 from sortd.errors import DataError, ImageError, LayoutError
-from sortd.events import EmbeddedImage, Stamp
+from sortd.events import EmbeddedImage
 from sortd.files import sha256_of
 from sortd.finetune.data import Candidate, find_candidates, near_duplicate_groups, split_by_group
 from sortd.finetune.recipe import Source
 from sortd.images.decode import DecodeLimits, image_size
-from sortd.layout import JOURNAL_FILE, Layout, enclosing_dataset
+from sortd.layout import Layout, enclosing_dataset
 from sortd.moving.fs import rename_new
-from sortd.store.history import History
-from sortd.store.records import Record
-from sortd.watch.scan import stamp
+from sortd.store.records import MoveReason, Record
 
 AUDITED = "audited"
 AT_FDCWD = -100  # of fcntl.h: paths are relative to the working directory
@@ -109,39 +109,18 @@ def exported_images(
 ) -> list[ExportedImage]:
     """Return the files of Dataset/ by path, with what the journal knows; files that are no images are left out.
 
-    Raises:
-        DataError: a folder cannot be read.
-        JournalError: the journal cannot be read.
+    Raises DataError: a folder cannot be read; JournalError.
     """
     candidates, _ = find_candidates(layout, Source.DATASET, config.state_dir)
-    journal = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    given: dict[str, str] = {}
-    audited: frozenset[int] = frozenset()
-    found = []
-    with _history(journal) as history:
-        if history is not None:
-            given = {one.path: one.how for one in learnt_images(layout, history, with_corrections=True)}
-            audited = history.audited_right()
+    found = list[ExportedImage | None]()
+    with journal_of(config, layout).open() as history:
+        given = {one.path: one.how for one in learnt_images(layout, history, with_corrections=True)}
+        audited = history.audited_right()
         for number, candidate in enumerate(sorted(candidates, key=lambda one: one.path), 1):
-            record = None if history is None else history.last_known(candidate.stamp)
-            image = _exported(layout, candidate, record, given, audited)
-            if image is not None and (image.checked or not checked_only):
-                found.append(image)
+            found.append(_exported(layout, candidate, history.last_known(candidate.stamp), given, audited))
             tell("reading", number, len(candidates))
-        for record in [] if history is None else history.filed_in_place():
-            image = _exported_in_place(layout, record, audited)
-            if image is not None and (image.checked or not checked_only):
-                found.append(image)
-    return found
-
-
-@contextmanager
-def _history(journal: Path) -> Iterator[History | None]:
-    if not journal.is_file():
-        yield None
-        return
-    with History.open(journal) as history:
-        yield history
+        found += [_exported_in_place(layout, record, audited) for record in history.filed_in_place()]
+    return [image for image in found if image is not None and (image.checked or not checked_only)]
 
 
 def _exported(
@@ -149,15 +128,13 @@ def _exported(
 ) -> ExportedImage | None:
     try:
         image_size(candidate.path, DecodeLimits())
-        content = "" if record is None else record.move_reason.content
-        content = content or sha256_of(candidate.path)
+        reason = MoveReason("") if record is None else record.move_reason
+        content = reason.content or sha256_of(candidate.path)
     except (ImageError, OSError):
         return None  # a sidecar, a film, or a file that has just gone
     how = given.get(candidate.path, "")
     if not how and record is not None and record.id in audited:
         how = AUDITED
-    reason = None if record is None else record.move_reason
-    score = None if reason is None else reason.score
     return ExportedImage(
         path=candidate.path,
         file_name=os.path.relpath(candidate.path, layout.root / "Dataset"),
@@ -165,14 +142,14 @@ def _exported(
         split="",
         checked=bool(how),
         checked_by=how,
-        predicted=None if reason is None or reason.mode is None else reason.label,
-        probability=score if reason is not None and reason.mode in _PROBABILISTIC else None,
-        score=score,
-        margin=None if reason is None else reason.margin,
-        outcome=None if reason is None else reason.outcome,
-        mode=None if reason is None else reason.mode,
-        encoder_id=None if reason is None else reason.encoder_id or None,
-        generation=None if reason is None else reason.generation or None,
+        predicted=None if reason.mode is None else reason.label,
+        probability=reason.score if reason.mode in _PROBABILISTIC else None,
+        score=reason.score,
+        margin=reason.margin,
+        outcome=reason.outcome or None,
+        mode=reason.mode,
+        encoder_id=reason.encoder_id or None,
+        generation=reason.generation or None,
         moved_at=None if record is None else record.ended_at,
         content=content,
         size=candidate.stamp.size,
@@ -183,7 +160,7 @@ def _exported_in_place(layout: Layout, record: Record, audited: frozenset[int]) 
     """Return an image that stayed in Images/, if this version and its link, if it has one, are still there."""
     move, label = record.move, record.move_reason.label
     path, link = os.path.join(layout.root, record.source_path), os.path.join(layout.root, record.destination_path)
-    version = _version(path)
+    version = version_at(path)
     if label is None or version is None or not version.is_same_version(move.image.stamp) or not os.path.lexists(link):
         return None
     image = _exported(layout, Candidate(path, version, label), record, {}, audited)
@@ -199,31 +176,19 @@ def _embedded(
 ) -> tuple[list[ExportedImage], FloatArray]:
     """Return the N images that can be decoded, and (N, d) their embeddings by the configured model.
 
-    Raises:
-        ModelError: the model cannot be loaded.
-        DataError: no image can be decoded.
+    Raises ModelError; DataError: no image can be decoded.
     """
-    resources = Resources(config)
-    try:
-        embedder, _, _ = resources.load()
-        files = [(image.path, version) for image in images if (version := _version(image.path)) is not None]
+    with Resources(config) as resources:
+        files = [(image.path, version) for image in images if (version := version_at(image.path)) is not None]
         rows: dict[str, FloatArray] = {}
-        for number, answer in enumerate(embedder.embed(files), 1):
+        for number, answer in enumerate(resources.embedder().embed(files), 1):
             if isinstance(answer, EmbeddedImage):
                 rows[answer.path] = answer.embedding
             tell("encoding", number, len(files))
-    finally:
-        resources.unload()
     kept = [image for image in images if image.path in rows]
     if not kept:
         raise DataError(f"none of the {len(images)} images can be decoded")
     return kept, np.stack([rows[image.path] for image in kept])
-
-
-def _version(path: str) -> Stamp | None:
-    with suppress(OSError):
-        return stamp(path)
-    return None
 
 
 def with_split(images: Sequence[ExportedImage], rows: FloatArray, train: float) -> list[ExportedImage]:
@@ -242,10 +207,9 @@ def with_split(images: Sequence[ExportedImage], rows: FloatArray, train: float) 
 
 @contextmanager
 def _placed(out: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``out``, renamed to it at the end; after an error nothing is left.
+    """Yield a temporary name beside ``out``, and rename it in the end; after an error nothing is left.
 
-    Raises:
-        DataError: it cannot be written, or something has taken the name meanwhile.
+    Raises DataError: it cannot be written, or something has taken the name meanwhile.
     """
     parent = out.absolute().parent
     try:

@@ -5,18 +5,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sortd.classify.proportions import estimated
-from sortd.commands.console import counted, print_line, print_table, printable, progress_lines, say, show
+from sortd.commands.console import counted, print_line, print_table, printable, progress, say, show
 from sortd.commands.status import accuracy_comparison, dataset_named, result_facts
 from sortd.config import Config
 from sortd.daemon.control import AnsweredError, ask
@@ -96,43 +94,24 @@ def require_training_packages(find: Callable[[str], object | None] = find_spec) 
 
 @contextmanager
 def observing() -> Iterator[Observer]:
-    """Show a progress bar on a terminal, else print a line for each part, ten seconds and evaluation; handle signals.
+    """Show the progress of the first process, with the last validation accuracy, and handle signals.
 
     SIGINT, SIGTERM and SIGHUP stop the training after the current step, with a checkpoint; at other times, at once.
     """
     heard: list[Signalled] = []
-    is_first, on_terminal = is_first_process(), sys.stderr.isatty()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[score]}"),
-        console=Console(stderr=True, highlight=False),
-        disable=not (on_terminal and is_first),
-    )
-    task = bar.add_task("reading images", total=None, score="")
-    training, tell = False, progress_lines()
+    training, what = False, "training"
 
     def finished(part: str) -> None:
         nonlocal training
         training = False
-        bar.update(task, description=f"{part}: done")
-        if is_first and not on_terminal:
-            say(f"sortd: {part}: done")
+        tell(f"{part}: done", 0, 0)
 
-    def progress(now: TrainingProgress) -> None:
-        nonlocal training
+    def trained(now: TrainingProgress) -> None:
+        nonlocal training, what
         training = True
-        bar.update(task, description="training", completed=now.step, total=now.steps)
         if now.accuracy is not None:
-            bar.update(task, score=f"validation {now.accuracy:.1%}")
-        if not is_first or on_terminal:
-            return
-        if now.accuracy is None:
-            tell("training, step", now.step, now.steps)
-        else:
-            say(f"sortd: training: step {now.step} of {now.steps}, validation {now.accuracy:.1%}")
+            what = f"training, validation {now.accuracy:.1%} at step {now.step:,}"
+        tell(what, now.step, now.steps)
 
     def hear(signalled: Signalled) -> None:
         if signalled.number == signal.SIGUSR1:
@@ -141,8 +120,9 @@ def observing() -> Iterator[Observer]:
         if not training:
             raise KeyboardInterrupt
 
-    with bar, signals_posted(hear):
-        yield Observer(finished, progress, lambda: bool(heard))
+    shown = progress("reading images") if is_first_process() else nullcontext(lambda *_: None)
+    with shown as tell, signals_posted(hear):
+        yield Observer(finished, trained, lambda: bool(heard))
 
 
 def _print_result(metrics: Mapping[str, Any]) -> None:
@@ -169,9 +149,6 @@ def _print_result(metrics: Mapping[str, Any]) -> None:
         say(f"sortd: left out: {len(left_out) - LEFT_OUT_SHOWN} more; metrics.json lists all")
 
 
-# ---------------------------------------------------------------- promotion
-
-
 def print_promoted(facts: Mapping[str, Any]) -> None:
     """Print the outcome of ``promote_model``."""
     name, place = printable(facts["dataset"]), printable(facts["folder"])
@@ -192,13 +169,9 @@ def print_demoted(facts: Mapping[str, Any]) -> None:
 
 
 def promote_model(config: Config, dataset: str | None, folder: Path | None, *, force: bool) -> dict[str, Any]:
-    """Promote a fine-tuned model, notify the running sortd, and return the outcome as plain values.
+    """Promote the fine-tuned model in a folder, or the newest of a dataset, and return the outcome as plain values.
 
-    Args:
-        config: the configuration.
-        dataset: None: the only one.
-        folder: result folder; None: the newest one of the dataset.
-        force: promote also a model that is weaker than the prototypes.
+    The running sortd is notified. With ``force`` also a model that is weaker than the prototypes is promoted.
 
     Raises:
         DataError: there is no such dataset or result, or the model has other classes or is weaker.

@@ -1,8 +1,8 @@
 """The command ``groups``: groups of the images in Review/, shown on a page, and accepted as a class."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,29 +15,25 @@ from sortd.arrays import Array, FloatArray
 from sortd.classify.groups import ImageGroup, find_groups, next_to_label, whitened_rows
 from sortd.classify.prototypes import PrototypeSet
 from sortd.commands.assign import assign_to_class, print_assigned
-from sortd.commands.check_dataset import FEW_REFERENCES, NAMED_AT_MOST
-from sortd.commands.console import counted, print_line, print_table, printable, say, show, spinner
-from sortd.commands.evaluation import check_page_path, label_on_page, name_on_page, render, write_page
-from sortd.commands.explain import current_prototypes
+from sortd.commands.check_dataset import FEW_REFERENCES, listed
+from sortd.commands.console import counted, decimals, print_line, print_table, printable, say, show, spinner
+from sortd.commands.evaluation import check_page_path, render, write_page
+from sortd.commands.explain import current_prototypes, stored_rows
 from sortd.commands.findings import Finding, note
-from sortd.commands.moves import without_links
-from sortd.commands.status import dataset_named, settings_with_corrections
+from sortd.commands.moves import File, files_in, journal_of, without_links
+from sortd.commands.status import chosen_datasets, settings_with_corrections
 from sortd.companions import is_image
 from sortd.config import Config
 from sortd.daemon.assign import image_facts
 from sortd.daemon.embedder import Embedder
-from sortd.daemon.references import References, ReferencesAbsentError, class_name_problem
+from sortd.daemon.references import References, class_name_problem
 from sortd.daemon.resources import LoadEncoder, Resources
 from sortd.errors import DataError
-from sortd.events import EmbeddedImage, ImageRefused, Stamp
+from sortd.events import EmbeddedImage, ImageRefused
 from sortd.files import sha256_of
 from sortd.images.thumbnails import thumbnails
-from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
-from sortd.store.cache import CACHE_FILE, Cache
-from sortd.store.history import History
+from sortd.layout import Area, Layout
 from sortd.watch.scan import whole_files
-
-File = tuple[str, Stamp]
 
 NEXT_AT_MOST = 24
 """Largest number of images that are proposed to be labelled next; otherwise one for each class."""
@@ -84,48 +80,18 @@ def group_piles(
         ModelError: the model is not available.
     """
     chosen = chosen_datasets(config, dataset)
-    with models(config, load_encoder) as (_, load):
+    with Resources(config, load_encoder=load_encoder) as resources:
         for layout in chosen:
-            yield _grouped(config, layout, load)
+            yield _grouped(config, layout, resources)
 
 
-def chosen_datasets(config: Config, dataset: str | None) -> list[Layout]:
-    """Return one dataset, or all; raise DataError if there is none."""
-    chosen = find_datasets(config.root) if dataset is None else [dataset_named(config, dataset)]
-    if not chosen:
-        raise DataError(f"there is no dataset in {config.root}; create one with `sortd init DIR`")
-    return chosen
-
-
-@contextmanager
-def models(config: Config, load_encoder: LoadEncoder | None) -> Iterator[tuple[Resources, Callable[[], Embedder]]]:
-    """Yield the models, and a function that loads the configured one once; unload them in the end."""
-    resources = Resources(config, load_encoder=load_encoder)
-    loaded: list[Embedder] = []
-
-    def load() -> Embedder:
-        if not loaded:
-            loaded.append(resources.load()[0])
-        return loaded[0]
-
-    try:
-        yield resources, load
-    finally:
-        if loaded:
-            resources.unload()
-
-
-def _grouped(config: Config, layout: Layout, load: Callable[[], Embedder]) -> GroupedPile:
-    refusals: list[OSError] = []
-    review = os.fspath(layout.area(Area.REVIEW))
-    found = whole_files(review, report=refusals.append) if os.path.lexists(review) else []
-    if refusals:
-        raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
+def _grouped(config: Config, layout: Layout, resources: Resources) -> GroupedPile:
+    found = files_in(layout.area(Area.REVIEW))
     contents = _journaled_contents(config, layout, found)
     files = [file for file in found if file in contents or is_image(file[0])]
     if not files:
         return GroupedPile(layout, (), (), (), ())
-    prototypes, rows, unreadable = embedded_rows(config, layout, files, contents, load)
+    prototypes, rows, unreadable = embedded_rows(config, layout, files, contents, resources)
     known = tuple(file for file in files if file in contents)
     matrix = np.array([rows[contents[file]] for file in known], np.float64).reshape(len(known), -1)
     return GroupedPile(
@@ -159,14 +125,13 @@ def label_findings(config: Config, layout: Layout) -> Iterator[Finding]:
     known = [(path, rows[content]) for (path, _), content in contents.items() if content in rows]
     if known:
         asked = _next(prototypes, np.array([row for _, row in known], np.float64))
-        named = ", ".join(os.path.relpath(known[at][0], review) for at in asked[:NAMED_AT_MOST])
-        more = f" and {len(asked) - NAMED_AT_MOST} more" if len(asked) > NAMED_AT_MOST else ""
-        what = f"holds images that are best labelled next, since the classes have few references: {named}{more}"
+        named = listed([os.path.relpath(known[at][0], review) for at in asked])
+        what = f"holds images that are best labelled next, since the classes have few references: {named}"
         yield note(review, what, "move them into their classes in Clases/; `sortd groups --page FILE` shows them")
 
 
 def embedded_rows(
-    config: Config, layout: Layout, files: Sequence[File], contents: dict[File, str], load: Callable[[], Embedder]
+    config: Config, layout: Layout, files: Sequence[File], contents: dict[File, str], resources: Resources
 ) -> tuple[PrototypeSet, dict[str, FloatArray], tuple[ImageRefused, ...]]:
     """Return prototypes, embeddings by content, and refusals; in ``contents``, complete those of the readable files."""
     prototypes = current_prototypes(config, layout)
@@ -177,15 +142,12 @@ def embedded_rows(
     missing = [file for file in files if contents.get(file, "") not in rows]
     if prototypes is not None and not missing:
         return prototypes, rows, ()
-    embedder = load()
+    embedder = resources.embedder()
     if prototypes is None or prototypes.encoder_id != embedder.encoder.encoder_id:
         rows, missing = {}, list(files)
         references = References(layout.area(Area.CLASES))
         settings = settings_with_corrections(config, layout)
-        try:
-            prototypes = references.rebuild(embedder, settings, previous=None, generation=0).prototypes
-        except ReferencesAbsentError as error:
-            raise DataError(str(error)) from error
+        prototypes = references.rebuild(embedder, settings, previous=None, generation=0).prototypes
     return prototypes, rows, embed_missing(embedder, missing, contents, rows)
 
 
@@ -204,30 +166,15 @@ def embed_missing(
     return tuple(refused)
 
 
-def stored_rows(config: Config, contents: Iterable[str], encoder_id: str) -> dict[str, FloatArray]:
-    """Return the embeddings that the cache has, by content; create no cache for it."""
-    file = config.cache_dir / CACHE_FILE
-    if not file.is_file():
-        return {}
-    with Cache(file, report=lambda _: None) as cache:
-        return cache.embeddings(set(contents), encoder_id)
-
-
 def _journaled_contents(config: Config, layout: Layout, files: Sequence[File]) -> dict[File, str]:
     """Return the sha256, in hexadecimal, of the images that sortd put where they are."""
     contents: dict[File, str] = {}
-    journal = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if journal.is_file():
-        with History.open(journal) as history:
-            for path, mark in files:
-                record = history.last_known(mark)
-                if record is not None and record.move_reason.content and _is_at(layout, record.destination_path, path):
-                    contents[path, mark] = record.move_reason.content
+    with journal_of(config, layout).open() as history:
+        for path, mark in files:
+            record = history.last_known(mark)
+            if record is not None and record.move_reason.content and f"{layout.root}/{record.destination_path}" == path:
+                contents[path, mark] = record.move_reason.content
     return contents
-
-
-def _is_at(layout: Layout, relative: str, path: str) -> bool:
-    return os.path.join(layout.root, relative) == path
 
 
 def accept_group(
@@ -265,7 +212,6 @@ def show_groups(config: Config, dataset: str | None, page: Path | None, *, as_js
     facts = {pile.layout.name: pile.facts() for pile in piles}
     if page is not None:
         write_page(page, groups_page(facts, now=datetime.now().astimezone()))
-        say(f"sortd: page written to {page}")
     show({"datasets": facts}, _print_all_groups, as_json=as_json)
 
 
@@ -291,7 +237,7 @@ def _print_groups(name: str, facts: Mapping[str, Any]) -> None:
         (
             one["id"],
             one["size"],
-            "" if one["familiarity"] is None else f"{one['familiarity']:+.2f}",
+            decimals(one["familiarity"], "+.2f"),
             one["nearest_label"],
             "yes" if one["is_new"] else "",
             one["members"][0],
@@ -310,28 +256,20 @@ def _print_groups(name: str, facts: Mapping[str, Any]) -> None:
 
 def groups_page(found: Mapping[str, Mapping[str, Any]], *, now: datetime) -> str:
     """Return the page of several datasets, from ``GroupedPile.facts`` by name."""
-    left = PICTURES_OF_PAGE
-    shown_on_page: list[dict[str, Any]] = []
+    shown: list[str] = []
 
-    def pictures(paths: Sequence[str], most: int) -> list[dict[str, Any]]:
-        nonlocal left
-        shown = paths[: min(most, left)]
-        left -= len(shown)
-        taken = [{"path": path, "name": name_on_page(path)} for path in shown]
-        shown_on_page.extend(taken)
+    def pictures(paths: Sequence[str]) -> Sequence[str]:
+        taken = paths[: min(PICTURES_OF_GROUP, PICTURES_OF_PAGE - len(shown))]
+        shown.extend(taken)
         return taken
 
-    datasets = []
-    for name, facts in found.items():
-        asked, groups = pictures(facts["next_to_label"], PICTURES_OF_GROUP), []
-        for group in facts["groups"]:
-            members = pictures(group["members"], PICTURES_OF_GROUP)
-            hidden = group["size"] - len(members)
-            groups.append(
-                {**group, "nearest_label": label_on_page(group["nearest_label"]), "pictures": members, "hidden": hidden}
-            )
-        datasets.append({**facts, "name": printable(name), "groups": groups, "next_to_label": asked})
-    images = thumbnails(one["path"] for one in shown_on_page)
-    for one in shown_on_page:
-        one["image"] = images.get(one["path"])
-    return render("groups.html", now, datasets=datasets)
+    datasets = [
+        {
+            **facts,
+            "name": name,
+            "next_to_label": pictures(facts["next_to_label"]),
+            "groups": [{**group, "pictures": pictures(group["members"])} for group in facts["groups"]],
+        }
+        for name, facts in found.items()
+    ]
+    return render("groups.html", now, datasets=datasets, images=thumbnails(shown))

@@ -16,6 +16,7 @@ from typing import Any
 
 from sortd.commands.console import (
     counted,
+    decimals,
     format_time,
     json_document,
     json_values,
@@ -28,10 +29,10 @@ from sortd.commands.console import (
 )
 from sortd.commands.moves import JournalPlace, journals, narrowed, record_facts, relative_to_dataset
 from sortd.config import Config
-from sortd.daemon.dataset_lock import Presence, inspect_dataset, lock_dataset
+from sortd.daemon.dataset_lock import inspect_dataset, lock_dataset
 from sortd.daemon.learnt import CONFIRMED, CORRECTED, is_reference, learnt_images
 from sortd.daemon.upkeep import record_all_places
-from sortd.errors import DataError, JournalError, LayoutError, SortdError
+from sortd.errors import DataError, JournalError, SortdError
 from sortd.events import LIKE_NO_CLASS
 from sortd.files import readable_json, text_of
 from sortd.layout import Layout
@@ -66,8 +67,7 @@ def show_history(
 ) -> None:
     """Print the records that meet the conditions, newest first, as ``table``, ``csv`` or ``json``.
 
-    Raises:
-        JournalError: a journal was unreadable; the records of the others are printed.
+    Raises the first JournalError after the records of the other journals are printed.
     """
     refusals: list[JournalError] = []
     dataset, relative = narrowed(config, dataset, file)
@@ -76,7 +76,6 @@ def show_history(
         read = [
             streams.enter_context(closing(_recorded(config, place, selection, refusals)))
             for place in journals(config, dataset)
-            if place.is_there
         ]
         newest, printed = islice(heapq.merge(*read, key=_when, reverse=True), limit or None), count()
         rows = (row for row, _ in zip(newest, printed, strict=False))
@@ -98,7 +97,7 @@ def _recorded(
 ) -> Generator[Row]:
     """Yield the selected moves by sortd, and those of images to which a person gave a class, newest first."""
     try:
-        with History.open(place.file) as history:
+        with place.open() as history:
             streams = [] if selection.outcome in GIVEN else [_moved(place, history, selection)]
             if selection.outcome in {None, *GIVEN} and selection.run is None:
                 streams.append(_given(config, place, history, selection))
@@ -137,21 +136,11 @@ def _given_facts(place: JournalPlace, record: Record, corrected: str, path: str)
     facts = record_facts(place, record)
     unknown = dict.fromkeys(("score", "margin", "second_label", "mode", "undoes", "undone_by"))
     guess = facts["label"]
-    return (
-        facts
-        | unknown
-        | {
-            "run": "",
-            "action": "move",
-            "outcome": CONFIRMED if corrected == guess else CORRECTED,
-            "label": corrected,
-            "from": facts["to"],
-            "to": path if place.root is None else f"{place.root}/{path}",
-            "reason": f"by a person; sortd's class: {guess or 'none'}",
-            "companions": [],
-            "lost": [],
-        }
-    )
+    moved = {"from": facts["to"], "to": path if place.root is None else f"{place.root}/{path}", "label": corrected}
+    outcome = CONFIRMED if corrected == guess else CORRECTED
+    reason = f"by a person; sortd's class: {guess or 'none'}"
+    own = {"run": "", "action": "move", "outcome": outcome, "reason": reason, "companions": [], "lost": []}
+    return facts | unknown | moved | own
 
 
 def _print_json(rows: Iterable[Row]) -> None:
@@ -201,8 +190,8 @@ def _columns(record: Mapping[str, Any]) -> tuple[str, ...]:
         f"{record['outcome'].replace('_', ' ')}{action}" + (" (undone)" if record["undone_by"] else ""),
         relative_to_dataset(record["from"]),
         relative_to_dataset(record["to"]),
-        "" if record["score"] is None else f"{record['score']:.3f}",
-        "" if record["margin"] is None else f"{record['margin']:.3f}",
+        decimals(record["score"]),
+        decimals(record["margin"]),
         _reason(record),
         record["run"],
     )
@@ -212,9 +201,6 @@ def _reason(record: Mapping[str, Any]) -> str:
     """Return the reason, with the best guess where no folder names it, and whether something was learnt."""
     guess = f", best guess: {record['label']}" if record["reason"] in LIKE_NO_CLASS and record["label"] else ""
     return f"{record['reason'] or ''}{guess}{', learnt' if record.get('learnt') else ''}"
-
-
-# ---------------------------------------------------------------- prune
 
 
 def prune_history(config: Config, dataset: str | None, *, dry_run: bool, as_json: bool) -> None:
@@ -243,25 +229,18 @@ def prune_history(config: Config, dataset: str | None, *, dry_run: bool, as_json
 def _pruned(config: Config, place: JournalPlace, layout: Layout, before: float, *, removes: bool) -> dict[str, int]:
     size = place.file.stat().st_size
     with (lock_dataset if removes else inspect_dataset)(layout, config.state_dir) as opened:
-        _require_presence(opened.presence)
+        opened.presence.require()
         if removes:
             record_all_places(layout, opened.journal)
         pruning = Pruning(opened.journal, layout.root, before, removes=removes)
         is_under_way = True
         while is_under_way:
-            _require_presence(
-                opened.presence
-            )  # a disk may go meanwhile, and its images would be taken for removed ones
+            opened.presence.require()  # a disk may go meanwhile, and its images would be taken for removed ones
             is_under_way = pruning.step()
         if removes:
             rewrite(opened.journal)
     after = place.file.stat().st_size
     return {"records": pruning.removed, "kept": pruning.kept, "bytes_before": size, "bytes_after": after}
-
-
-def _require_presence(presence: Presence) -> None:
-    if (problem := presence.problem()) is not None:
-        raise LayoutError(problem)
 
 
 def _print_pruned(facts: Mapping[str, Any]) -> None:

@@ -19,12 +19,13 @@ import typer
 from sortd import config_yaml
 from sortd.classify.prompts import written_name
 from sortd.commands.console import printable
+from sortd.commands.moves import datasets_there
 from sortd.config import Config, config_file_of_user, find_config_file, read_config
 from sortd.config_variables import variable_name
 from sortd.daemon.references import is_class_name
 from sortd.errors import ConfigError, LayoutError
 from sortd.files import read_regular
-from sortd.layout import Area, Layout, find_datasets, inside_dataset
+from sortd.layout import Area, Layout, inside_dataset
 
 HEADER = "# Written by `sortd init`; `sortd config` prints every key, `sortd config --effective` the values in force.\n"
 OWN_STATE = "# The journal of this root; another sortd uses the default folder.\nstate_dir: .sortd-state\n"
@@ -92,10 +93,8 @@ def make_dataset_folders(directory: Path, classes: Sequence[str]) -> Layout:
 def write_configuration(root: Path, named: Path | None, environment: Mapping[str, str]) -> Configured:
     """Return a configuration with this root, which is written or completed if needed.
 
-    Args:
-        root: the folder that holds the dataset, without links.
-        named: the file to use; None: the one in force, or a new one of the user.
-        environment: the environment variables, without that of the root.
+    ``named`` is the file to use; by default the one in force, or a new one of the user. ``root`` has no links, and
+    ``environment`` no variable of the root.
     """
     try:
         os.fspath(root).encode()
@@ -107,7 +106,7 @@ def write_configuration(root: Path, named: Path | None, environment: Mapping[str
     config = read_config(file, environment)
     if file is not None and _has_root(config, root):
         return Configured(file.absolute(), "has its folder as `root`")
-    if _has_root(config, root) or not _has_datasets(config.root):
+    if _has_root(config, root) or not datasets_there(config):
         if file is None:
             return _written(config_file_of_user(environment) or beside, root)
         content = read_regular(file, follow=True)
@@ -122,13 +121,6 @@ def write_configuration(root: Path, named: Path | None, environment: Mapping[str
 
 def _has_root(config: Config, root: Path) -> bool:
     return os.path.realpath(config.root) == os.fspath(root)
-
-
-def _has_datasets(root: Path) -> bool:
-    try:
-        return bool(find_datasets(root))
-    except LayoutError:  # it does not exist
-        return False
 
 
 def _written(file: Path, root: Path, more: str = "") -> Configured:

@@ -10,50 +10,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from sortd.commands import model_documents, run_documents  # noqa: F401 -- their documents are in DOCUMENTS then
 from sortd.commands.console import JSON_VERSION
-from sortd.commands.documents import (
-    AcceptDocument,
-    AnswersDocument,
-    AssignDocument,
-    CheckDocument,
-    Document,
-    ExplainDocument,
-    ExportDocument,
-    FailedDocument,
-    GroupsDocument,
-    HistoryDocument,
-    PrunedDocument,
-    RebuildDocument,
-    ReconsiderDocument,
-    ReleaseDocument,
-    RetryDocument,
-    SampleDocument,
-    StatusDocument,
-    UndoDocument,
-)
-from sortd.commands.model_documents import (
-    AvailableDocument,
-    BenchDocument,
-    ConvertDocument,
-    DemoteDocument,
-    EvalDocument,
-    ExportedDocument,
-    FetchDocument,
-    FinetuneDocument,
-    ModelsDocument,
-    ModelsPruneDocument,
-    PromoteDocument,
-)
-from sortd.commands.run_documents import (
-    BulkApplyDocument,
-    BulkDecideDocument,
-    BulkPlanDocument,
-    BulkReportDocument,
-    ConfigDocument,
-    DryRunDocument,
-    NotifyDocument,
-    OnceDocument,
-)
+from sortd.commands.documents import DOCUMENTS, Document, FailedDocument
 
 TEXT = """# JSON output
 
@@ -77,42 +36,6 @@ and `exit_code`. Standard output is then empty, or a whole document about what c
 
 This file is made by `python -m sortd.commands.json_schema docs`.
 """
-
-DOCUMENTS: dict[str, tuple[type[Document], ...]] = {
-    "once": (DryRunDocument, OnceDocument),
-    "check": (CheckDocument,),
-    "status": (StatusDocument,),
-    "explain": (ExplainDocument,),
-    "history": (HistoryDocument, PrunedDocument),
-    "export": (ExportDocument,),
-    "undo": (UndoDocument,),
-    "release": (ReleaseDocument, RetryDocument),
-    "rebuild": (RebuildDocument,),
-    "bench": (BenchDocument,),
-    "eval": (EvalDocument,),
-    "groups": (GroupsDocument, AcceptDocument),
-    "assign": (AssignDocument,),
-    "reconsider": (ReconsiderDocument,),
-    "audit": (SampleDocument, AnswersDocument),
-    "models": (ModelsDocument, AvailableDocument),
-    "models list": (ModelsDocument,),
-    "models fetch": (FetchDocument,),
-    "models convert": (ConvertDocument,),
-    "models export": (ExportedDocument,),
-    "models promote": (PromoteDocument,),
-    "models demote": (DemoteDocument,),
-    "models prune": (ModelsPruneDocument,),
-    "finetune": (FinetuneDocument,),
-    "config": (ConfigDocument,),
-    "notify": (NotifyDocument,),
-    "bulk plan": (BulkPlanDocument,),
-    "bulk decide": (BulkDecideDocument,),
-    "bulk apply": (BulkApplyDocument,),
-    "bulk undo": (BulkApplyDocument,),
-    "bulk report": (BulkReportDocument,),
-}
-"""The documents of each command."""
-
 
 _WORDS = {
     "string": "text",

@@ -13,7 +13,7 @@ class BackendSpeed(Document):
     serves: bool
 
 
-class BenchDocument(Document):
+class BenchDocument(Document, commands=("bench",)):
     """``sortd bench``; stages in milliseconds for each image."""
 
     model: str
@@ -66,7 +66,7 @@ class DatasetEvaluated(Document):
     next_model: str | None
 
 
-class EvalDocument(Document):
+class EvalDocument(Document, commands=("eval",)):
     """``sortd eval``."""
 
     datasets: dict[str, DatasetEvaluated]
@@ -126,7 +126,7 @@ class ModelBackend(Document):
     agreement: Figures | None
 
 
-class ExportedDocument(ModelBackend):
+class ExportedDocument(ModelBackend, commands=("models export",)):
     """``sortd models export``."""
 
 
@@ -137,7 +137,7 @@ class RunningModel(Document):
     encoder_id: str | None
 
 
-class ModelsDocument(Document):
+class ModelsDocument(Document, commands=("models", "models list")):
     """``sortd models`` and ``sortd models list``."""
 
     model: str
@@ -163,14 +163,14 @@ class AvailableModel(Document):
     is_here: bool
 
 
-class AvailableDocument(Document):
+class AvailableDocument(Document, commands=("models",)):
     """``sortd models --available``."""
 
     models: list[AvailableModel]
     text_models: dict[str, str]
 
 
-class FetchDocument(Document):
+class FetchDocument(Document, commands=("models fetch",)):
     """``sortd models fetch``."""
 
     name: str
@@ -178,14 +178,14 @@ class FetchDocument(Document):
     use: str
 
 
-class ConvertDocument(Document):
+class ConvertDocument(Document, commands=("models convert",)):
     """``sortd models convert``."""
 
     folder: str
     written: list[str]
 
 
-class PromoteDocument(FinetunedResult):
+class PromoteDocument(FinetunedResult, commands=("models promote",)):
     """``sortd models promote``."""
 
     dataset: str
@@ -194,7 +194,7 @@ class PromoteDocument(FinetunedResult):
     told: str
 
 
-class DemoteDocument(Document):
+class DemoteDocument(Document, commands=("models demote",)):
     """``sortd models demote``."""
 
     dataset: str
@@ -210,7 +210,7 @@ class RemovableEntry(Document):
     why: str
 
 
-class ModelsPruneDocument(Document):
+class ModelsPruneDocument(Document, commands=("models prune",)):
     """``sortd models prune``."""
 
     removed: bool
@@ -219,7 +219,7 @@ class ModelsPruneDocument(Document):
     size_bytes: int
 
 
-class FinetuneDocument(Document):
+class FinetuneDocument(Document, commands=("finetune",)):
     """``sortd finetune``: the figures of ``metrics.json`` in the folder of the result."""
 
     folder: str

@@ -16,14 +16,7 @@ from sortd.encoder.backends import choose_backend, connect
 from sortd.encoder.export import Progress, make_exports
 from sortd.encoder.fetch import fetch
 from sortd.encoder.models import STRONGER, ModelFolder, Use, locate_configured
-from sortd.encoder.onnx_encoder import (
-    Exports,
-    Precision,
-    find_exports,
-    is_installed,
-    read_verdict,
-    write_verdict,
-)
+from sortd.encoder.onnx_encoder import Exports, Precision, find_exports, is_installed, read_verdict, write_verdict
 from sortd.encoder.pickles import convert_folder
 from sortd.encoder.published import CLIP_OF, PUBLISHED
 from sortd.errors import ConfigError, ModelError
@@ -36,13 +29,9 @@ _CLASSIFIERS = {"prototypes": "prototypes", "finetuned": "fine-tuned model"}
 
 def print_models(facts: Mapping[str, Any]) -> None:
     """Print ``model_list``: the models, the selected one and its backend, and the classifier of each dataset."""
-    columns = ("name", "kind", "size", "content", "folder")
     rows = [
-        (
-            "->" * model["chosen"],
-            *((model | {"size": megabytes(model["size_bytes"])})[column] or "" for column in columns),
-        )
-        for model in facts["models"]
+        ("->" * one["chosen"], one["name"], one["kind"], megabytes(one["size_bytes"]), one["content"], one["folder"])
+        for one in facts["models"]
     ]
     print_table(("", "model", "kind", "size", "content", "folder"), rows, right=("size",))
     print_line("")
@@ -299,14 +288,10 @@ def verdict_sentence(verdict: Mapping[str, Any] | None) -> str:
     )
 
 
-# ---------------------------------------------------------------- export
-
-
 def export(config: Config, *, on_progress: Progress = lambda _: None) -> None:
     """Export the configured model unless a valid export exists, and compare int8 with float32 on the references.
 
-    Raises:
-        ModelError: it cannot be exported, or the verdict cannot be written.
+    Raises ModelError: it cannot be exported, or the verdict cannot be written.
     """
     made = make_exports(locate_configured(config), on_progress=on_progress)
     if Precision.INT8 in made.precisions:

@@ -89,11 +89,7 @@ def _remove(folder: Path) -> None:
 
 
 def prune_models(config: Config, *, apply: bool, as_json: bool) -> None:
-    """Print what can be removed, and with ``apply`` remove it.
-
-    Raises:
-        DestinationError: a folder cannot be removed.
-    """
+    """Print what can be removed, and with ``apply`` remove it; raise DestinationError if a folder cannot be removed."""
     entries = removable_exports(config)
     for entry in entries if apply else ():
         _remove(Path(entry["path"]))

@@ -6,29 +6,27 @@ The last three send a request to the running sortd, so only one process moves fi
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sortd.commands.console import counted, print_line, printable, say, show
 from sortd.config import Config
 from sortd.daemon.assign import forget_made_classes
-from sortd.daemon.control import (
-    ANSWER_SECONDS,
-    SECONDS_FOR_EACH,
-    NotRunningError,
-    ask,
-    release_reply,
-    undo_facts,
-    undo_records,
-)
+from sortd.daemon.control import NotRunningError, ask, release_reply, undo_facts, undo_records
 from sortd.daemon.dataset_lock import inspect_dataset, lock_dataset
 from sortd.errors import DataError, LayoutError, SortdError, StartupError
+from sortd.events import Stamp
 from sortd.layout import JOURNAL_FILE, Layout, find_datasets
 from sortd.store.history import History
+from sortd.store.journal import LATER, SCHEMA
 from sortd.store.records import Record, Selection
+from sortd.watch.scan import whole_files
 
+File = tuple[str, Stamp]
 _STATE_FOLDER = re.compile(r"(.+)-[0-9a-f]{8}")
 """Form of the names that ``Layout.state_folder`` gives."""
 
@@ -47,23 +45,39 @@ class JournalPlace:
         """Tell whether the dataset has ever been used with this state directory."""
         return self.file.is_file()
 
+    @contextmanager
+    def open(self) -> Iterator[History]:
+        """Yield what the journal says; one that does not exist is empty. Raises JournalError."""
+        with History.open(self.file) if self.is_there else _empty_history() as history:
+            yield history
+
+    def moves(self, selection: Selection) -> list[dict[str, object]]:
+        """Return the selected moves, newest first, as ``record_facts`` returns them; raises JournalError."""
+        with self.open() as history:
+            return [record_facts(self, record) for record in history.moves(selection)]
+
+
+def _empty_history() -> History:
+    connection = sqlite3.connect(":memory:")
+    connection.executescript(";\n".join((SCHEMA, *LATER)))
+    return History(connection, Path(":memory:"))
+
+
+def journal_of(config: Config, layout: Layout) -> JournalPlace:
+    """Return the journal of a dataset that is there."""
+    return JournalPlace(layout.name, layout.root, layout.state_folder(config.state_dir) / JOURNAL_FILE)
+
 
 def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
     """Return the journals of all datasets, or of one, by name; those of missing datasets come last.
 
-    Raises:
-        DataError: there is no dataset of that name.
-        StartupError: the state directory cannot be read.
+    Raises DataError: there is no dataset of that name; StartupError: the state directory cannot be read.
     """
     if config.state_dir.exists() and not os.access(config.state_dir, os.R_OK | os.X_OK, effective_ids=True):
         raise StartupError(
             f"{config.state_dir} cannot be read; run the command as the user that runs sortd, or as root"
         )
-    try:
-        layouts = find_datasets(config.root)
-    except LayoutError:
-        layouts = []  # not mounted: the journals can still be read
-    places = [JournalPlace(one.name, one.root, one.state_folder(config.state_dir) / JOURNAL_FILE) for one in layouts]
+    places = [journal_of(config, layout) for layout in datasets_there(config)]
     known = {place.file for place in places}
     places += [
         JournalPlace(named[1], None, file)
@@ -79,6 +93,13 @@ def journals(config: Config, dataset: str | None = None) -> list[JournalPlace]:
     return chosen
 
 
+def datasets_there(config: Config) -> list[Layout]:
+    """Return the datasets below the root; none if it cannot be listed, as when it is not mounted."""
+    with suppress(LayoutError):
+        return find_datasets(config.root)
+    return []
+
+
 def without_links(path: Path | str) -> str:
     """Return an absolute path whose folder has no symbolic links; the file may be gone."""
     folder, name = os.path.split(os.path.abspath(path))
@@ -86,11 +107,7 @@ def without_links(path: Path | str) -> str:
 
 
 def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
-    """Return the dataset that a path lies in, and the path relative to it; None if it lies in none.
-
-    Raises:
-        LayoutError: the root cannot be listed.
-    """
+    """Return the dataset that a path lies in, and the relative path; None if it lies in none. Raises LayoutError."""
     for layout in find_datasets(config.root):
         for spelled in (os.path.abspath(path), without_links(path)):
             for root in (os.fspath(layout.root), os.path.realpath(layout.root)):
@@ -99,42 +116,36 @@ def dataset_at(config: Config, path: Path) -> tuple[Layout, str] | None:
     return None
 
 
+def files_in(folder: Path) -> list[File]:
+    """Return the finished files below a folder, none if it is missing; raise DataError if it cannot be read."""
+    refusals: list[OSError] = []
+    files = whole_files(os.fspath(folder), report=refusals.append) if os.path.lexists(folder) else []
+    if refusals:
+        raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
+    return files
+
+
 def record_facts(place: JournalPlace, record: Record) -> dict[str, object]:
     """Return a record as plain values, its paths absolute where the dataset is there."""
-    reason, image = record.move_reason, record.move.image
     root = "" if place.root is None else f"{place.root}/"
     return {
         "id": record.id,
         "dataset": place.dataset,
         "run": record.run,
         "at": record.ended_at,
-        "outcome": reason.outcome,
-        "label": reason.label,
+        **asdict(record.move_reason),
         "from": f"{root}{record.source_path}",
         "to": f"{root}{record.destination_path}",
-        "size": image.stamp.size,
+        "size": record.move.image.stamp.size,
         "action": record.move.action,
         "companions": list(dict.fromkeys(file.final or file.name for file in record.move.files[1:])),
-        "score": reason.score,
-        "margin": reason.margin,
-        "second_label": reason.second_label,
-        "mode": reason.mode,
-        "reason": reason.reason,
-        "generation": reason.generation,
-        "encoder_id": reason.encoder_id,
-        "content": reason.content,
-        "undoes": reason.undoes,
         "undone_by": record.undone_by,
         "lost": list(record.move.lost),
     }
 
 
 def narrowed(config: Config, dataset: str | None, path: Path | None) -> tuple[str | None, str | None]:
-    """Return the dataset to search and the path relative to it; a path determines its dataset.
-
-    Raises:
-        DataError: the path lies in no dataset.
-    """
+    """Return the dataset to search and a path relative to it; raise DataError if the path lies in no dataset."""
     if path is None:
         return dataset, None
     found = dataset_at(config, path)
@@ -149,9 +160,6 @@ def relative_to_dataset(path: str) -> str:
         if area in path:
             return path[path.index(area) + 1 :]
     return path
-
-
-# ---------------------------------------------------------------- undo, release and rebuild
 
 
 def undo_moves(
@@ -184,8 +192,8 @@ def _undoable(
     dataset, relative = narrowed(config, dataset, path)
     records: list[tuple[Path, Record]] = []
     for place in journals(config, dataset):
-        if place.is_there and place.root is not None:
-            with History.open(place.file) as history:
+        if place.root is not None:
+            with place.open() as history:
                 here = history.moves(Selection(path=relative, undoable=True, limit=limit, **conditions))
             records += [(place.root, record) for record in here]
     if path is not None and not records:
@@ -198,15 +206,9 @@ def _undoable(
 
 
 def undo_records_of(config: Config, layout: Layout, identifiers: Sequence[int]) -> dict[str, Any]:
-    """Undo the moves with these numbers in the journal of a dataset, by the running sortd or in this process.
+    """Undo moves of a journal, by the running sortd or in this process; return the reply as ``daemon.control`` has it.
 
-    Returns:
-        ``undone``: for each move ``dataset``, ``id``, ``was``, ``restored`` (None: it was not moved back) and
-        ``message``; ``later``: how many are still to be copied back from another file system.
-
-    Raises:
-        DataError: the journal has no such move.
-        SortdError: the dataset is not there, or another sortd works on it.
+    Raises DataError: the journal has no such move; SortdError: the dataset is not there, or another sortd works on it.
     """
     return _undo(config, [(layout, identifiers)], dry_run=False)
 
@@ -218,9 +220,8 @@ def _undo(config: Config, chosen: Sequence[tuple[Layout, Sequence[int]]], *, dry
     }
     if not wanted:
         return {"undone": [], "later": 0}
-    number = sum(len(records) for _, records in chosen)
     request = {"do": "undo", "datasets": wanted, "dry_run": dry_run}
-    reply = ask(config.state_dir, request, seconds=ANSWER_SECONDS + SECONDS_FOR_EACH * number)
+    reply = ask(config.state_dir, request, images=sum(len(records) for _, records in chosen))
     return _undo_here(config, chosen, dry_run=dry_run) if reply is None else reply
 
 
@@ -237,16 +238,22 @@ def _undo_here(config: Config, chosen: Sequence[tuple[Layout, Sequence[int]]], *
     return {"undone": undone, "later": 0, "recovered": recovered}
 
 
+def print_moves(moves: Iterable[tuple[str, str | None, str]], failed: str) -> int:
+    """Print path, new path and message of each image, or that it ``failed`` and why; return how many were moved."""
+    done = 0
+    for path, destination, message in moves:
+        if destination is None:
+            print_line(f"{failed}: {printable(message)}", style="yellow")
+        else:
+            done += 1
+            print_line(f"{printable(path)} -> {printable(destination)}" + (f"  ({printable(message)})" * bool(message)))
+    return done
+
+
 def _print_undone(reply: Mapping[str, Any]) -> None:
     if reply.get("recovered"):
         say(f"sortd: first recovered {counted(reply['recovered'], 'move')} that a crash had interrupted")
-    for one in reply["undone"]:
-        if one["restored"] is None:
-            print_line(f"not undone: {printable(one['message'])}", style="yellow")
-            continue
-        rest = f"  ({printable(one['message'])})" if one["message"] else ""
-        print_line(f"{printable(one['was'])} -> {printable(one['restored'])}{rest}")
-    done = sum(1 for one in reply["undone"] if one["restored"] is not None)
+    done = print_moves(((one["was"], one["restored"], one["message"]) for one in reply["undone"]), "not undone")
     images = counted(done, "image")
     if not reply["undone"] and not reply["later"]:
         say("sortd: there is nothing to undo")

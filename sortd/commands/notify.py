@@ -11,7 +11,7 @@ from typing import Any
 from sortd.commands.console import print_line, print_table, printable, show
 from sortd.commands.findings import Finding, error, note, warning
 from sortd.config import Config
-from sortd.config_reporting import HookConfig, Target, TargetConfig, targets_of
+from sortd.config_reporting import HookConfig, TargetConfig, targets_of
 from sortd.daemon.notices import Notice
 from sortd.daemon.sender import address_of, deliver
 from sortd.errors import ConfigError
@@ -24,8 +24,7 @@ EXIT_FAILED = 69
 def show_notifications(config: Config, *, is_test: bool, as_json: bool) -> int:
     """Print the targets and, with ``is_test``, whether each took a test message; return the exit code.
 
-    Raises:
-        ConfigError: a test message is asked for, and there is no target.
+    Raises ConfigError: a test message is asked for, and there is no target.
     """
     targets = targets_of(config.notify, config.hooks)
     if is_test and not targets:
@@ -57,18 +56,14 @@ def notification_findings(config: Config, _layouts: Sequence[Layout]) -> Iterato
     if config.notify.urls and find_spec("apprise") is None:
         yield error("notify", "Apprise is not installed", "pip install 'sortd-images[notify]'")
     for name, target in targets.items():
-        yield from _target_findings(name, target)
+        match target:
+            case HookConfig(command=(program, *_)) if shutil.which(program) is None:
+                yield error(name, f"{program} is missing or not executable", "correct its path or its permissions")
+            case TargetConfig():
+                try:
+                    address_of(target, os.environ)
+                except ConfigError as problem:
+                    found = warning if target.url is not None else error
+                    yield found(name, str(problem), "correct it for the user and the environment that sortd runs with")
     if targets:
         yield note("notify", f"{len(targets)} targets are configured", "sortd notify --test")
-
-
-def _target_findings(name: str, target: Target) -> Iterator[Finding]:
-    match target:
-        case HookConfig(command=(program, *_)) if shutil.which(program) is None:
-            yield error(name, f"{program} is missing or not executable", "correct its path or its permissions")
-        case TargetConfig():
-            try:
-                address_of(target, os.environ)
-            except ConfigError as problem:
-                found = warning if target.url is not None else error
-                yield found(name, str(problem), "correct it for the user and the environment that sortd runs with")

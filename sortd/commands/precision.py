@@ -11,15 +11,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sortd.classify.held_out import (
-    LEAST_COSINE,
-    Agreement,
-    agreement,
-    agreement_figures,
-    is_settled,
-    refuse_quick,
-)
+from sortd.classify.held_out import LEAST_COSINE, Agreement, agreement, agreement_figures, is_settled, refuse_quick
 from sortd.commands.console import counted
+from sortd.commands.moves import datasets_there
 from sortd.commands.status import settings_with_corrections
 from sortd.config import Config
 from sortd.daemon.embedder import Embedder
@@ -29,8 +23,8 @@ from sortd.encoder.clip import torch_encoder_id
 from sortd.encoder.export import Progress
 from sortd.encoder.onnx_encoder import Exports, OnnxEncoder, Precision
 from sortd.encoder.quantize import photographic_noise
-from sortd.errors import LayoutError, SortdError
-from sortd.layout import Area, Layout, find_datasets
+from sortd.errors import SortdError
+from sortd.layout import Area, Layout
 
 FIRST_REFERENCES = 400  # of all datasets together: enough that FILED_TO_SETTLE of them can be filed
 MAX_REFERENCES = 1000  # of a dataset; with so many, a share of 0.99 has a standard error of 0.003
@@ -42,9 +36,6 @@ _GOLDEN = 0.6180339887498949
 
 def judge_int8(config: Config, exported: Exports, on_progress: Progress) -> dict[str, Any]:
     """Compare int8 with float32; return whether it may be used, and the figures, as plain values."""
-    layouts: list[Layout] = []
-    with suppress(LayoutError):  # without a root there are no references
-        layouts = find_datasets(config.root)
     parts: dict[str, Agreement] = {}
     refusal, probes = None, None
     try:
@@ -52,7 +43,7 @@ def judge_int8(config: Config, exported: Exports, on_progress: Progress) -> dict
         noise = photographic_noise(exact.preprocessing, PROBES)
         probes = float((exact.encode_images(noise) * quick.encode_images(noise)).sum(axis=1).mean())
         if probes >= LEAST_COSINE:
-            parts = _compare(config, exported, exact, quick, layouts, on_progress)
+            parts = _compare(config, exported, exact, quick, datasets_there(config), on_progress)
             refusal = refuse_quick(parts)
         else:  # also for NaN
             refusal = f"the rows of synthetic images differ: mean cosine {probes:.4f}, needed {LEAST_COSINE}"
@@ -81,22 +72,19 @@ def _compare(
     """Return the agreement on each dataset, on few references if they settle the verdict."""
     # Rows of torch are as good as those of the float32 export, which was compared with torch when it was made.
     in_torch = torch_encoder_id(exported.model, exact.dimensions, exact.preprocessing, config.decoding.jpeg)
-    resources = Resources(config, load_encoder=lambda _: quick)
     compared: dict[str, Agreement] = {}
-    try:
+    with Resources(config, load_encoder=lambda _: quick) as resources:
         by_quick, by_exact = resources.load_beside(exact, equal_ids=(in_torch,))
         for most in (FIRST_REFERENCES // max(1, len(layouts)), MAX_REFERENCES):
             before, compared = compared, {}
             for layout in layouts:
                 with suppress(ReferencesAbsentError):
-                    report = _counter(on_progress, f"comparing int8: {layout.name}")
-                    compared[layout.name] = _agreement(
-                        config, layout, by_quick, by_exact, partial(sample, most=most), report, before.get(layout.name)
-                    )
+                    what, choose = f"comparing int8: {layout.name}", partial(sample, most=most)
+                    report = partial(_report, on_progress, what)
+                    known = before.get(layout.name)
+                    compared[layout.name] = _agreement(config, layout, by_quick, by_exact, choose, report, known)
             if is_settled(compared, largest=MAX_REFERENCES) or compared == before:
                 break
-    finally:
-        resources.unload()
     return compared
 
 
@@ -111,8 +99,7 @@ def _agreement(
 ) -> Agreement:
     """Return the agreement on the chosen references of a dataset; ``before`` if that was on as many.
 
-    Raises:
-        ReferencesAbsentError: there are none.
+    Raises ReferencesAbsentError: there are none.
     """
     settings = settings_with_corrections(config, layout)
     brief = replace(settings, templates=settings.templates[:TEMPLATES])
@@ -124,8 +111,8 @@ def _agreement(
     return agreement(accurate, fast, settings.settings)
 
 
-def _counter(on_progress: Progress, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: on_progress(f"{what}, {done} of {counted(total, 'reference')}")
+def _report(on_progress: Progress, what: str, done: int, total: int) -> None:
+    on_progress(f"{what}, {done} of {counted(total, 'reference')}")
 
 
 def sample(folders: Sequence[ClassFolder], *, most: int = MAX_REFERENCES) -> list[ClassFolder]:

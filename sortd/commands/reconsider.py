@@ -15,21 +15,22 @@ import typer
 from sortd.arrays import FloatArray
 from sortd.classify.decide import decide_by
 from sortd.classify.prototypes import Classifier, PrototypeSet
-from sortd.commands.console import counted, print_line, print_table, printable, say, show, spinner
-from sortd.commands.groups import File, chosen_datasets, embed_missing, embedded_rows, models, stored_rows
+from sortd.commands.console import counted, decimals, print_line, print_table, printable, say, show, spinner
+from sortd.commands.explain import stored_rows
+from sortd.commands.groups import embed_missing, embedded_rows
+from sortd.commands.moves import File, files_in, journal_of
+from sortd.commands.status import chosen_datasets
 from sortd.config import Config
-from sortd.daemon.control import ANSWER_SECONDS, SECONDS_FOR_EACH, ask
+from sortd.daemon.control import ask
 from sortd.daemon.dataset_lock import OpenDataset, lock_dataset, simulate_dataset
-from sortd.daemon.embedder import Embedder
-from sortd.daemon.references import ReferencesAbsentError, class_labels, stored_prototypes
+from sortd.daemon.references import class_labels, stored_prototypes
 from sortd.daemon.refile import filed_record, refile_facts, refile_images
 from sortd.daemon.resources import LoadEncoder, Resources, reference_settings_of, select_classifier
-from sortd.errors import DataError, LayoutError
+from sortd.errors import DataError
 from sortd.events import Assigned, ImageRefused, Outcome
-from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.layout import Area, Layout
 from sortd.store.history import History
 from sortd.store.records import UNDONE, Record, Selection
-from sortd.watch.scan import whole_files
 
 AT_ONCE = 2_000  # images decided in one call
 MOST_IN_A_REQUEST = 1_000
@@ -90,7 +91,8 @@ class ReconsideredDataset:
         """The proposals as a request has them."""
         return [
             refile_facts(
-                *(one.file[0], one.file[1].size, one.file[1].mtime_ns, one.decision),
+                *one.file,
+                one.decision,
                 content=one.content,
                 encoder_id=self.encoder_id,
                 generation=self.generation,
@@ -110,19 +112,17 @@ def reconsider_datasets(
         ModelError: the model is not available.
     """
     chosen = chosen_datasets(config, dataset)
-    with models(config, load_encoder) as (resources, load):
+    with Resources(config, load_encoder=load_encoder) as resources:
         for layout in chosen:
-            yield _reconsidered(config, layout, resources, load)
+            yield _reconsidered(config, layout, resources)
 
 
-def _reconsidered(
-    config: Config, layout: Layout, resources: Resources, load: Callable[[], Embedder]
-) -> ReconsideredDataset:
+def _reconsidered(config: Config, layout: Layout, resources: Resources) -> ReconsideredDataset:
     filed = _filed_images(config, layout)
     if not filed:
         return ReconsideredDataset(layout)
     contents = {file: record.move_reason.content for file, record in filed.items() if record.move_reason.content}
-    classifier, rows, unreadable = _classifier_and_rows(config, layout, list(filed), contents, resources, load)
+    classifier, rows, unreadable = _classifier_and_rows(config, layout, list(filed), contents, resources)
     sources = set(classifier.sources) if isinstance(classifier, PrototypeSet) else set[str]()
     known = [file for file in filed if file in contents and file[0] not in sources]
     proposals, abstained = [], 0
@@ -147,18 +147,10 @@ def _reconsidered(
 
 def _filed_images(config: Config, layout: Layout) -> Filed:
     """Return the images that are where sortd filed them, without those about which a person said something."""
-    journal = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    folder = layout.area(Area.DATASET)
-    if not journal.is_file() or not folder.is_dir():
-        return {}
-    refusals: list[OSError] = []
-    files = whole_files(str(folder), report=refusals.append)
-    if refusals:
-        raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
     filed: Filed = {}
-    with History.open(journal) as history:
+    with journal_of(config, layout).open() as history:
         unchecked, taken_back = set(history.to_audit()), _taken_back(history)
-        for path, mark in files:
+        for path, mark in files_in(layout.area(Area.DATASET)) if unchecked else ():
             record = filed_record(layout, history.last_known(mark), path)
             if record is not None and record.id in unchecked and record.move_reason.content not in taken_back:
                 filed[path, mark] = record
@@ -173,25 +165,17 @@ def _taken_back(history: History) -> set[str]:
 
 
 def _classifier_and_rows(
-    config: Config,
-    layout: Layout,
-    files: Sequence[File],
-    contents: dict[File, str],
-    resources: Resources,
-    load: Callable[[], Embedder],
+    config: Config, layout: Layout, files: Sequence[File], contents: dict[File, str], resources: Resources
 ) -> tuple[Classifier, dict[str, FloatArray], tuple[ImageRefused, ...]]:
     """Return what decides in a dataset, its rows by content, and refusals; complete ``contents``."""
     own = config.dataset(layout.name)
-    try:
-        labels = class_labels(layout.area(Area.CLASES))
-    except ReferencesAbsentError as error:
-        raise DataError(str(error)) from error
+    labels = class_labels(layout.area(Area.CLASES))
     decider = select_classifier(layout, config.state_dir, own.classifier, labels)
     if decider.facts is None:
-        return embedded_rows(config, layout, files, contents, load)
+        return embedded_rows(config, layout, files, contents, resources)
     rows, refused = stored_rows(config, contents.values(), decider.model_id), tuple[ImageRefused, ...]()
     if missing := [file for file in files if contents.get(file, "") not in rows]:
-        load()
+        resources.embedder()  # first, since it opens the cache
         decider = resources.select(layout, own.classifier, labels)
         if decider.facts is None:
             raise DataError(decider.refusal or f"{layout.name}: the fine-tuned model cannot be used")
@@ -206,8 +190,7 @@ def _classifier_and_rows(
 def apply_proposals(config: Config, found: ReconsideredDataset) -> dict[str, Any]:
     """Move the proposed images, by the running sortd or in this process, and return the outcome as plain values.
 
-    Raises:
-        SortdError: the dataset is not there, or another sortd works on it.
+    Raises SortdError: the dataset is not there, or another sortd works on it.
     """
     refiled, later = list[dict[str, Any]](), 0
     with refiling(config, found.layout) as refile:
@@ -233,8 +216,7 @@ def refiling(config: Config, layout: Layout, *, dry_run: bool = False) -> Iterat
             nonlocal opened
             if opened is None and not dry_run:
                 request = {"do": "refile", "dataset": layout.name, "root": str(layout.root), "images": images}
-                seconds = ANSWER_SECONDS + SECONDS_FOR_EACH * len(images)
-                if (reply := ask(config.state_dir, request, seconds=seconds)) is not None:
+                if (reply := ask(config.state_dir, request, images=len(images))) is not None:
                     return reply
             if opened is None:
                 companions = config.dataset(layout.name).companions
@@ -243,8 +225,7 @@ def refiling(config: Config, layout: Layout, *, dry_run: bool = False) -> Iterat
                     if dry_run
                     else lock_dataset(layout, config.state_dir, companions=companions)
                 )
-            if (problem := opened.presence.problem()) is not None:
-                raise LayoutError(problem)
+            opened.presence.require()
             steps = list(refile_images(layout, opened.journal.history, opened.mover.move_all, images))
             return {"refiled": [one for results, _ in steps for one in results], "later": sum(n for _, n in steps)}
 
@@ -276,7 +257,7 @@ def _print_dataset(name: str, facts: Mapping[str, Any], *, is_applied: bool) -> 
     considered = counted(facts["considered"], "filed image")
     print_line(f"{printable(name)}: {considered} decided again", style="bold")
     rows = [
-        (one["path"], one["from"], one["to"], _score(one["then"]), _score(one["now"])) for one in facts["proposals"]
+        (one["path"], one["from"], one["to"], decimals(one["then"]), decimals(one["now"])) for one in facts["proposals"]
     ]
     if rows:
         print_table(("image", "class", "new class", "then", "now"), rows, right=("then", "now"))
@@ -298,7 +279,3 @@ def _print_moved(facts: Mapping[str, Any]) -> None:
     say(f"sortd: {counted(done, 'image')} moved" + (f"; to take them back: sortd undo --last {done}" if done else ""))
     if facts["later"]:
         say(f"sortd: {counted(facts['later'], 'image')} still to be copied to another file system")
-
-
-def _score(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"

@@ -9,15 +9,13 @@ from typing import Any
 
 import typer
 
-from sortd.commands.console import counted, print_line, printable, say, show
-from sortd.commands.moves import dataset_at, release_held, undo_records_of
+from sortd.commands.console import counted, say, show
+from sortd.commands.moves import dataset_at, files_in, journal_of, print_moves, release_held, undo_records_of
 from sortd.config import Config
-from sortd.errors import DataError
+from sortd.daemon.corrections import put_there
 from sortd.files import read_regular
-from sortd.layout import JOURNAL_FILE, Area, Layout
-from sortd.store.history import History
+from sortd.layout import Area, Layout
 from sortd.store.records import Record
-from sortd.watch.scan import whole_files
 
 REASON_ENDING = ".reason.json"
 MOST_WRITTEN = 500
@@ -34,14 +32,9 @@ def rejected_images(config: Config, layout: Layout) -> list[dict[str, Any]]:
         ``at`` (Unix seconds) and ``id`` of its move; the last three are None for an image that the journal does not
         know. Companions of images are not among them.
 
-    Raises:
-        DataError: Rejected/ cannot be read.
-        JournalError: the journal cannot be read.
+    Raises DataError: Rejected/ cannot be read; JournalError.
     """
-    folder, refusals = os.fspath(layout.area(Area.REJECTED)), list[OSError]()
-    files = whole_files(folder, report=refusals.append) if os.path.lexists(folder) else []
-    if refusals:
-        raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
+    files = files_in(layout.area(Area.REJECTED))
     records = _rejections(config, layout, [path for path, _ in files])
     beside = {
         f"{layout.root}/{one.move.destination}/{file.final}" for one in records.values() for file in one.move.files
@@ -63,14 +56,11 @@ def rejected_images(config: Config, layout: Layout) -> list[dict[str, Any]]:
 
 def _rejections(config: Config, layout: Layout, paths: Sequence[str]) -> dict[str, Record]:
     """Return the moves by which sortd put images where they are in Rejected/, by path."""
-    journal, found = layout.state_folder(config.state_dir) / JOURNAL_FILE, dict[str, Record]()
-    if not journal.is_file():
-        return found
-    with History.open(journal) as history:
+    found = dict[str, Record]()
+    with journal_of(config, layout).open() as history:
         for path in paths:
             folder, _, name = path.removeprefix(f"{layout.root}/").rpartition("/")
-            put, gone = history.last_put(folder, name), history.last_moved(folder, name)
-            if put is not None and (gone is None or gone.id < put.id):  # otherwise this is another file
+            if (put := put_there(history, folder, name)) is not None:
                 found[path] = put
     return found
 
@@ -111,16 +101,11 @@ def retry_rejected(config: Config, layout: Layout, paths: Sequence[Path | str]) 
     return {"retried": retried, "later": reply["later"]}
 
 
-def is_rejected(config: Config, path: Path) -> bool:
-    """Return whether a path is that of a file in Rejected/ of a dataset."""
+def retry_if_rejected(config: Config, path: Path, *, as_json: bool) -> None:
+    """Let a file in Rejected/ be tried again, print where it is and exit, with 65 if it was not moved back."""
     found = dataset_at(config, path)
-    return found is not None and found[1].startswith(f"{Area.REJECTED}/")
-
-
-def show_retried(config: Config, path: Path, *, as_json: bool) -> None:
-    """Let a rejected image be tried again and print where it is; exit with 65 if it was not moved back."""
-    found = dataset_at(config, path)
-    assert found is not None
+    if found is None or not found[1].startswith(f"{Area.REJECTED}/"):
+        return
     layout, relative = found
     reply = retry_rejected(config, layout, [f"{layout.root}/{relative}"])
     show(reply, _print_retried, as_json=as_json)
@@ -128,12 +113,7 @@ def show_retried(config: Config, path: Path, *, as_json: bool) -> None:
 
 
 def _print_retried(reply: Mapping[str, Any]) -> None:
-    for one in reply["retried"]:
-        if one["restored"] is None:
-            print_line(f"not tried again: {printable(one['message'])}", style="yellow")
-        else:
-            print_line(f"{printable(one['path'])} -> {printable(one['restored'])}")
-    done = sum(one["restored"] is not None for one in reply["retried"])
+    done = print_moves(((one["path"], one["restored"], one["message"]) for one in reply["retried"]), "not tried again")
     say(f"sortd: {counted(done, 'image')} moved back, to be tried again")
     if reply["later"]:
         say(f"sortd: {counted(reply['later'], 'image')} still to be copied back, and held then: sortd release --all")

@@ -93,9 +93,6 @@ def format_in_environment() -> LogFormat:
     return "console" if named == "console" else "json" if named == "json" else "auto"
 
 
-# ---------------------------------------------------------------- once
-
-
 def file_once(
     configured: Callable[[], Config], *, verbose: bool, as_json: bool = False, load_encoder: LoadEncoder | None = None
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from sortd.commands.documents import CheckedProportion, Document, Figures
 
 
-class DryRunDocument(Document):
+class DryRunDocument(Document, commands=("once",)):
     """``sortd once --dry-run``: one image, on one line."""
 
     dataset: str
@@ -33,7 +33,7 @@ class OnceCounts(Document):
     rejected: int
 
 
-class OnceDocument(Document):
+class OnceDocument(Document, commands=("once",)):
     """``sortd once``."""
 
     datasets: dict[str, OnceCounts]
@@ -47,7 +47,7 @@ class EffectiveValue(Document):
     """``file:line``, the name of a variable, or ``default``."""
 
 
-class ConfigDocument(Document):
+class ConfigDocument(Document, commands=("config",)):
     """``sortd config --effective``."""
 
     config: str | None
@@ -65,7 +65,7 @@ class NotifyTarget(Document):
     """Why the test message was not taken; null if it was. Only with --test."""
 
 
-class NotifyDocument(Document):
+class NotifyDocument(Document, commands=("notify",)):
     """``sortd notify``."""
 
     targets: list[NotifyTarget]
@@ -73,7 +73,7 @@ class NotifyDocument(Document):
     quiet_hours: str | None
 
 
-class BulkPlanDocument(Document):
+class BulkPlanDocument(Document, commands=("bulk plan",)):
     """``sortd bulk plan``."""
 
     run: str
@@ -98,7 +98,7 @@ class BulkStage(Document):
     images_per_second: float | None
 
 
-class BulkDecideDocument(Document):
+class BulkDecideDocument(Document, commands=("bulk decide",)):
     """``sortd bulk decide``."""
 
     engine: str
@@ -116,7 +116,7 @@ class BulkDecideDocument(Document):
     stages: dict[str, BulkStage]
 
 
-class BulkApplyDocument(Document):
+class BulkApplyDocument(Document, commands=("bulk apply", "bulk undo")):
     """``sortd bulk apply`` and ``sortd bulk undo``."""
 
     run: str
@@ -135,7 +135,7 @@ class BulkApplyDocument(Document):
     """Some of the refused images."""
 
 
-class BulkReportDocument(Document):
+class BulkReportDocument(Document, commands=("bulk report",)):
     """``sortd bulk report``."""
 
     run: str

@@ -14,16 +14,8 @@ from typing import Any
 
 from sortd import errors
 from sortd.classify.proportions import estimated, interval, out_of, proportion, with_intervals
-from sortd.commands.console import (
-    counted,
-    format_duration,
-    format_time,
-    print_line,
-    print_table,
-    printable,
-    show,
-)
-from sortd.commands.moves import JournalPlace, journals
+from sortd.commands.console import counted, format_duration, format_time, print_line, print_table, printable, show
+from sortd.commands.moves import JournalPlace, datasets_there, journal_of, journals
 from sortd.config import Config, find_config_file
 from sortd.daemon.audit import evidence_of
 from sortd.daemon.control import NotRunningError
@@ -33,8 +25,8 @@ from sortd.daemon.reporting import LISTED
 from sortd.daemon.resources import reference_settings_of, select_classifier, unfit
 from sortd.encoder import finetuned
 from sortd.encoder.finetuned import FinetunedFacts, finetuning_results, read_facts
-from sortd.errors import DataError, JournalError, LayoutError, ModelError
-from sortd.layout import JOURNAL_FILE, Area, Layout, Reason, Why, find_datasets, owner_of, rule_below, rule_for_folder
+from sortd.errors import DataError, JournalError, ModelError
+from sortd.layout import Area, Layout, Reason, Why, find_datasets, owner_of, rule_below, rule_for_folder
 from sortd.moving.fs import is_version
 from sortd.service import read_status
 from sortd.store.checks import FiledImages
@@ -122,7 +114,7 @@ def _from_journal(place: JournalPlace) -> tuple[dict[str, Any], list[Row]]:
     if not place.is_there:
         return facts, []
     try:
-        with History.open(place.file) as history:
+        with place.open() as history:
             last, held = history.moves(Selection(limit=1)), history.held()
             facts = {
                 "total": history.counts(),
@@ -133,18 +125,10 @@ def _from_journal(place: JournalPlace) -> tuple[dict[str, Any], list[Row]]:
             }
     except JournalError as error:
         return facts | {"journal_problem": str(error)}, []
-    rows = []
-    for relative, mark in held.items():
-        path = f"{place.root}/{relative}"
+    rows, why = [], "it is held after an undo until it changes or is released: sortd release PATH"
+    for path, mark in ((f"{place.root}/{relative}", mark) for relative, mark in held.items()):
         with suppress(OSError):
-            if is_version(os.lstat(path), mark):
-                rows.append(
-                    _row(
-                        path,
-                        Reason.HELD,
-                        "it is held after an undo until it changes or is released: sortd release PATH",
-                    )
-                )
+            rows += [_row(path, Reason.HELD, why)] if is_version(os.lstat(path), mark) else []
     return facts, rows
 
 
@@ -170,8 +154,8 @@ def _filed_facts(filed: FiledImages) -> dict[str, Any]:
 def _learnt_facts(config: Config, place: JournalPlace) -> dict[str, dict[str, int]]:
     """Return how many images in Dataset/ are references of each class; none if the journal cannot be read."""
     learns = config.dataset(place.dataset).learn_from_corrections
-    if place.root is not None and place.is_there:
-        with suppress(JournalError), History.open(place.file) as history:
+    if place.root is not None:
+        with suppress(JournalError), place.open() as history:
             return learnt_counts(Layout(place.root), history, with_corrections=learns)
     return {}
 
@@ -272,11 +256,7 @@ def serving_facts(config: Config, layout: Layout) -> dict[str, Any]:
 
 def list_finetuned_models(config: Config) -> dict[str, Any]:
     """Return the fine-tuned models of each dataset, newest first, as plain values."""
-    try:
-        layouts = find_datasets(config.root)
-    except LayoutError:
-        return {}  # not mounted
-    return {layout.name: _models_of(config, layout) for layout in layouts}
+    return {layout.name: _models_of(config, layout) for layout in datasets_there(config)}
 
 
 def _models_of(config: Config, layout: Layout) -> dict[str, Any]:
@@ -337,9 +317,7 @@ def accuracy_comparison(facts: FinetunedFacts) -> str:
 def dataset_named(config: Config, name: str | None) -> Layout:
     """Return a dataset by name, or the only one.
 
-    Raises:
-        DataError: there is no such dataset, or not exactly one.
-        LayoutError: the root cannot be listed.
+    Raises DataError: there is no such dataset, or not exactly one; LayoutError: the root cannot be listed.
     """
     layouts = {layout.name: layout for layout in find_datasets(config.root)}
     if name is None and len(layouts) == 1:
@@ -352,24 +330,25 @@ def dataset_named(config: Config, name: str | None) -> Layout:
     return layouts[name]
 
 
-def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettings:
-    """Return the reference settings of a dataset, with what its journal adds: references and checked images.
+def chosen_datasets(config: Config, name: str | None) -> list[Layout]:
+    """Return one dataset by its name, or all; raises as ``dataset_named``, also if there is none at all."""
+    chosen = find_datasets(config.root) if name is None else [dataset_named(config, name)]
+    if not chosen:
+        raise DataError(f"there is no dataset in {config.root}; create one with `sortd init DIR`")
+    return chosen
 
-    Raises:
-        JournalError: the journal cannot be read.
+
+def settings_with_corrections(config: Config, layout: Layout) -> ReferenceSettings:
+    """Return the reference settings of a dataset, with references and checked images by its journal.
+
+    Raises JournalError: the journal cannot be read.
     """
     reference_settings = reference_settings_of(config.dataset(layout.name))
-    file = layout.state_folder(config.state_dir) / JOURNAL_FILE
-    if not file.is_file():
-        return reference_settings
     learns = reference_settings.learns_from_corrections
-    with History.open(file) as history:
+    with journal_of(config, layout).open() as history:
         labelled = labelled_images(layout, history, with_corrections=learns)
         evidence = evidence_of(history, reference_settings.settings.mode)
         return replace(reference_settings, corrections=labelled, evidence=evidence)
-
-
-# ---------------------------------------------------------------- output
 
 
 def _print_status(facts: Mapping[str, Any]) -> None:

@@ -55,21 +55,12 @@ def assign_images(
     """Move images of Review/ or Dataset/ into a class, which is made if it does not exist; some at a time.
 
     Whoever carries out the moves records those out of another class as corrections: see ``record_places``.
-
-    Args:
-        layout: the dataset.
-        journal: its journal.
-        carry_out: carries out moves, and returns what has ended.
-        label: the class, or ``NO_CLASS``.
-        images: as ``image_facts`` returns them; one that changed since is not moved.
-        is_example: whether images of no class become examples of it.
+    ``carry_out`` returns what has ended; ``images`` and ``is_example`` are as for ``assign_to_class``.
 
     Yields:
         The results of some images, and how many of them end later, since they are copied to another file system.
 
-    Raises:
-        DataError: the name cannot be that of a class, its folder cannot be made, or no image is named.
-        JournalError: the journal cannot be written.
+    Raises DataError: the name cannot be that of a class, its folder cannot be made, or no image is named; JournalError.
     """
     if (problem := assigned_label_problem(label, is_example=is_example)) is not None:
         raise DataError(problem)

@@ -105,11 +105,7 @@ class Requests:
         self._is_woken = False
 
     def open(self) -> None:
-        """Create the folder for the user of the daemon only, and remove old requests.
-
-        Raises:
-            LayoutError: The folder cannot be created.
-        """
+        """Create the folder for the user of the daemon only, and remove old requests; raises LayoutError."""
         try:
             self._path.mkdir(parents=True, exist_ok=True, mode=0o700)
             with open_folder(self._path) as folder:
@@ -231,13 +227,14 @@ def _read(path: Path, folder: int) -> Request:
     return request
 
 
-def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS) -> dict[str, Any] | None:
+def ask(state: Path, request: Request, *, seconds: float = ANSWER_SECONDS, images: int = 0) -> dict[str, Any] | None:
     """Send a request to the running daemon and return its answer; None if none is running.
 
-    Raises:
-        StartupError: It does not answer, or may not be asked.
-        AnsweredError: It answered with an error.
+    The answer is waited for so long, and longer for each of the ``images`` to be moved.
+
+    Raises StartupError: it does not answer, or may not be asked; AnsweredError: it answered with an error.
     """
+    seconds += SECONDS_FOR_EACH * images
     status = read_status(state)
     if status is None or not status["alive"]:
         return None
@@ -337,7 +334,7 @@ def answer(datasets: Datasets, request: Request) -> Reply | Steps:
             return _move(datasets, dataset, steps, "refiled")
         case {"do": "check", "dataset": str(name), "root": str(root), "answers": list(answers)}:
             with datasets.answering(dataset := _chosen_at(datasets, name, root)):
-                _require_presence(dataset)
+                dataset.presence.require()
                 return {"checked": dataset.record_checks(checked_answers(answers))}
     raise RequestError(f"unknown request {request.get('do')!r:.100} with {', '.join(sorted(request))}")
 
@@ -350,9 +347,7 @@ def undo_records(
     Yields:
         The results of a chunk, and how many of its moves end later.
 
-    Raises:
-        DataError: A record does not exist; nothing was undone.
-        JournalError: The journal cannot be read or written.
+    Raises DataError: a record does not exist; nothing was undone; JournalError: the journal cannot be read or written.
     """
     if missing := history.missing(identifiers):
         raise errors.DataError(f"the journal has no record {missing[0]}")
@@ -411,19 +406,13 @@ def _move(datasets: Datasets, dataset: Dataset, steps: Iterator[tuple[list[Resul
     moved, later = list[Result](), 0
     while True:
         with datasets.answering(dataset):
-            _require_presence(dataset, f"; {len(moved)} images were {key} before" if moved else "")
+            dataset.presence.require(f"; {len(moved)} images were {key} before" if moved else "")
             if (done := next(steps, None)) is None:
                 return {key: moved, "later": later}
         moved, later = moved + done[0], later + done[1]
         yield
         if datasets.by_name.get(dataset.name) is not dataset:
             raise errors.DataError(f"{dataset.name} was closed meanwhile; {len(moved)} images were {key}")
-
-
-def _require_presence(dataset: Dataset, before: str = "") -> None:
-    """Raise LayoutError, which ends with what was done ``before``, if a part of the dataset is missing."""
-    if (problem := dataset.presence.problem()) is not None:
-        raise errors.LayoutError(f"{problem}{before}")
 
 
 def apply_undo_results(dataset: Dataset, results: Sequence[UndoResult]) -> None:
@@ -466,11 +455,8 @@ def _release(datasets: Datasets, chosen: Sequence[Dataset], path: str | None) ->
 
 def release_reply(released: Mapping[str, int], lifted: Mapping[str, str], still_held: Mapping[str, str]) -> Reply:
     """Return the reply to a release: held files by dataset, and why the guard held, or holds, datasets."""
-    return (
-        {"released": released}
-        | ({"lifted": lifted} if lifted else {})
-        | ({"still_held": still_held} if still_held else {})
-    )
+    guarded = {"lifted": lifted, "still_held": still_held}
+    return {"released": released, **{key: one for key, one in guarded.items() if one}}
 
 
 def _chosen_at(datasets: Datasets, name: str, root: str) -> Dataset:

@@ -28,6 +28,7 @@ from sortd.files import open_regular
 from sortd.images.decode import DECODER_VERSION
 from sortd.layout import Area, Layout, rule_below, rule_for, rule_for_folder
 from sortd.moving.plan import images_apart
+from sortd.store.history import History
 from sortd.store.journal import Journal
 from sortd.store.records import PLACES_FACT, Record
 from sortd.watch.scan import Clock, IncrementalScan, looked_at_until, scan_steps, stamp
@@ -68,7 +69,7 @@ class Rejects:
         """Return the version of a file in Rejected/, if it is not the rejected one."""
         record = self._record(path)
         known = None if record is None else record.move.image.moved_stamp
-        found = _version_at(path)
+        found = version_at(path)
         if known is None or found is None or found.is_same_version(known):
             return None
         return found
@@ -126,7 +127,7 @@ class Rejects:
         record = self._record(entry.path)
         if record is None or record.move_reason.reason.partition(":")[0] not in allowed:
             return None
-        if (found := _version_at(entry.path)) is not None:
+        if (found := version_at(entry.path)) is not None:
             self._tried.add(entry.name)
             self._unanswered.add(entry.name)
         return found
@@ -140,14 +141,13 @@ class Rejects:
 
     def _record(self, path: str) -> Record | None:
         folder, _, name = path.rpartition("/")
-        if folder != self._folder:
-            return None
-        history = self._journal.history
-        record = history.last_put(Area.REJECTED.value, name)
-        if record is None:
-            return None
-        gone = history.last_moved(Area.REJECTED.value, name)
-        return record if gone is None or gone.id < record.id else None  # otherwise this is another file
+        return put_there(self._journal.history, Area.REJECTED.value, name) if folder == self._folder else None
+
+
+def put_there(history: History, folder: str, name: str) -> Record | None:
+    """Return the move by which sortd put a file into a folder of Rejected/; None if another file has the name now."""
+    put, gone = history.last_put(folder, name), history.last_moved(folder, name)
+    return put if put is not None and (gone is None or gone.id < put.id) else None
 
 
 def _is_gone(path: str) -> bool:
@@ -161,8 +161,8 @@ def _is_gone(path: str) -> bool:
     return False
 
 
-def _version_at(path: str) -> Stamp | None:
-    """Return the version at a path; None if it cannot be read, until the next scan."""
+def version_at(path: str) -> Stamp | None:
+    """Return the version of the file at a path; None if there is none, or it cannot be read."""
     try:
         return stamp(path)
     except OSError:
@@ -249,7 +249,7 @@ class CorrectionScanner:
     ) -> None:
         """Prepare; ``report`` receives read errors, ``limits`` are for ``Rejects``."""
         self._layout, self._journal, self._report = layout, journal, report
-        self._rejects = Rejects(layout, journal, limits)
+        self.rejects = Rejects(layout, journal, limits)
         self._moved: dict[int, tuple[Record, str]] = {}  # by record: images that the user moved, and where they are
         self._wanted: OrderedDict[str, Area] = OrderedDict()
         self._placed: OrderedDict[str, Stamp] = OrderedDict()  # by path: the version that sortd put there
@@ -310,14 +310,10 @@ class CorrectionScanner:
             taken += [(record, place)] if changed_ns else []
         return taken
 
-    def keep(self, path: str, refused: Stamp) -> None:
-        """Note that a file in Rejected/ was refused again; see ``Rejects.keep``."""
-        self._rejects.keep(path, refused)
-
     @property
     def files_looked_at(self) -> int:
         """The number of files that were inspected since the start."""
-        return self._looked_at + self._rejects.files_scanned
+        return self._looked_at + self.rejects.files_scanned
 
     @property
     def is_under_way(self) -> bool:
@@ -331,7 +327,7 @@ class CorrectionScanner:
             return
         self._began_ns = now_ns
         self._since_ns = looked_at_until(self._journal.history.number(SCANNED_FACT), now_ns)
-        self._repaired = self._rejects.scan(now_ns)
+        self._repaired = self.rejects.scan(now_ns)
         self._all.begin()
 
     def begin_asked(self) -> None:
@@ -371,9 +367,9 @@ class CorrectionScanner:
             path, area = self._wanted.popitem(last=False)
             self._looked_at += 1
             placed = self._placed.pop(path, None)
-            if placed is not None and placed == _version_at(path):
+            if placed is not None and placed == version_at(path):
                 pass  # a rename by anybody else would have set its ctime
-            elif area is Area.REJECTED and (found := self._rejects.look(path)) is not None:
+            elif area is Area.REJECTED and (found := self.rejects.look(path)) is not None:
                 yield Repaired(path, found)
             elif _is_gone(path):
                 for copy in self._copies_of(path):

@@ -123,8 +123,7 @@ class Daemon:
     def run(self, *, progress: Progress | None = None) -> None:
         """Run until SIGTERM or SIGINT, or with ``once`` until nothing is left to do.
 
-        Args:
-            progress: called in each turn with what is done now, the number of decided images, and that of all.
+        ``progress`` is called in each turn with what is done now, the number of decided images, and that of all.
 
         Raises:
             SortdError: The cause of the end: the state folder, the model; with ``once``, a held dataset.

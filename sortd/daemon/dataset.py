@@ -121,10 +121,7 @@ class MoveQueue:
 
     def give_up(self) -> list[MoveAnswer]:
         """Answer what waits for a copy to another file system: sortd stops. The next start moves it."""
-        given_up = self._mover.give_up()
-        for result in given_up:
-            self._taken(result)
-        return given_up
+        return self._answered(self._mover.give_up())
 
     def tell_recovered(self, moves: Iterable[MoveRecord]) -> None:
         """Write the lines of images whose moves had been cut short, by a crash or a disk, and have ended now.
@@ -145,10 +142,12 @@ class MoveQueue:
 
     def _withdraw(self, message: str) -> list[MoveAnswer]:
         """Answer what waits for a copy to end as failed, without a line for each: the core asks for it again."""
-        withdrawn = [_failed(move, message) for move in self._mover.withdraw()]
-        for result in withdrawn:
+        return self._answered([_failed(move, message) for move in self._mover.withdraw()])
+
+    def _answered(self, results: list[MoveAnswer]) -> list[MoveAnswer]:
+        for result in results:
             self._taken(result)
-        return withdrawn
+        return results
 
     def _told(self, result: MoveAnswer, seconds: float | None) -> Heard:
         """Write the line of a result; return what the core is to hear of it.
@@ -425,7 +424,7 @@ class Dataset:
         if not self.move_queue.awaits_image(leave):
             self.log.left(leave)
             if leave.stamp is not None:
-                self._corrections.keep(leave.path, leave.stamp)
+                self._corrections.rejects.keep(leave.path, leave.stamp)
 
     def _rebuild(self, job: int) -> None:
         if (problem := self.presence.problem()) is not None:

@@ -43,32 +43,27 @@ class Presence:
         needs_marker: bool = True,
         lock_problem: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """Check ``layout``.
+        """Check ``layout``; ``journal`` records which folders were on other disks. Raises JournalError.
 
-        Args:
-            layout: the dataset.
-            journal: records which folders were on other disks.
-            needs_marker: whether a dataset without a marker counts as missing.
-            lock_problem: returns a sentence if another sortd works on the dataset, otherwise None.
-
-        Raises:
-            JournalError: the journal cannot be read.
+        Without ``needs_marker`` a dataset without a marker does not count as missing. ``lock_problem`` returns a
+        sentence if another sortd works on the dataset, otherwise None.
         """
         self._layout, self._journal, self.needs_marker = layout, journal, needs_marker
         self.lock_problem = lock_problem
         self._apart = frozenset((journal.history.fact(APART_FACT) or "").split())
 
     def problem(self) -> str | None:
-        """Return a sentence that says what is missing; None if nothing is.
-
-        Raises:
-            JournalError: the journal cannot be written.
-        """
+        """Return a sentence that says what is missing, None if nothing is; raise JournalError if it cannot be noted."""
         if self.needs_marker and not self._layout.is_present:
             return f"{self._layout.marker} is missing: is the disk mounted? `sortd init {self._layout.root}` creates it"
         if (taken := self.lock_problem()) is not None:
             return taken
         return self.absent_folder()
+
+    def require(self, before: str = "") -> None:
+        """Raise LayoutError, which ends with what was done ``before``, if something is missing."""
+        if (problem := self.problem()) is not None:
+            raise LayoutError(f"{problem}{before}")
 
     def absent_folder(self) -> str | None:
         """Return a sentence about a folder whose other disk is missing; record the folders on other disks."""
@@ -96,11 +91,7 @@ class Presence:
 
 
 def _device(folder: Path) -> int | None:
-    """Return the device of a folder; None if there is no folder.
-
-    Raises:
-        OSError: the disk does not respond.
-    """
+    """Return the device of a folder; None if there is no folder. Raises OSError if the disk does not respond."""
     try:
         return folder.stat().st_dev
     except (FileNotFoundError, NotADirectoryError):
@@ -195,11 +186,7 @@ class MarkerLock:
 
 @contextmanager
 def inspect_dataset(layout: Layout, state: Path) -> Iterator[OpenDataset]:
-    """Open a dataset for previews only: without locks, recovery or moves.
-
-    Raises:
-        JournalError: its journal cannot be opened.
-    """
+    """Open a dataset for previews only: without locks, recovery or moves; raises JournalError."""
     with Journal(layout.state_folder(state) / JOURNAL_FILE) as journal:
         presence = Presence(layout, journal)
         yield OpenDataset(layout, journal, Mover(layout.root, journal, absence=presence.absent_folder), presence)
@@ -207,28 +194,18 @@ def inspect_dataset(layout: Layout, state: Path) -> Iterator[OpenDataset]:
 
 @contextmanager
 def simulate_dataset(layout: Layout, state: Path, report: ReportMove) -> Iterator[OpenDataset]:
-    """Open a dataset for a dry run, with a copy of its journal or an empty one; nothing of it is written or locked.
+    """Open a dataset for a dry run, with a copy of its journal; nothing of it is written or locked.
 
-    Raises:
-        JournalError: its journal cannot be read.
+    Raises JournalError: its journal cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="sortd-") as folder:
         file, copy = find_state_folder(layout, state) / JOURNAL_FILE, Path(folder) / JOURNAL_FILE
         if file.is_file():
-            _copy_journal(file, copy)
+            with closing(open_for_reading(file)) as reader, translated(copy), closing(sqlite3.connect(copy)) as writer:
+                reader.backup(writer)  # its current state, which another process may be writing
         with Journal(copy) as journal:
             presence = Presence(layout, journal, needs_marker=False)
             yield OpenDataset(layout, journal, DryRunMover(layout.root, journal, report), presence)
-
-
-def _copy_journal(path: Path, copy: Path) -> None:
-    """Copy the current state of a journal that another process may write.
-
-    Raises:
-        JournalError: it cannot be read, or the copy cannot be written.
-    """
-    with closing(open_for_reading(path)) as reader, translated(copy), closing(sqlite3.connect(copy)) as writer:
-        reader.backup(writer)
 
 
 @contextmanager
@@ -243,13 +220,7 @@ def lock_dataset(
 ) -> Iterator[OpenDataset]:
     """Lock a dataset and recover its unfinished moves; it stays open until the block ends.
 
-    Args:
-        layout: the dataset.
-        state: the state directory.
-        run: identifies this run in the journal; default: a random word.
-        companions: see ``Mover``, as for the following.
-        submit: accepts copies to another file system.
-        interrupted: whether such a copy must end.
+    ``run`` identifies this run in the journal, by default by a random word; for the others, see ``Mover``.
 
     Raises:
         AlreadyRunningError: another process has locked it.
@@ -283,12 +254,7 @@ def lock_dataset(
 
 
 def _lock(lock: FileLock, layout: Layout) -> None:
-    """Acquire a lock.
-
-    Raises:
-        AlreadyRunningError: another process has it.
-        LayoutError: it cannot be locked.
-    """
+    """Acquire a lock; raise AlreadyRunningError if another process has it, LayoutError if it cannot be locked."""
     try:
         lock.acquire()
     except Timeout as error:
@@ -314,9 +280,10 @@ def claim_state_folder(layout: Layout, state: Path) -> Path:
     """
     folder = layout.state_folder(state)
     try:
-        is_begun = folder.is_dir() and any(folder.iterdir())
-        if not is_begun and (former := _former(layout, state)) is not None:
-            _rename(former, folder)
+        if (former := find_state_folder(layout, state)) != folder:
+            with suppress(Timeout), FileLock(former / "lock", timeout=0):  # unless a sortd uses it
+                os.rename(former, folder)
+                sync_folder_at(folder.parent)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise LayoutError(
@@ -371,13 +338,6 @@ def _former(layout: Layout, state: Path) -> Path | None:
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # never written, or damaged: a new journal begins
     return former if is_own else None
-
-
-def _rename(former: Path, folder: Path) -> None:
-    """Rename a state folder, unless a sortd uses it."""
-    with suppress(Timeout), FileLock(former / "lock", timeout=0):
-        os.rename(former, folder)
-        sync_folder_at(folder.parent)
 
 
 def _write(path: Path, content: bytes, folder: int | None = None) -> None:

@@ -404,17 +404,9 @@ def _sentence(error: Exception) -> str:
 
 def _kind(error: Exception) -> str:
     """Return the kind of an error, in one word."""
-    match error:
-        case AlreadyRunningError():
-            return "locked"
-        case LayoutError():
-            return "layout"
-        case JournalError():
-            return "journal"
-        case SortdError() | OSError() | sqlite3.Error():
-            return "storage"
-        case _:
-            return "unforeseen"
+    kinds = {AlreadyRunningError: "locked", LayoutError: "layout", JournalError: "journal"}
+    other = "storage" if isinstance(error, OF_ONE_DATASET) else "unforeseen"
+    return next((word for kind, word in kinds.items() if isinstance(error, kind)), other)
 
 
 def _require_descriptors() -> None:

@@ -79,9 +79,7 @@ class Pipeline:
     def advance(self, *, at_most_seconds: float | None = None) -> None:
         """Do one step: wait for pixels if necessary, at most this long, and encode a batch if one is due.
 
-        Raises:
-            StartupError: The decoding processes do not start.
-            OSError: This process is out of descriptors or memory.
+        Raises StartupError: the decoding processes do not start; OSError: this process is out of descriptors or memory.
         """
         self._feed()
         self._take_in()

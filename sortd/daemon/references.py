@@ -21,7 +21,7 @@ from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import DecisionSettings, Evidence, SupportSet
 from sortd.config import DEFAULT_TEMPLATES, Config, DatasetConfig
 from sortd.daemon.embedder import Embedder
-from sortd.errors import ImageError
+from sortd.errors import DataError, ImageError
 from sortd.events import NO_CLASS, EmbeddedImage, ImageRefused, Mode, Refusal, Stamp
 from sortd.files import open_regular, sha256_of
 from sortd.images.decode import DecodeLimits, check_header
@@ -45,7 +45,7 @@ NAME_BYTES = 255
 """The longest name of a folder on Linux (NAME_MAX)."""
 
 
-class ReferencesAbsentError(Exception):
+class ReferencesAbsentError(DataError):
     """``Clases/`` is missing, unreadable or has no class; the last prototypes stay in use."""
 
 
@@ -101,11 +101,7 @@ def class_name_problem(name: str) -> str | None:
 
 
 def read_descriptions(folder: str) -> tuple[str, ...]:
-    """Return the lines of the description file of a class; none if it does not exist.
-
-    Raises:
-        OSError: the file exists and cannot be read.
-    """
+    """Return the lines of a class's description file, none if it is missing; raise OSError if it cannot be read."""
     try:
         with open(open_regular(os.path.join(folder, DESCRIPTIONS_FILE)), "rb") as file:
             content = file.read(DESCRIPTIONS_LIMIT_BYTES)
@@ -118,10 +114,9 @@ def read_descriptions(folder: str) -> tuple[str, ...]:
 def class_folders(
     clases: Path, *, report: Callable[[OSError], None], between: Callable[[], None] = lambda: None
 ) -> tuple[list[ClassFolder], list[str]]:
-    """Return the classes, sorted, and the folder names that cannot be classes; call ``between`` after each class.
+    """Return the classes, sorted, and the names of folders that cannot be classes; ``between`` is called after each.
 
-    Raises:
-        ReferencesAbsentError: ``Clases/`` is missing or cannot be listed.
+    Raises ReferencesAbsentError: ``Clases/`` is missing or cannot be listed.
     """
     entries, misnamed = _class_entries(clases)
     folders = []
@@ -143,11 +138,7 @@ def _described(entry: os.DirEntry[str], files: tuple[tuple[str, Stamp], ...]) ->
 
 
 def class_labels(clases: Path) -> tuple[str, ...]:
-    """Return the sorted names of the class folders, without reading these.
-
-    Raises:
-        ReferencesAbsentError: ``Clases/`` is missing or cannot be listed.
-    """
+    """Return the sorted names of the class folders; raise ReferencesAbsentError if they cannot be listed."""
     return tuple(entry.name for entry in _class_entries(clases)[0] if entry.name != STRANGERS_FOLDER)
 
 
@@ -184,14 +175,9 @@ class References:
         generation: int,
         decided_by: str = "",
     ) -> Rebuilt:
-        """Read the folder and build the prototypes, or return ``previous`` if nothing changed.
+        """Read the folder and build prototypes of this generation, or return ``previous``, if nothing changed.
 
-        Args:
-            embedder: embeds files and texts, or takes them from its cache.
-            settings: mode, templates, corrections and more.
-            previous: the current or cached prototypes.
-            generation: the generation number of a new set.
-            decided_by: identity of the fine-tuned model in use; a change of it starts a new generation.
+        ``decided_by`` is the identity of the fine-tuned model in use; a change of it starts a new generation.
 
         Raises:
             ReferencesAbsentError: there is no class folder.
@@ -216,8 +202,7 @@ class References:
     ) -> tuple[SupportSet, tuple[ImageRefused, ...]]:
         """Return the support set of the folder, and unreadable images; call ``tell(done, total)`` after each image.
 
-        Raises:
-            ReferencesAbsentError: there is no class folder.
+        Raises ReferencesAbsentError: there is no class folder.
         """
         folders, _ = self._folders(embedder.give_way, settings)
         held, refused = _read(embedder, folders, settings.corrections, tell)
@@ -346,11 +331,9 @@ EVALUATED = "evaluated"
 SETTINGS = "settings (mode or abstain)"
 
 
-def stored_prototypes(
-    config: Config, layout: Layout, *, report: Callable[[str], None] = lambda _: None
-) -> PrototypeSet | None:
-    """Return the last prototypes of a dataset, or None; call ``report`` with a message about damaged files."""
-    return _files(config, report).read(layout.key)
+def stored_prototypes(config: Config, layout: Layout) -> PrototypeSet | None:
+    """Return the last prototypes of a dataset, or None."""
+    return _files(config).read(layout.key)
 
 
 def evaluated_prototypes(config: Config, layout: Layout) -> PrototypeSet | None:
@@ -416,5 +399,5 @@ def _is_new(path: str, files: Mapping[str, tuple[str, Stamp]], known: Collection
         return False
 
 
-def _files(config: Config, report: Callable[[str], None] = lambda _: None) -> PrototypeFiles:
-    return PrototypeFiles(config.cache_dir / PROTOTYPES_FOLDER, report)
+def _files(config: Config) -> PrototypeFiles:
+    return PrototypeFiles(config.cache_dir / PROTOTYPES_FOLDER, lambda _: None)  # damaged files are none

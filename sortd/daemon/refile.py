@@ -9,9 +9,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sortd.daemon.assign import CarryOut, Result, carried_out, distinct, found_version, refused
-from sortd.daemon.references import ReferencesAbsentError, class_labels
-from sortd.errors import DataError
+from sortd.daemon.assign import CarryOut, Result, carried_out, distinct, found_version, image_facts, refused
+from sortd.daemon.references import class_labels
 from sortd.events import Assigned, ClassifierKind, DecidedBy, Mode, Move, Outcome, Stamp
 from sortd.layout import Area, Layout
 from sortd.store.history import History
@@ -24,38 +23,24 @@ BY_SORTD = frozenset({Outcome.FILED.value, Outcome.REFILED.value})
 def refile_images(
     layout: Layout, history: History, carry_out: CarryOut, images: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[list[Result], int]]:
-    """File images, or move filed ones into other classes, some at a time.
+    """File images, or move filed ones into other classes, some at a time; one that changed since is not moved.
 
-    Args:
-        layout: the dataset.
-        history: of its journal.
-        carry_out: carries out moves, and returns what has ended.
-        images: as ``refile_facts`` returns them; one that changed or was moved since is not moved.
+    ``images`` are as ``refile_facts`` returns them; for the others and what is yielded, see ``assign_images``.
 
-    Yields:
-        The results of some images, and how many of them end later, since they are copied to another file system.
-
-    Raises:
-        DataError: there is no class.
-        JournalError: the journal cannot be read.
+    Raises DataError: there is no class; JournalError.
     """
-    try:
-        labels = frozenset(class_labels(layout.area(Area.CLASES)))
-    except ReferencesAbsentError as error:
-        raise DataError(str(error)) from error
+    labels = frozenset(class_labels(layout.area(Area.CLASES)))
     found = [_move_or_refusal(layout, history, labels, image) for image in distinct(images)]
     yield [one for one in found if not isinstance(one, Move)], 0
     yield from carried_out(layout.root, history, carry_out, [one for one in found if isinstance(one, Move)])
 
 
 def refile_facts(
-    path: str, size: int, mtime_ns: int, decision: Assigned, *, content: str, encoder_id: str, generation: int
+    path: str, version: Stamp, decision: Assigned, *, content: str, encoder_id: str, generation: int
 ) -> dict[str, object]:
     """Return an image of a request: its path and version, and the decision with what it was made of."""
     return {
-        "path": path,
-        "size": size,
-        "mtime_ns": mtime_ns,
+        **image_facts(path, version),
         "label": decision.label,
         "score": decision.score,
         "margin": decision.margin,

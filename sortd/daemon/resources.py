@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -46,14 +46,11 @@ class ActiveClassifier:
 
     def classifier(self, abstain: AbstainSettings | None, *, generation: int) -> FinetunedClassifier | None:
         """Return what decides in the place of the prototypes, if anything does."""
-        return None if self.facts is None else classifier_of(self.facts, abstain, generation=generation)
-
-
-def classifier_of(facts: FinetunedFacts, abstain: AbstainSettings | None, *, generation: int) -> FinetunedClassifier:
-    """Return the classifier that a model's facts make under these settings."""
-    outcomes = HeldOutOutcomes(np.clip(facts.confidence, 0.0, 1.0), facts.is_right, facts.classes)
-    calibration = calibrate_outcomes(outcomes, abstain, classes=len(facts.labels))
-    return FinetunedClassifier(facts.labels, facts.temperature, facts.model_id, generation, calibration, abstain)
+        if (facts := self.facts) is None:
+            return None
+        outcomes = HeldOutOutcomes(np.clip(facts.confidence, 0.0, 1.0), facts.is_right, facts.classes)
+        calibration = calibrate_outcomes(outcomes, abstain, classes=len(facts.labels))
+        return FinetunedClassifier(facts.labels, facts.temperature, facts.model_id, generation, calibration, abstain)
 
 
 def select_classifier(layout: Layout, state: Path, wanted: str, labels: Sequence[str]) -> ActiveClassifier:
@@ -153,10 +150,19 @@ class Resources:
         self._runs_on: list[str] = []
         self._load_encoder = load_encoder
         self._encoder: Encoder | None = None
+        self._embedder: Embedder | None = None
         self._started: list[ProcessEnds] = []  # decoding processes that no pool has yet
         self._decoders: dict[tuple[Preprocessing, Jpeg], DecoderPool] = {}
         self._cache: Cache | None = None
         self.finetuned: dict[str, Embedder] = {}  # the loaded fine-tuned models by identity, shared by datasets
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Unload."""
+        self.unload()
 
     def load(self, waiting: Waiting = AS_COMMAND) -> tuple[Embedder, PrototypeStore, str]:
         """Load the configured model, start its decoders and open the cache.
@@ -178,6 +184,12 @@ class Resources:
         embedder = Embedder(encoder, decoders, self._cache, batch_size=config.batch_size)
         return embedder, self._store(self._cache), describe_encoder(config, encoder, self._runs_on)
 
+    def embedder(self) -> Embedder:
+        """Return the embedder of the configured model, which is loaded with the first call; raises as ``load``."""
+        if self._embedder is None:
+            self._embedder, _, _ = self.load()
+        return self._embedder
+
     def load_beside(self, encoder: Encoder, *, equal_ids: Sequence[str]) -> tuple[Embedder, Embedder]:
         """Load as ``load``; return an embedder of the model, and one of another encoder that gets the same images.
 
@@ -191,17 +203,15 @@ class Resources:
 
     def _store(self, cache: Cache) -> PrototypeStore:
         """Return the store of prototypes; with a scratch folder it is read-only."""
-        config = self.config
-
-        def layout(dataset: str) -> Layout:
-            return Layout(config.root / dataset)
-
+        config, files = self.config, cache.prototypes
         if self._is_scratch:
-            return PrototypeStore(lambda dataset: stored_prototypes(config, layout(dataset)), _nothing, _nothing)
+            return PrototypeStore(
+                lambda name: stored_prototypes(config, Layout(config.root / name)), _nothing, _nothing
+            )
         return PrototypeStore(
-            read=lambda dataset: cache.prototypes.read(layout(dataset).key),
-            write=lambda dataset, prototypes: cache.prototypes.write(layout(dataset).key, prototypes),
-            forget=lambda dataset: cache.prototypes.remove(layout(dataset).key),
+            read=lambda name: files.read(Layout(config.root / name).key),
+            write=lambda name, prototypes: files.write(Layout(config.root / name).key, prototypes),
+            forget=lambda name: files.remove(Layout(config.root / name).key),
         )
 
     def select(self, layout: Layout, wanted: str, labels: Sequence[str]) -> ActiveClassifier:

@@ -17,15 +17,7 @@ from sortd.layout import Area, Layout, Why, rule_below, rule_for_folder
 from sortd.moving.fs import writer_of
 from sortd.store.history import History
 from sortd.watch.inotify import local_device
-from sortd.watch.scan import (
-    FolderScans,
-    IncrementalScan,
-    scan_steps,
-    stamp,
-    still_seconds,
-    why_left,
-    why_unfinished,
-)
+from sortd.watch.scan import FolderScans, IncrementalScan, scan_steps, stamp, still_seconds, why_left, why_unfinished
 from sortd.watch.watcher import FileEvent
 
 LEFT_SECONDS = 5.0  # until a file that is left out is logged: it may be renamed

@@ -43,11 +43,7 @@ class Upkeep:
         self._due: dict[DatasetId, float] = {}  # by the caller's clock
 
     def turn(self, dataset: Dataset, config: Config, now: float) -> None:
-        """Make the next step for a dataset if it is due and the dataset has no other work.
-
-        Raises:
-            JournalError: its journal cannot be read or written.
-        """
+        """Make the next step for a dataset if it is due and the dataset has no other work; raises JournalError."""
         due = self._due.setdefault(dataset.identity, now)
         if now < due:
             return
@@ -100,9 +96,7 @@ class Upkeep:
 def record_all_places(layout: Layout, journal: Journal) -> None:
     """Record what the places of all handled images say of their classes, before old moves are removed.
 
-    Raises:
-        DataError: a folder cannot be read.
-        JournalError: the journal cannot be read or written.
+    Raises DataError if a folder cannot be read, and JournalError.
     """
     refused: list[OSError] = []
     for area in (Area.DATASET, Area.REVIEW):

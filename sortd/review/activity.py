@@ -1,15 +1,14 @@
 """What the journal of a dataset says for the pages: the classes last used, the last runs, and what audits found."""
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sortd.layout import JOURNAL_FILE, Layout
 from sortd.store.damage import translated
-from sortd.store.history import History, open_for_reading
+from sortd.store.history import open_for_reading
 from sortd.store.records import label_from
 
 RUNS_SHOWN = 20
@@ -82,22 +81,9 @@ class Activity:
         """Return the moves that filed images of Review/ since a time, by a generation after one, up to the last."""
         return [row["id"] for row in self._rows(_FILED_BECAUSE, since, after, last)]
 
-    def last_generation(self) -> int:
-        """Return the last generation of the prototypes that was used; 0: none."""
-        if not self._file.is_file():
-            return 0
-        with History.open(self._file) as history:
-            return history.last_generation()
-
     def _rows(self, statement: str, *values: Any) -> list[sqlite3.Row]:  # noqa: ANN401 - values of SQLite
-        with self._connection() as connection:
-            return [] if connection is None else connection.execute(statement, values).fetchall()
-
-    @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection | None]:
         if not self._file.is_file():
-            yield None
-            return
+            return []
         with translated(self._file), closing(open_for_reading(self._file)) as connection:
             connection.row_factory = sqlite3.Row
-            yield connection
+            return connection.execute(statement, values).fetchall()

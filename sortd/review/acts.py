@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -18,20 +19,18 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse
 from starlette.routing import Route
 
-from sortd.commands.assign import assign_to_class, newest_assigned
+from sortd.commands.assign import assign_to_class
 from sortd.commands.audit import answer_sample_by_ids, draw_sample, open_sample
 from sortd.commands.console import printable
-from sortd.commands.moves import undo_records_of
+from sortd.commands.moves import journal_of, undo_records_of
 from sortd.commands.rejected import retry_rejected
 from sortd.daemon.assign import image_facts
 from sortd.errors import DataError, SortdError
 from sortd.events import NO_CLASS, Outcome
-from sortd.layout import JOURNAL_FILE, Area, Layout
-from sortd.review.activity import Activity
+from sortd.layout import Area, Layout
 from sortd.review.effects import Act, Effects
 from sortd.review.index import Index, ShownImage, dataset_key
-from sortd.review.rendering import CLASS_MARK, form_label, session_of
-from sortd.store.history import History
+from sortd.review.rendering import CLASS_MARK, form_label, index_of, number_of, session_of
 from sortd.store.records import Record, Selection
 
 NONE_ACTIONS = frozenset({"none", "example"})
@@ -42,24 +41,10 @@ MOST_FIELDS = 25_000
 _CLASS_VALUE = re.compile(f"{CLASS_MARK}[0-9a-f]{{12}}")
 
 
-async def assign(request: Request) -> RedirectResponse:
-    """File the images of a form into a class, or set them apart as none of the classes."""
+async def assign(request: Request, *, area: Area, kind: str) -> RedirectResponse:
+    """File images of Review/ into a class, or of Dataset/ into another; or set them apart as none of the classes."""
     index, layout, form = await _begin(request)
-    images, refused = _found(index, form.getlist("image"), Area.REVIEW, layout)
-    return await _assigned(request, layout, form, images, refused, kind="assigned")
-
-
-async def correct(request: Request) -> RedirectResponse:
-    """File images of Dataset/ into another class."""
-    index, layout, form = await _begin(request)
-    images, refused = _found(index, form.getlist("image"), Area.DATASET, layout)
-    return await _assigned(request, layout, form, images, refused, kind="corrected")
-
-
-async def _assigned(
-    request: Request, layout: Layout, form: FormData, images: list[ShownImage], refused: list[str], *, kind: str
-) -> RedirectResponse:
-    index = _index(request)
+    images, refused = _found(index, form.getlist("image"), area, layout)
     action = _text(form, "action")
     is_none = action in NONE_ACTIONS
     label = NO_CLASS if is_none else await run_in_threadpool(_label, index, layout, _text(form, "label"))
@@ -86,7 +71,7 @@ async def _assigned(
 async def undo(request: Request) -> RedirectResponse:
     """Take back the act of this person that the form names, or the newest, or the newest assignment in the journal."""
     form = await request.form(max_fields=MOST_FIELDS)
-    index, effects, session = _index(request), _effects(request), session_of(request)
+    index, effects, session = index_of(request), _effects(request), session_of(request)
     layout = await run_in_threadpool(index.dataset, _text(form, "dataset"))
     if number := _number(form, "number"):
         named = effects.get(number, session)
@@ -105,7 +90,7 @@ async def undo(request: Request) -> RedirectResponse:
 async def _taken_back(request: Request, layout: Layout, one: Act) -> Act:
     """Undo the moves of an act, those included that ended after its answer."""
     one.is_tried = True  # before the request, so that a second one takes the act before
-    ended = await run_in_threadpool(_ended_later, _index(request), layout, one)
+    ended = await run_in_threadpool(_ended_later, index_of(request), layout, one)
     act = await _undone(request, layout, [*one.ids, *ended], undoes=one.number)
     one.is_tried = not act.is_unanswered
     one.is_undone = act.moved + act.later > 0
@@ -118,7 +103,7 @@ async def _taken_back(request: Request, layout: Layout, one: Act) -> Act:
 async def undo_consequences(request: Request) -> RedirectResponse:
     """Take back what sortd filed because of an act, as far as the page has shown it."""
     form = await request.form(max_fields=MOST_FIELDS)
-    index, effects = _index(request), _effects(request)
+    index, effects = index_of(request), _effects(request)
     act = effects.get(_number(form, "number"), session_of(request))
     if act is None:
         raise HTTPException(404, "this act is not known any more")
@@ -131,12 +116,12 @@ async def undo_run(request: Request) -> RedirectResponse:
     """Take back the moves of one run of sortd that the page has shown."""
     index, layout, form = await _begin(request)
     shown = range(_number(form, "first"), _number(form, "last") + 1)
-    ids = await run_in_threadpool(_of_run, index, layout, _text(form, "run"), shown)
-    return _back(form, await _undone(request, layout, ids))
+    moves = await run_in_threadpool(_moves, index, layout, Selection(run=_text(form, "run"), undoable=True))
+    return _back(form, await _undone(request, layout, [one.id for one in moves if one.id in shown]))
 
 
 async def _undone(request: Request, layout: Layout, ids: Sequence[int], *, undoes: int = 0) -> Act:
-    index = _index(request)
+    index = index_of(request)
     act = await _added(request, layout, "undone", undoes=undoes)
     if ids:
         await _carried_out(act, lambda: undo_records_of(index.config, layout, ids), "undone", only=frozenset(ids))
@@ -191,29 +176,17 @@ def _answered(index: Index, layout: Layout, shown: set[str], wrong: set[str]) ->
     )
 
 
-routes = [
-    Route("/undo", undo, methods=["POST"]),
-    Route("/undo-consequences", undo_consequences, methods=["POST"]),
-    *(
-        Route(f"/d/{{key}}/{name}", handler, methods=["POST"])
-        for name, handler in {
-            "assign": assign,
-            "correct": correct,
-            "undo-run": undo_run,
-            "retry": retry,
-            "draw": draw,
-            "audit": answer_audit,
-        }.items()
-    ),
-]
-
-
-# ---------------------------------------------------------------- their parts
-
-
-def _index(request: Request) -> Index:
-    found: Index = request.app.state.index
-    return found
+_HANDLERS: Mapping[str, Callable[..., Any]] = {
+    "/undo": undo,
+    "/undo-consequences": undo_consequences,
+    "/d/{key}/assign": partial(assign, area=Area.REVIEW, kind="assigned"),
+    "/d/{key}/correct": partial(assign, area=Area.DATASET, kind="corrected"),
+    "/d/{key}/undo-run": undo_run,
+    "/d/{key}/retry": retry,
+    "/d/{key}/draw": draw,
+    "/d/{key}/audit": answer_audit,
+}
+routes = [Route(path, handler, methods=["POST"]) for path, handler in _HANDLERS.items()]
 
 
 def _effects(request: Request) -> Effects:
@@ -223,13 +196,12 @@ def _effects(request: Request) -> Effects:
 
 async def _added(request: Request, layout: Layout, kind: str, **facts: Any) -> Act:  # noqa: ANN401 - of Act
     """Note an act of this person."""
-    activity = Activity(_index(request).config.state_dir, layout)
-    generation = await run_in_threadpool(activity.last_generation)
+    generation = await run_in_threadpool(_last_generation, index_of(request), layout)
     return _effects(request).add(dataset_key(layout), session_of(request), kind, generation=generation, **facts)
 
 
 async def _begin(request: Request) -> tuple[Index, Layout, FormData]:
-    index = _index(request)
+    index = index_of(request)
     form = await request.form(max_fields=MOST_FIELDS)
     return index, await run_in_threadpool(index.dataset, request.path_params["key"]), form
 
@@ -240,8 +212,7 @@ def _text(form: FormData, name: str) -> str:
 
 
 def _number(form: FormData, name: str) -> int:
-    text = _text(form, name)
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else 0  # noqa: PLR2004 - 64 bits
+    return number_of(_text(form, name))
 
 
 def _label(index: Index, layout: Layout, text: str) -> str:
@@ -275,14 +246,10 @@ async def _carried_out(
     asked: frozenset[str] = frozenset(),
     only: frozenset[int] | None = None,
 ) -> None:
-    """Carry out the request of an act and note its results, or why it failed.
+    """Carry out the request of an act by ``work`` and note the results, ``key`` in its reply, or why it failed.
 
-    Args:
-        act: the act.
-        work: sends the request.
-        key: of the results in the reply.
-        asked: the images of the request, which may be moved later, or although it failed.
-        only: the moves that count; without it, all.
+    ``asked`` are the images of the request, which may be moved later, or although it failed; ``only`` the moves that
+    count, by default all.
     """
     try:
         reply = await run_in_threadpool(work)
@@ -322,12 +289,8 @@ def _list_again(index: Index, layout: Layout) -> None:
 
 def _newest_assigned(index: Index, layout: Layout, others: frozenset[int]) -> list[int]:
     """Return the newest move that a person asked for, that was not undone and is not among ``others``, as a list."""
-    newest = newest_assigned(index.config, layout, len(others) + 1)
-    return [found for one in newest if (found := int(str(one["id"]))) not in others][:1]
-
-
-def _of_run(index: Index, layout: Layout, run: str, shown: range) -> list[int]:
-    return [one.id for one in _moves(index, layout, Selection(run=run, undoable=True)) if one.id in shown]
+    newest = _moves(index, layout, Selection(outcome=Outcome.ASSIGNED, undoable=True, limit=len(others) + 1))
+    return [one.id for one in newest if one.id not in others][:1]
 
 
 def _ended_later(index: Index, layout: Layout, act: Act) -> list[int]:
@@ -338,9 +301,11 @@ def _ended_later(index: Index, layout: Layout, act: Act) -> list[int]:
     return [one.id for one in found if f"{layout.root}/{one.source_path}" in act.unknown and one.id not in act.ids]
 
 
+def _last_generation(index: Index, layout: Layout) -> int:
+    with journal_of(index.config, layout).open() as history:
+        return history.last_generation()
+
+
 def _moves(index: Index, layout: Layout, selection: Selection) -> list[Record]:
-    journal = layout.state_folder(index.config.state_dir) / JOURNAL_FILE
-    if not journal.is_file():
-        return []
-    with History.open(journal) as history:
+    with journal_of(index.config, layout).open() as history:
         return history.moves(selection)

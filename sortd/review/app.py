@@ -45,8 +45,8 @@ def create_app(config: Config) -> Starlette:
             one.close()
 
     app = Starlette(
-        routes=[*pages.pages(), *acts.routes, *live.routes, Route("/picture/{identifier}/{name}", picture)],
-        exception_handlers=pages.error_handlers(),
+        routes=[*pages.routes, *acts.routes, *live.routes, Route("/picture/{identifier}/{name}", picture)],
+        exception_handlers=pages.error_handlers,
         lifespan=lifespan,
     )
     app.state.config, app.state.index, app.state.effects = config, index, effects

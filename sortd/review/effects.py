@@ -166,53 +166,44 @@ _LAST_GENERATION = 2**63 - 1
 
 def _done(act: Act, translations: NullTranslations) -> str:
     """Return what an act moved, in words."""
-    many, label = {"num": act.moved}, printable(act.label or "")
+
+    def ngettext(one: str, several: str, num: int = act.moved, **values: object) -> str:
+        return translations.ngettext(one, several, num) % {"num": num, **values}
+
     match act.kind:
         case _ if act.is_undone:
-            text = translations.ngettext("Taken back: %(num)d image.", "Taken back: %(num)d images.", act.moved) % many
+            text = ngettext("Taken back: %(num)d image.", "Taken back: %(num)d images.")
         case "undone" if not act.moved and not act.refused:
             text = translations.gettext("There is nothing to undo.")
         case _ if not act.moved and act.kind != "audited":
             text = translations.gettext("Nothing was moved.")
         case "assigned" | "corrected":
-            text = translations.ngettext(
-                "%(num)d image filed into %(label)s.", "%(num)d images filed into %(label)s.", act.moved
-            ) % {**many, "label": label}
+            label = printable(act.label or "")
+            text = ngettext("%(num)d image filed into %(label)s.", "%(num)d images filed into %(label)s.", label=label)
         case "none" | "example":
-            text = (
-                translations.ngettext(
-                    "%(num)d image set apart as none of the classes.",
-                    "%(num)d images set apart as none of the classes.",
-                    act.moved,
-                )
-                % many
+            text = ngettext(
+                "%(num)d image set apart as none of the classes.", "%(num)d images set apart as none of the classes."
             )
         case "undone":
-            text = translations.ngettext("%(num)d image is back.", "%(num)d images are back.", act.moved) % many
+            text = ngettext("%(num)d image is back.", "%(num)d images are back.")
         case "retried":
-            text = (
-                translations.ngettext("%(num)d image is tried again.", "%(num)d images are tried again.", act.moved)
-                % many
-            )
+            text = ngettext("%(num)d image is tried again.", "%(num)d images are tried again.")
         case _:
-            text = (
-                translations.ngettext(
-                    "%(right)d of %(num)d image of the sample is right.",
-                    "%(right)d of %(num)d images of the sample are right.",
-                    act.judged,
-                )
-                % {"right": act.right, "num": act.judged}
-                if act.judged
-                else ""
+            text = ngettext(
+                "%(right)d of %(num)d image of the sample is right.",
+                "%(right)d of %(num)d images of the sample are right.",
+                act.judged,
+                right=act.right,
             )
-    if act.later:
-        copied = translations.ngettext(
-            "%(num)d image is still being copied to another disk.",
-            "%(num)d images are still being copied to another disk.",
-            act.later,
-        )
-        text = f"{text} {copied % {'num': act.later}}"
-    return text
+            text *= bool(act.judged)
+    if not act.later:
+        return text
+    copied = ngettext(
+        "%(num)d image is still being copied to another disk.",
+        "%(num)d images are still being copied to another disk.",
+        act.later,
+    )
+    return f"{text} {copied}"
 
 
 @dataclass(frozen=True, slots=True)

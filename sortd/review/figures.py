@@ -11,13 +11,14 @@ from sortd.classify.evaluate import evaluate
 from sortd.classify.proportions import interval, out_of, proportion
 from sortd.classify.types import SupportSet
 from sortd.commands.evaluation import precision_plot
+from sortd.commands.moves import journal_of
 from sortd.config import Config
 from sortd.daemon.references import stored_prototypes
 from sortd.events import Mode, Outcome
-from sortd.layout import JOURNAL_FILE, Layout
+from sortd.layout import Layout
 from sortd.review.activity import Activity
 from sortd.review.index import Background, Index, dataset_key
-from sortd.store.history import History
+from sortd.store.checks import FiledImages
 
 DAYS = 30
 """Days of the plot."""
@@ -39,7 +40,7 @@ _GAP = 0.2
 """Share of the width of a day that is left empty between two bars."""
 
 
-def dataset_figures(index: Index, layout: Layout, *, now: datetime | None = None) -> dict[str, Any]:
+def dataset_figures(index: Index, layout: Layout) -> dict[str, Any]:
     """Return the figures of a dataset.
 
     ``classes``: label, references, filed, checked, and right in words, or None; ``audit`` and ``guesses``: see
@@ -47,28 +48,16 @@ def dataset_figures(index: Index, layout: Layout, *, now: datetime | None = None
     """
     prototypes = stored_prototypes(index.config, layout)
     counts = {} if prototypes is None else dict(zip(prototypes.labels, prototypes.counts.tolist(), strict=True))
-    journal = layout.state_folder(index.config.state_dir) / JOURNAL_FILE
-    now = now or datetime.now().astimezone()
-    first = (now - timedelta(days=DAYS - 1)).replace(hour=0, minute=0, second=0, microsecond=0)
-    accuracy, guesses, by_day = {}, (0, 0), list[tuple[str, str, int]]()
-    if journal.is_file():
-        with History.open(journal) as history:
-            accuracy, guesses = history.accuracy(), history.guesses()
-            by_day = history.counts_by_day(first.timestamp())
+    first = (datetime.now().astimezone() - timedelta(days=DAYS - 1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    with journal_of(index.config, layout).open() as history:
+        accuracy, guesses = history.accuracy(), history.guesses()
+        by_day = history.counts_by_day(first.timestamp())
     classes = []
     for label in sorted({*index.labels(layout), *accuracy, *counts}):
-        filed = accuracy.get(label)
-        checked = 0 if filed is None else filed.checked
-        right = None if filed is None or not checked else out_of(filed.right, checked)
-        classes.append(
-            {
-                "label": label,
-                "references": counts.get(label, 0),
-                "filed": 0 if filed is None else filed.filed,
-                "checked": checked,
-                "right": right,
-            }
-        )
+        one = accuracy.get(label, FiledImages(filed=0, checked=0, corrected=0, undone=0))
+        right = out_of(one.right, one.checked) if one.checked else None
+        numbers = {"references": counts.get(label, 0), "filed": one.filed, "checked": one.checked}
+        classes.append({"label": label, **numbers, "right": right})
     audited = sum(one.audited for one in accuracy.values())
     return {
         "classes": classes,
@@ -81,11 +70,10 @@ def dataset_figures(index: Index, layout: Layout, *, now: datetime | None = None
 
 def _weeks(checked: Sequence[tuple[str, int, int]]) -> list[dict[str, Any]]:
     """Return for each week its ``day``, ``judged`` images, and the share ``right`` with its interval, low and high."""
-    found = []
-    for day, right, judged in checked:
-        low, high = interval(right, judged)
-        found.append({"day": day, "judged": judged, "right": right / judged, "low": low, "high": high})
-    return found
+    bounds = [(day, right, judged, *interval(right, judged)) for day, right, judged in checked]
+    return [
+        {"day": day, "judged": n, "right": right / n, "low": low, "high": high} for day, right, n, low, high in bounds
+    ]
 
 
 def _plot(by_day: list[tuple[str, str, int]], days: list[str]) -> dict[str, Any] | None:
@@ -122,7 +110,7 @@ def _plot(by_day: list[tuple[str, str, int]], days: list[str]) -> dict[str, Any]
         "left": _LEFT,
         "bottom": _BOTTOM,
         "bars": bars,
-        "rows": [{"y": round(_BOTTOM - unit * part, 1), "text": f"{part:,}"} for part in _levels(top)],
+        "rows": [{"y": round(_BOTTOM - unit * part, 1), "text": f"{part:,}"} for part in sorted({0, top // 2, top})],
         "columns": [{"x": round(_LEFT + step * (at + 0.5), 1), "text": days[at][5:]} for at in range(0, len(days), 7)],
         "table": [{"day": day, **numbers[day]} for day in days if day in numbers],
     }
@@ -136,10 +124,6 @@ def _round_up(number: int) -> int:
             if factor * power >= number:
                 return factor * power
         power *= 10
-
-
-def _levels(top: int) -> list[int]:
-    return sorted({0, top // 2, top})
 
 
 class Evaluations:

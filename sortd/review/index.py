@@ -8,8 +8,7 @@ import hashlib
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -20,16 +19,16 @@ from typing import Any
 import numpy as np
 
 from sortd.classify.groups import find_groups
-from sortd.commands.groups import stored_rows
+from sortd.commands.explain import stored_rows
+from sortd.commands.moves import files_in, journal_of
 from sortd.companions import is_image
 from sortd.config import Config
 from sortd.daemon.references import ReferencesAbsentError, class_labels, stored_prototypes
 from sortd.errors import DataError
 from sortd.events import NO_CLASS, Stamp
 from sortd.files import stamp_of
-from sortd.layout import JOURNAL_FILE, Area, Layout, find_datasets
+from sortd.layout import Area, Layout, find_datasets
 from sortd.store.history import History
-from sortd.watch.scan import whole_files
 
 FRESH_SECONDS = 2.0
 """Age from which a listing of Review/ is read again."""
@@ -175,9 +174,7 @@ class Index:
     def waiting(self, layout: Layout, *, now: bool = False) -> list[ShownImage]:
         """Return the images in Review/, in the order of their paths; ``now`` reads the folder in any case.
 
-        Raises:
-            DataError: Review/ cannot be read.
-            JournalError: the journal cannot be read.
+        Raises DataError and JournalError.
         """
         pile = self._pile(layout)
         with pile.lock:
@@ -191,20 +188,13 @@ class Index:
             return self._piles.setdefault(dataset_key(layout), _Pile())
 
     def _listed(self, layout: Layout, known: Mapping[str, ShownImage]) -> dict[str, ShownImage]:
-        review = os.fspath(layout.area(Area.REVIEW))
-        refusals: list[OSError] = []
-        files = whole_files(review, report=refusals.append) if os.path.lexists(review) else []
-        if refusals:
-            raise DataError(f"{refusals[0].filename} cannot be read: {refusals[0].strerror}")
+        files = files_in(layout.area(Area.REVIEW))
         found = {image_id(path, mark): (path, mark) for path, mark in sorted(files)}
-        journal = layout.state_folder(self.config.state_dir) / JOURNAL_FILE
         missing = {one: file for one, file in found.items() if one not in known or _may_be_recorded(known[one])}
         fresh: dict[str, ShownImage] = {}
-        if missing and journal.is_file():
-            with History.open(journal) as history:
+        if missing:
+            with journal_of(self.config, layout).open() as history:
                 fresh = {one: _from_journal(layout, history, one, *file) for one, file in missing.items()}
-        else:
-            fresh = {one: ShownImage(one, layout.name, *file) for one, file in missing.items()}
         images = {one: fresh[one] if one in fresh else known[one] for one in found}
         return {one: image for one, image in images.items() if image.content or is_image(image.path)}
 
@@ -223,7 +213,8 @@ class Index:
         for group in groups:
             members = tuple(images[one] for one in group["members"] if one in images)
             if len(members) > 1:
-                guess = _commonest(members) if group["nearest_label"] is None else group["nearest_label"]
+                commonest = Counter(image.guess for image in members).most_common(1)[0][0]
+                guess = commonest if group["nearest_label"] is None else group["nearest_label"]
                 batches.append(ReviewBatch(group["id"], members, guess, is_group=True, is_new=group["is_new"]))
                 grouped |= {one.id for one in members}
         single: dict[str | None, list[ShownImage]] = {}
@@ -260,23 +251,19 @@ class Index:
                     return image
             return self._others.get(identifier)
 
-    def remember(self, images: Iterable[ShownImage]) -> list[ShownImage]:
-        """Note images outside Review/, so that ``find`` knows them, and return them."""
-        noted = list(images)
-        with self._lock:
-            for image in noted:
-                self._others[image.id] = image
-                self._others.move_to_end(image.id)
-            while len(self._others) > MOST_KNOWN:
-                self._others.popitem(last=False)
-        return noted
-
     def image_at(self, layout: Layout, path: str, **facts: Any) -> ShownImage | None:  # noqa: ANN401 - of ShownImage
         """Return the image at a path, and remember its id; None if no file is there."""
-        with suppress(OSError, ValueError):  # no name can contain NUL or every surrogate
+        try:
             mark = stamp_of(os.lstat(path))
-            return self.remember([ShownImage(image_id(path, mark), layout.name, path, mark, **facts)])[0]
-        return None
+        except (OSError, ValueError):  # no name can contain NUL or every surrogate
+            return None
+        image = ShownImage(image_id(path, mark), layout.name, path, mark, **facts)
+        with self._lock:
+            self._others[image.id] = image
+            self._others.move_to_end(image.id)
+            while len(self._others) > MOST_KNOWN:
+                self._others.popitem(last=False)
+        return image
 
     def nearest(self, layout: Layout, images: Sequence[ShownImage]) -> dict[str, list[dict[str, Any]]]:
         """Return the nearest references of images by id: ``image``, ``label`` and ``similarity``, a cosine.
@@ -319,10 +306,6 @@ def _from_journal(layout: Layout, history: History, identifier: str, path: str, 
     why = record.move_reason
     facts = (why.content, why.label, why.second_label, why.score, why.margin, why.mode, why.reason, record.ended_at)
     return ShownImage(identifier, layout.name, path, mark, *facts)
-
-
-def _commonest(images: Sequence[ShownImage]) -> str | None:
-    return Counter(image.guess for image in images).most_common(1)[0][0]
 
 
 def _batch_id(guess: str | None) -> str:

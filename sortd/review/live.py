@@ -12,14 +12,13 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
-from sortd.commands.assign import given_since
 from sortd.commands.console import printable
+from sortd.commands.moves import journal_of
 from sortd.errors import SortdError
 from sortd.layout import Layout
 from sortd.review.effects import running_state
-from sortd.review.i18n import catalogue, chosen_language
 from sortd.review.index import Index
-from sortd.review.rendering import effect_number, session_of
+from sortd.review.rendering import effect_number, session_of, translations_of
 
 EVERY_SECONDS = 1.0
 PING_EVERY = 15
@@ -29,7 +28,8 @@ PING_EVERY = 15
 def answers_today(index: Index, layout: Layout) -> int:
     """Return to how many images a person gave a class since midnight, local time."""
     midnight = datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0)
-    return sum(given_since(index.config, layout, midnight.timestamp()).values())
+    with journal_of(index.config, layout).open() as history:
+        return sum(history.given_since(midnight.timestamp()).values())
 
 
 def live_texts(
@@ -63,7 +63,7 @@ async def events(request: Request) -> StreamingResponse:
     """Send the changed texts of a page once a second, until it is closed."""
     state = request.app.state
     layout = await run_in_threadpool(state.index.dataset, request.path_params["key"])
-    translations = catalogue(chosen_language(request.headers.get("accept-language", "")))
+    translations = translations_of(request)
     known = effect_number(request)
     session = session_of(request)
 

@@ -14,18 +14,18 @@ from urllib.parse import urlencode
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from sortd.classify.proportions import proportion
 from sortd.commands.audit import AuditSample, open_sample
 from sortd.commands.console import printable
 from sortd.commands.explain import explain_image
-from sortd.commands.moves import JournalPlace, record_facts
+from sortd.commands.moves import journal_of
 from sortd.commands.rejected import rejected_images
 from sortd.companions import is_image
 from sortd.errors import DataError, ImageError, JournalError, SortdError
 from sortd.events import LIKE_NO_CLASS, NO_CLASS, Outcome
-from sortd.layout import JOURNAL_FILE, Area, Layout
+from sortd.layout import Area, Layout
 from sortd.review.activity import Activity
 from sortd.review.figures import dataset_figures, suspects_by_kind
 from sortd.review.index import PAGE_SIZE, Index, ReviewBatch, ShownImage, dataset_key
@@ -34,13 +34,12 @@ from sortd.review.rendering import (
     class_key,
     effect_number,
     index_of,
-    problem_page,
+    number_of,
     rendered,
     session_of,
     static_files,
     translations_of,
 )
-from sortd.store.history import History
 from sortd.store.records import Selection
 from sortd.watch.scan import whole_files
 
@@ -61,27 +60,6 @@ REJECTED_SHOWN = 200
 SCORES_SHOWN = 12
 
 
-def pages() -> list[BaseRoute]:
-    """Return the routes of all pages."""
-    return [
-        Route("/", home),
-        Route("/static/{name}", static_file),
-        Route("/image/{id}", image_page),
-        Route("/d/{key}/", dataset_page),
-        Route("/d/{key}/waiting", waiting_page),
-        Route("/d/{key}/class/{name}", class_page),
-        Route("/d/{key}/audit", audited_page),
-        Route("/d/{key}/rejected", rejected_page),
-        Route("/d/{key}/runs", runs_page),
-        Route("/d/{key}/references", references_page),
-    ]
-
-
-def error_handlers() -> Mapping[Any, Callable[[Request, Exception], Response]]:
-    """Return the pages of errors by exception or status, as an application takes them."""
-    return {HTTPException: _http_error, SortdError: _own_error, 500: _failure}
-
-
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     say = translations_of(request).gettext
@@ -89,21 +67,19 @@ def _http_error(request: Request, error: Exception) -> Response:
         404: say("There is no such page. A file that changed or was moved has another address: look again."),
         405: say("This address does not answer that."),
     }
-    page = problem_page(request, error.status_code, texts.get(error.status_code, printable(error.detail)))
+    message = texts.get(error.status_code, printable(error.detail))
+    page = rendered(request, "error.html", status=error.status_code, message=message)
     page.headers.update(error.headers or {})
     return page
 
 
 def _own_error(request: Request, error: Exception) -> Response:
-    return problem_page(request, 503, printable(str(error)))
+    return rendered(request, "error.html", status=503, message=printable(str(error)))
 
 
 def _failure(request: Request, _: Exception) -> Response:
-    say = translations_of(request).gettext
-    return problem_page(request, 500, say("sortd review failed; its log says why."))
-
-
-# ---------------------------------------------------------------- parts
+    message = translations_of(request).gettext("sortd review failed; its log says why.")
+    return rendered(request, "error.html", status=500, message=message)
 
 
 def _layout(request: Request) -> Layout:
@@ -111,12 +87,6 @@ def _layout(request: Request) -> Layout:
         return index_of(request).dataset(request.path_params["key"])
     except DataError as error:
         raise HTTPException(404) from error
-
-
-def _number(request: Request, name: str) -> int:
-    """Return the number of a page in the address, from 1."""
-    text = request.query_params.get(name, "")
-    return int(text) if text.isascii() and text.isdigit() and 0 < len(text) < 8 and int(text) else 1  # noqa: PLR2004
 
 
 def _common(layout: Layout, here: str) -> dict[str, Any]:
@@ -165,9 +135,6 @@ def _shared(near: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Mapping[str
     return [found[key] for key in ranked[:NEAREST_OF_BATCH]]
 
 
-# ---------------------------------------------------------------- datasets
-
-
 def home(request: Request) -> Response:
     """List the datasets; with one there is only its page."""
     index = index_of(request)
@@ -200,9 +167,6 @@ def dataset_page(request: Request) -> Response:
     )
 
 
-# ---------------------------------------------------------------- what waits
-
-
 def waiting_page(request: Request) -> Response:
     """Show one batch of the images that wait, with the forms that answer it."""
     layout, index = _layout(request), index_of(request)
@@ -218,7 +182,7 @@ def waiting_page(request: Request) -> Response:
         return rendered(request, "nothing.html", **common, is_skipped=bool(batches))
     batch = batches[position]
     pages = ceil(len(batch.images) / PAGE_SIZE)
-    page = min(_number(request, "page"), pages)
+    page = min(number_of(request.query_params.get("page", "")) or 1, pages)
     shown = batch.images[(page - 1) * PAGE_SIZE : page * PAGE_SIZE]
     near = index.nearest(layout, shown)
     return rendered(
@@ -260,11 +224,8 @@ def _listed(request: Request, batches: Sequence[ReviewBatch], position: int) -> 
     """Return the other batches of one page of their list."""
     others = [*batches[position + 1 :], *batches[:position]]
     lists = max(1, ceil(len(others) / BATCHES_LISTED))
-    at = min(_number(request, "list"), lists)
+    at = min(number_of(request.query_params.get("list", "")) or 1, lists)
     return {"others_of_list": others[(at - 1) * BATCHES_LISTED : at * BATCHES_LISTED], "list": at, "lists": lists}
-
-
-# ---------------------------------------------------------------- one image
 
 
 def image_page(request: Request) -> Response:
@@ -305,26 +266,20 @@ def _neighbours(index: Index, layout: Layout, facts: Mapping[str, Any]) -> list[
     return [one for one in found if one["image"] is not None]
 
 
-# ---------------------------------------------------------------- audit
-
-
 def audited_page(request: Request) -> Response:
     """Show the open sample of filed images, what the answers so far prove, and what was found wrong."""
     layout, index, config = _layout(request), index_of(request), request.app.state.config
-    folder = layout.state_folder(config.state_dir)
-    sample, right, judged, unchecked = open_sample(folder), 0, 0, 0
-    wrong = list[ShownImage]()
-    if (folder / JOURNAL_FILE).is_file():
-        with History.open(folder / JOURNAL_FILE) as history:
-            accuracy = history.accuracy().values()
-            right, judged = sum(one.audited_right for one in accuracy), sum(one.audited for one in accuracy)
-            unchecked = len(history.to_audit())
-            records = history.finished(Activity(config.state_dir, layout).found_wrong(WRONG_SHOWN))
-        for record in records:
-            path = os.path.join(layout.root, record.destination_path)
-            why = record.move_reason
-            image = index.image_at(layout, path, guess=why.label, score=why.score, mode=why.mode)
-            wrong += [] if image is None else [image]
+    sample, wrong = open_sample(layout.state_folder(config.state_dir)), list[ShownImage]()
+    with journal_of(config, layout).open() as history:
+        accuracy = history.accuracy().values()
+        right, judged = sum(one.audited_right for one in accuracy), sum(one.audited for one in accuracy)
+        unchecked = len(history.to_audit())
+        records = history.finished(Activity(config.state_dir, layout).found_wrong(WRONG_SHOWN))
+    for record in records:
+        path = os.path.join(layout.root, record.destination_path)
+        why = record.move_reason
+        image = index.image_at(layout, path, guess=why.label, score=why.score, mode=why.mode)
+        wrong += [] if image is None else [image]
     size = 0 if sample is None else len(sample.images)
     return rendered(
         request,
@@ -337,7 +292,6 @@ def audited_page(request: Request) -> Response:
         proven=proportion(right, judged),
         unchecked=unchecked,
         wrong=wrong,
-        back=f"/d/{dataset_key(layout)}/audit",
         **_choices(request, layout),
     )
 
@@ -353,9 +307,6 @@ def _sample_groups(index: Index, layout: Layout, sample: AuditSample) -> list[tu
     return groups
 
 
-# ---------------------------------------------------------------- classes, rejected files, runs, references
-
-
 def class_page(request: Request) -> Response:
     """Show the references of a class and the newest images in it, which can be filed elsewhere."""
     layout, index = _layout(request), index_of(request)
@@ -366,17 +317,15 @@ def class_page(request: Request) -> Response:
     paths = sorted(path for path, _ in whole_files(f"{layout.area(Area.CLASES)}/{label}", report=refusals.append))
     pictures = [index.image_at(layout, path) for path in paths[:PAGE_SIZE] if is_image(path)]
     filed: dict[str, ShownImage] = {}
-    journal = layout.state_folder(index.config.state_dir) / JOURNAL_FILE
-    if journal.is_file():
-        with History.open(journal) as history:
-            records = history.moves(Selection(label=label, undoable=True, limit=CLASS_MOVES))
-        for record in records:
-            path, why = os.path.join(layout.root, record.destination_path), record.move_reason
-            if record.move.destination == f"{Area.DATASET}/{label}" and path not in filed and len(filed) < PAGE_SIZE:
-                score = None if why.outcome == Outcome.ASSIGNED else why.score
-                # Without the content of the record: the file may be another one since, and its picture would be wrong.
-                found = index.image_at(layout, path, guess=label, score=score, mode=why.mode)
-                filed |= {} if found is None else {path: found}
+    with journal_of(index.config, layout).open() as history:
+        records = history.moves(Selection(label=label, undoable=True, limit=CLASS_MOVES))
+    for record in records:
+        path, why = os.path.join(layout.root, record.destination_path), record.move_reason
+        if record.move.destination == f"{Area.DATASET}/{label}" and path not in filed and len(filed) < PAGE_SIZE:
+            score = None if why.outcome == Outcome.ASSIGNED else why.score
+            # Without the content of the record: the file may be another one since, and its picture would be wrong.
+            found = index.image_at(layout, path, guess=label, score=score, mode=why.mode)
+            filed |= {} if found is None else {path: found}
     return rendered(
         request,
         "class.html",
@@ -385,7 +334,6 @@ def class_page(request: Request) -> Response:
         references=[image for image in pictures if image is not None],
         hidden_references=max(0, len(paths) - PAGE_SIZE),
         filed=list(filed.values()),
-        back=f"/d/{dataset_key(layout)}/class/{class_key(label)}",
         **_choices(request, layout),
     )
 
@@ -404,18 +352,12 @@ def rejected_page(request: Request) -> Response:
         **_common(layout, "rejected"),
         files=found,
         hidden=max(0, len(files) - REJECTED_SHOWN),
-        back=f"/d/{dataset_key(layout)}/rejected",
     )
 
 
 def runs_page(request: Request) -> Response:
     """List the last runs and the last moves."""
     layout, index, config = _layout(request), index_of(request), request.app.state.config
-    place = JournalPlace(layout.name, layout.root, layout.state_folder(config.state_dir) / JOURNAL_FILE)
-    moves = list[dict[str, Any]]()
-    if place.is_there:
-        with History.open(place.file) as history:
-            moves = [record_facts(place, one) for one in history.moves(Selection(limit=MOVES_SHOWN))]
     shown = [
         {
             **one,
@@ -423,7 +365,7 @@ def runs_page(request: Request) -> Response:
             "from": os.path.relpath(str(one["from"]), layout.root),
             "to": os.path.relpath(str(one["to"]), layout.root),
         }
-        for one in moves
+        for one in journal_of(config, layout).moves(Selection(limit=MOVES_SHOWN))
     ]
     return rendered(
         request,
@@ -431,7 +373,6 @@ def runs_page(request: Request) -> Response:
         **_common(layout, "runs"),
         runs=Activity(config.state_dir, layout).runs(),
         moves=shown,
-        back=f"/d/{dataset_key(layout)}/runs",
     )
 
 
@@ -451,3 +392,19 @@ def static_file(request: Request) -> Response:
     body, mark, kind = found
     headers = {"Cache-Control": "private, max-age=31536000, immutable", "ETag": f'"{mark}"'}
     return Response(body, media_type=kind, headers=headers)
+
+
+routes = [
+    Route("/", home),
+    Route("/static/{name}", static_file),
+    Route("/image/{id}", image_page),
+    Route("/d/{key}/", dataset_page),
+    Route("/d/{key}/waiting", waiting_page),
+    Route("/d/{key}/class/{name}", class_page),
+    Route("/d/{key}/audit", audited_page),
+    Route("/d/{key}/rejected", rejected_page),
+    Route("/d/{key}/runs", runs_page),
+    Route("/d/{key}/references", references_page),
+]
+_Handler = Callable[[Request, Exception], Response]
+error_handlers: Mapping[Any, _Handler] = {HTTPException: _http_error, SortdError: _own_error, 500: _failure}

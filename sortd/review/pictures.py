@@ -58,11 +58,8 @@ class Pictures:
     ) -> None:
         """Start nothing: ``start`` or the first picture starts the processes.
 
-        Args:
-            config: the folder of the cache and the limits of decoding.
-            decode_seconds: time limit for one image, unless the configured one is lower.
-            idle_seconds: time without a request after which the processes end.
-            report: called with one sentence about each problem.
+        An image has ``decode_seconds``, unless the configured limit is lower; the processes end after ``idle_seconds``
+        without a request. ``report`` is called with one sentence about each problem.
         """
         self._cache = PictureCache(os.path.join(config.cache_dir, PICTURES_FOLDER), report=report)
         limits = DecodeLimits.of(config.decoding)
@@ -96,16 +93,10 @@ class Pictures:
             maker.close()
 
     def jpeg(self, path: str, stamp: Stamp, content: str, side: int) -> bytes | None:
-        """Return the picture of one version of a file: all of it, upright, never enlarged.
+        """Return the picture of one version of a file as JPEG: all of it, upright, never enlarged.
 
-        Args:
-            path: the file.
-            stamp: its version.
-            content: its hexadecimal sha256, or "" if it is not known.
-            side: the longer side in pixels, one of ``SIDES``.
-
-        Returns:
-            a JPEG; None if the file has changed or vanished, cannot be decoded, or takes too long.
+        ``content`` is its hexadecimal sha256, or "" if it is not known; ``side`` the longer side in pixels, one of
+        ``SIDES``. Returns None if the file has changed or vanished, cannot be decoded, or takes too long.
         """
         maker = self._makers[side]
         if not _is_there(path, stamp):
@@ -132,9 +123,6 @@ def _key_of(path: str, stamp: Stamp) -> str:
     """Return the key of a picture whose content is not known."""
     version = (stamp.inode, stamp.size, stamp.mtime_ns, stamp.ctime_ns)
     return hashlib.sha256(repr(version).encode() + os.fsencode(path)).hexdigest()
-
-
-# ------------------------------------------------------------ making
 
 
 @dataclass(frozen=True, slots=True, eq=False)

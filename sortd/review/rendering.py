@@ -77,8 +77,10 @@ def rendered(request: Request, template: str, *, status: int = 200, **values: An
     """Return a page in the language of the request; ``values`` are whatever the template shows."""
     language = language_of(request)
     query = urlencode([(name, value) for name, value in request.query_params.multi_items() if name != "effect"])
+    here = request.url.path + (f"?{query}" if query else "")
     common = {
-        "without_effect": request.url.path + (f"?{query}" if query else ""),
+        "without_effect": here,
+        "back": here,
         "form_token": session_of(request),
         "effect": _effect(request),
         "dataset": None,
@@ -90,15 +92,14 @@ def rendered(request: Request, template: str, *, status: int = 200, **values: An
     return _Page(text, status, headers={"Content-Language": language, "Vary": "Accept-Language"})
 
 
-def problem_page(request: Request, status: int, message: str) -> HTMLResponse:
-    """Return the page of an error; ``message`` says what happened and what to do."""
-    return rendered(request, "error.html", status=status, message=message)
-
-
 def effect_number(request: Request) -> int:
     """Return the number of the act that led to this page; 0: none."""
-    number = request.query_params.get("effect", "")
-    return int(number) if number.isascii() and number.isdigit() and len(number) < 10 else 0  # noqa: PLR2004
+    return number_of(request.query_params.get("effect", ""))
+
+
+def number_of(text: str) -> int:
+    """Return the number in a field of a form or an address; 0 for anything else."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else 0  # noqa: PLR2004 -- 64 bits
 
 
 def _effect(request: Request) -> dict[str, Any] | None:

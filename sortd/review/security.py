@@ -116,15 +116,13 @@ class Access:
     ) -> None:
         """Create a token.
 
-        Args:
-            port: the port that must be in the Host of a request to loopback; None: any, as `ssh -L` of a socket needs.
-            proxy: the host, and port if not 443, of a proxy that ends TLS before this server.
-            clock: seconds, for the limits of rate.
+        ``port`` must be in the Host of a request to loopback; None: any, as `ssh -L` of a socket needs. ``proxy`` is
+        the host, and port if not 443, of a proxy that ends TLS; ``clock`` is for the limits of rate.
         """
         self.token = secrets.token_urlsafe(32)
         self._port, self._proxy, self._clock = port, proxy and proxy.lower(), clock
         self._key = secrets.token_bytes(32)
-        self._wrong_tokens = Bucket(WRONG_TOKENS_PER_SECOND, WRONG_TOKENS_AT_ONCE, clock)
+        self.wrong_tokens = Bucket(WRONG_TOKENS_PER_SECOND, WRONG_TOKENS_AT_ONCE, clock)
         self._posts: dict[str, Bucket] = {}
 
     def origin_of(self, host: str) -> str | None:
@@ -145,14 +143,6 @@ class Access:
         """Return the name of the cookie at a Host: browsers send cookies of one host to all of its ports."""
         return f"sortd-{host.rpartition(':')[2] if re.search(r':[0-9]+$', host) else 'review'}"
 
-    def is_token(self, text: str) -> bool:
-        """Tell whether a text is the token."""
-        return _is_equal(text, self.token)
-
-    def may_guess(self) -> bool:
-        """Count a wrong token; return whether it was one of the few that get an ordinary answer."""
-        return self._wrong_tokens.take()
-
     def new_session(self) -> str:
         """Return the value of the cookie of a new session."""
         number = secrets.token_hex(16)
@@ -166,10 +156,6 @@ class Access:
     def form_token(self, session: str) -> str:
         """Return what a form of a session must carry."""
         return self._sign("form", session)
-
-    def is_form_token(self, text: str, session: str) -> bool:
-        """Tell whether a text is the form token of a session."""
-        return _is_equal(text, self.form_token(session))
 
     def may_post(self, session: str) -> bool:
         """Count a POST of a session; return whether it is within the limit of rate."""
@@ -363,8 +349,8 @@ async def _enter(scope: Scope, answer: _Answer, access: Access, host: str) -> No
     """
     if scope["method"] != "GET":
         raise RefusedRequest(405, "method", headers=[(b"allow", b"GET")])
-    if not access.is_token(str(scope["path"]).removeprefix(ENTRY)):
-        if not access.may_guess():
+    if not _is_equal(str(scope["path"]).removeprefix(ENTRY), access.token):
+        if not access.wrong_tokens.take():  # the first few get an ordinary answer
             raise RefusedRequest(429, "token_rate", "Too many wrong addresses.", headers=[(b"retry-after", b"1")])
         raise RefusedRequest(403, "token", f"This address is not, or no longer, valid. {_OPEN_ADDRESS}")
     is_tls = str(access.origin_of(host)).startswith("https:")
@@ -408,7 +394,7 @@ async def _checked_post(scope: Scope, receive: Receive, access: Access, host: st
         raise RefusedRequest(429, "rate", "Too many requests; wait a second.", headers=[(b"retry-after", b"1")])
     body = await _body(scope, receive)
     given = _values(scope, b"x-sortd-token") + _fields(body, b"token")
-    if not given or not all(access.is_form_token(text, session) for text in given):
+    if not given or not all(_is_equal(text, access.form_token(session)) for text in given):
         raise RefusedRequest(403, "form_token")
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

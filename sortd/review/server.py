@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import AF_INET, AF_UNIX, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET
 from socket import socket as Socket  # noqa: N812 -- a class; `socket` is the name of the option
@@ -59,17 +59,11 @@ def serve(
     port: int | None = None,
     socket: Path | None = None,
     behind_proxy: str | None = None,
-    environ: MutableMapping[str, str] = os.environ,
 ) -> None:
     """Serve the pages until a signal stops the process.
 
-    Args:
-        make_app: makes the pages, when the sockets and the log are ready.
-        config: the state folder and the log.
-        port: on 127.0.0.1; 0: any free one; default: ``PORT``.
-        socket: path of a Unix socket, instead of a port.
-        behind_proxy: the host of a proxy that ends TLS before this server.
-        environ: the variables of systemd.
+    ``make_app`` makes the pages when the sockets and the log are ready. They are served at ``port`` of 127.0.0.1 (0:
+    any free one; default: ``PORT``) or on a Unix ``socket``; ``behind_proxy`` is the host of a proxy that ends TLS.
 
     Raises:
         StartupError: the address cannot be used.
@@ -78,8 +72,8 @@ def serve(
     os.nice(NICENESS)
     if behind_proxy is not None and not _HOST.fullmatch(behind_proxy):
         raise typer.BadParameter("give a host name, and a port if it is not 443", param_hint="--behind-proxy")
-    notifier, log = Notifier(environ), structlog.get_logger("sortd")
-    with listening(port, socket, environ) as sockets:
+    notifier, log = Notifier(os.environ), structlog.get_logger("sortd")
+    with listening(port, socket, os.environ) as sockets:
         access = Access(port=_common_port(sockets), proxy=behind_proxy)
         url = f"{_origin(sockets, behind_proxy)}/enter/{access.token}"
         with _url_file(config.state_dir, url) as file:
@@ -87,7 +81,7 @@ def serve(
             def on_ready() -> None:
                 places = [socket_place(one) for one in sockets]
                 log.info(logs.REVIEW_READY, listens_on=places, url_file=os.fspath(file))
-                if not logs.is_journal(sys.stdout, environ.get("JOURNAL_STREAM", "")):
+                if not logs.is_journal(sys.stdout, os.environ.get("JOURNAL_STREAM", "")):
                     _print_url(url, sockets)
                 notifier.ready(f"listens on {', '.join(places)}")
 
@@ -115,8 +109,7 @@ def _print_url(url: str, sockets: Sequence[Socket]) -> None:
 def _url_file(state: Path, url: str) -> Iterator[Path]:
     """Write the address into a file that only this user can read; remove it at the end, unless it is another's.
 
-    Raises:
-        StartupError: it cannot be written.
+    Raises StartupError: it cannot be written.
     """
     file, content = state / URL_FILE, f"{url}\n".encode()
     try:
@@ -131,9 +124,6 @@ def _url_file(state: Path, url: str) -> Iterator[Path]:
         with suppress(OSError):
             if read_regular(file) == content:
                 file.unlink()
-
-
-# ---------------------------------------------------------------- uvicorn
 
 
 def server_config(
@@ -256,15 +246,11 @@ class LimitedProtocol(H11Protocol):
             self.transport.abort()
 
 
-# ---------------------------------------------------------------- sockets
-
-
 @contextmanager
 def listening(port: int | None, path: Path | None, environ: MutableMapping[str, str]) -> Iterator[list[Socket]]:
-    """Yield the sockets that this process listens on: those that systemd passes, a Unix socket, or a port of loopback.
+    """Yield the sockets of this process: those that systemd passes, a Unix socket, or a port of loopback.
 
-    Raises:
-        StartupError: the address is taken or not allowed.
+    Raises StartupError: the address is taken or not allowed.
     """
     if port is not None and path is not None:
         raise typer.BadParameter("give either --port or --socket")
@@ -275,12 +261,8 @@ def listening(port: int | None, path: Path | None, environ: MutableMapping[str, 
         with unix_socket(path.absolute()) as listener:
             yield [listener]
         return
-    sockets = passed or [_loopback_socket(PORT if port is None else port)]
-    try:
-        yield sockets
-    finally:
-        for one in sockets:
-            one.close()
+    with ExitStack() as stack:
+        yield [stack.enter_context(one) for one in passed or [_loopback_socket(PORT if port is None else port)]]
 
 
 def _loopback_socket(port: int) -> Socket:

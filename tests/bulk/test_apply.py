@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from sortd.api.dataset import open_dataset
 from sortd.bulk.engines import decide_shard
 from sortd.bulk.plan import make_plan
-from sortd.bulk.transfers import APPLY, open_transfers
+from sortd.bulk.transfers import TransferJournal
 from sortd.core.guard import GuardState
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.layout import Layout
@@ -289,8 +290,8 @@ class TestObjects:
         """One was copied and not deleted at its source yet."""
         before = objects(client)
         assert self.bulk(tmp_path, "apply").code == 0
-        with open_transfers(tmp_path / "run") as journal:
-            (group,) = journal.groups(APPLY, done=True)
+        with closing(TransferJournal(tmp_path / "run")) as journal:
+            (group,) = journal.applied(done=True)
             one = next(one for one in group if one.label == "red")
             journal.write([replace(one, progress=MoveProgress.PUBLISHED)])
         client.put_object(Bucket=BUCKET, Key="set/Images/a b.jpg", Body=CONTENTS["a b.jpg"])

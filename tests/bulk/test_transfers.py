@@ -2,6 +2,7 @@
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from sortd.bulk.transfers import (
     Transfer,
     TransferJournal,
     TransferResult,
-    open_transfers,
     transfer_all,
 )
 from sortd.errors import AlreadyRunningError, JournalError
@@ -41,12 +41,12 @@ class Place:
 
     def begin(self, progress: MoveProgress) -> None:
         """Journal that the transfer came so far."""
-        with open_transfers(self.folder) as journal:
+        with closing(TransferJournal(self.folder)) as journal:
             journal.write([replace(self.transfer, progress=progress)])
 
     def run(self) -> TransferResult:
         """Carry the transfer out."""
-        with open_transfers(self.folder) as journal, ThreadPoolExecutor(2) as pool:
+        with closing(TransferJournal(self.folder)) as journal, ThreadPoolExecutor(2) as pool:
             (result,) = transfer_all(ObjectStore(LocalFileSystem()), journal, [self.transfer], pool)
         return result
 
@@ -125,7 +125,7 @@ def test_transfer_removes_a_copy_of_a_later_version(place: Place) -> None:
             place.put("in/a.jpg", b"a later version")
             super().copy(source, destination)
 
-    with open_transfers(place.folder) as journal, ThreadPoolExecutor(2) as pool:
+    with closing(TransferJournal(place.folder)) as journal, ThreadPoolExecutor(2) as pool:
         (result,) = transfer_all(ChangingStore(LocalFileSystem()), journal, [place.transfer], pool)
         assert result.message == "the object changed while it was copied"
         assert [one.progress for one in journal.known([place.transfer])] == [None]
@@ -143,7 +143,7 @@ def test_transfer_leaves_what_another_program_wrote_after_the_copy(place: Place)
             super().copy(source, destination)
             place.put("out/a.jpg", b"of the user")
 
-    with open_transfers(place.folder) as journal, ThreadPoolExecutor(2) as pool:
+    with closing(TransferJournal(place.folder)) as journal, ThreadPoolExecutor(2) as pool:
         (result,) = transfer_all(SharedStore(LocalFileSystem()), journal, [place.transfer], pool)
     assert result.message == "the object changed while it was copied"
     assert place.there() == {"in/a.jpg": BYTES, "out/a.jpg": b"of the user"}
@@ -154,7 +154,7 @@ def test_transfer_whose_source_changed_before_its_copy_is_forgotten(place: Place
     place.begin(MoveProgress.INTENDED)
     place.put("in/a.jpg", b"a later version")
     assert place.run().message == "the object changed"
-    with open_transfers(place.folder) as journal:
+    with closing(TransferJournal(place.folder)) as journal:
         assert [one.progress for one in journal.known([place.transfer])] == [None]
 
 
@@ -168,7 +168,10 @@ def test_transfer_onto_itself_is_refused(place: Place) -> None:
 
 def test_journal_is_open_in_one_process_at_a_time(place: Place) -> None:
     """A second call is refused while the first one works; a damaged journal is named."""
-    with open_transfers(place.folder), pytest.raises(AlreadyRunningError, match="another sortd applies this run"):
+    with (
+        closing(TransferJournal(place.folder)),
+        pytest.raises(AlreadyRunningError, match="another sortd applies this run"),
+    ):
         TransferJournal(place.folder)
     (place.folder / "applied.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(JournalError, match=r"applied\.sqlite cannot be used"):

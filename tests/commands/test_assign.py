@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from sortd.commands.assign import assign_to_class, given_since, newest_assigned
-from sortd.commands.groups import models
-from sortd.commands.moves import undo_records_of
+from sortd.commands.assign import assign_to_class
+from sortd.commands.moves import journal_of, undo_records_of
 from sortd.commands.status import settings_with_corrections
 from sortd.config import Config, read_config
 from sortd.daemon.assign import image_facts
@@ -19,11 +18,14 @@ from sortd.daemon.control import AnsweredError, ask
 from sortd.daemon.corrections import record_places
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.daemon.references import References
+from sortd.daemon.resources import Resources
 from sortd.errors import DataError
+from sortd.events import Outcome
 from sortd.files import write_json
 from sortd.finetune.data import find_candidates
 from sortd.finetune.recipe import Source
 from sortd.layout import Area, Layout
+from sortd.store.records import Selection
 from sortd.watch.scan import stamp
 from tests.command_line import Ran, sortd, write_config
 from tests.daemon_process import DaemonProcess, make_dataset, picture, running, tree
@@ -105,7 +107,8 @@ class TestCommand:
         (one,) = facts["assigned"]
         assert (facts["dataset"], facts["label"], facts["example"], facts["later"]) == ("Colours", "blue", False, 0)
         assert one["destination"] == str(site / "Dataset" / "blue" / "0.png")
-        assert one["id"] == newest_assigned(config_of(site), Layout(site), 1)[0]["id"]
+        newest = Selection(outcome=Outcome.ASSIGNED, undoable=True, limit=1)
+        assert one["id"] == journal_of(config_of(site), Layout(site)).moves(newest)[0]["id"]
 
     def test_assign_none_takes_no_class(self, site: Path) -> None:
         """Every path is an image; no folder appears in Clases/, and the folder in Dataset/ is no finding."""
@@ -205,19 +208,18 @@ class TestFunctions:
             undo_records_of(config, layout, [999])
         assert undo_records_of(config, layout, []) == {"undone": [], "later": 0}
 
-    def test_newest_assigned_and_given_since_count_what_stands(self, site: Path) -> None:
-        """Undone moves are neither; images are counted, not acts."""
+    def test_given_since_counts_what_stands(self, site: Path) -> None:
+        """Undone moves do not count; images are counted, not acts."""
         config, layout = config_of(site), Layout(site)
-        none = {"assigned": 0, "corrected": 0, "confirmed": 0}
-        assert given_since(config, layout, 0.0) == none
         done = assign_to_class(config, layout, "sky", waiting(site))["assigned"]
         mark = stamp(done[0]["destination"])
         assert mark is not None
         assign_to_class(config, layout, "blue", [image_facts(done[0]["destination"], mark)])
         undo_records_of(config, layout, [done[1]["id"]])
-        assert given_since(config, layout, 0.0) == none | {"assigned": WAITING - 1}
-        assert given_since(config, layout, time.time() + 60) == none
-        newest = newest_assigned(config, layout, 2)
+        with journal_of(config, layout).open() as history:
+            assert history.given_since(0.0) == {"assigned": WAITING - 1}
+            assert history.given_since(time.time() + 60) == {"assigned": 0}
+        newest = journal_of(config, layout).moves(Selection(outcome=Outcome.ASSIGNED, undoable=True, limit=2))
         assert [(one["label"], Path(str(one["to"])).name) for one in newest] == [("blue", "0.png"), ("sky", "2.png")]
 
     def test_assign_changed_image_stays_while_others_move(self, site: Path) -> None:
@@ -232,9 +234,9 @@ class TestFunctions:
 def strangers(site: Path) -> int:
     """Return how many images count as examples of no class."""
     config, layout = config_of(site), Layout(site)
-    with models(config, lambda _: FakeEncoder()) as (_, load):
+    with Resources(config, load_encoder=lambda _: FakeEncoder()) as resources:
         settings = settings_with_corrections(config, layout)
-        support, _ = References(layout.area(Area.CLASES)).support(load(), settings)
+        support, _ = References(layout.area(Area.CLASES)).support(resources.embedder(), settings)
         assert support.labels == ("blue", "green", "red")
         return len(support.strangers)
 

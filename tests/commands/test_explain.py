@@ -18,7 +18,7 @@ from sortd.classify.explain import Explanation, explain, explain_finetuned, expl
 from sortd.classify.types import AbstainSettings, DecisionSettings
 from sortd.commands.explain import ImageExplanation, explain_image, explain_page
 from sortd.config import Config, read_config
-from sortd.daemon.resources import classifier_of
+from sortd.daemon.resources import ActiveClassifier
 from sortd.encoder.finetuned import FinetunedFacts
 from sortd.errors import DataError, UnreadableError
 from sortd.events import Mode
@@ -308,7 +308,7 @@ class TestImage:
         with pytest.raises(UnreadableError, match="cannot be decided"):
             explain_image(config, tmp_path / "notes.txt", load_encoder=lambda _: FakeEncoder())
         make_dataset(tmp_path / "Data", "Second", references=1)
-        with pytest.raises(DataError, match=r"--dataset Colours\|Second"):
+        with pytest.raises(DataError, match=r"one\.png is in no dataset; .*: Colours, Second"):
             explain_image(config, tmp_path / "one.png")
 
 
@@ -338,7 +338,8 @@ class TestFinetuned:
 
     def test_explain_image_without_an_embedding_omits_the_prototypes(self, site: Path, vit: FinetunedFacts) -> None:
         """The model's own answer stands alone."""
-        classifier = classifier_of(vit, None, generation=3)
+        classifier = ActiveClassifier(vit).classifier(None, generation=3)
+        assert classifier is not None
         prototypes = make_prototypes(site, DecisionSettings(Mode.MAX, None))
         found = explain_finetuned(classifier, np.array([3.0, 0.0, 0.0]), prototypes=prototypes, embedding=None)
         assert (found.label, found.neighbours, found.others) == (vit.labels[0], (), ())

@@ -16,7 +16,8 @@ import typer.core
 
 from sortd import cli
 from sortd.commands.console import json_values
-from sortd.commands.json_schema import DOCUMENTS, write
+from sortd.commands.documents import DOCUMENTS
+from sortd.commands.json_schema import write
 from sortd.layout import Layout
 from tests.command_line import require_documented, sortd, write_config
 from tests.daemon_process import make_dataset, picture

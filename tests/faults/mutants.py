@@ -245,7 +245,11 @@ APART = (
     Mutant("daemon/corrections", "if 0 <= now_ns - changed_ns < FOLLOW_NS:", "if False:"),
     Mutant("daemon/control", "if one.move_reason.reason not in apart and ", "if "),
     Mutant("moving/recovery", "if (stranger := _stranger(folders, record)) is not None:", "if (stranger := None):"),
-    Mutant("daemon/corrections", "return record if gone is None or gone.id < record.id else None", "return record"),
+    Mutant(
+        "daemon/corrections",
+        "return put if put is not None and (gone is None or gone.id < put.id) else None",
+        "return put",
+    ),
     Mutant("daemon/corrections", "            self._journal.follow(record, refused)\n", "            pass\n"),
     Mutant(
         "daemon/datasets",

@@ -341,7 +341,8 @@ def test_command_prints_folder_and_metrics(tmp_path: Path, vit: Path, write_conf
     assert folder.parent.name == "finetuned"
     assert ran.facts["comparison"]["verdict"] in {"weaker", "level", "stronger"}
     assert "sortd: reading images: done" in ran.err
-    assert "sortd: training: step 2 of 2, validation" in ran.err
+    assert "sortd: training, validation " in ran.err
+    assert " at step 2: 2 of 2\n" in ran.err
     assert ran.facts["recipe"]["views"] == 0
     quick = sortd(*common, "--effort", "quick", "--json")
     assert quick.facts["recipe"]["views"] == 4
