@@ -154,10 +154,8 @@ def _is_gone(path: str) -> bool:
     """Return whether nothing has a path; False if the disk does not respond."""
     try:
         os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        pass
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
     return False
 
 
@@ -300,10 +298,8 @@ class CorrectionScanner:
         """
         taken = []
         for record, place in list(islice(self._moved.values(), MOST_FOLLOWED)):
-            try:
-                changed_ns = os.lstat(self._layout.root / place).st_ctime_ns
-            except OSError:
-                changed_ns = 0
+            found = version_at(os.path.join(self._layout.root, place))
+            changed_ns = 0 if found is None else found.ctime_ns
             if 0 <= now_ns - changed_ns < FOLLOW_NS:
                 continue
             del self._moved[record.id]
@@ -366,8 +362,7 @@ class CorrectionScanner:
         while self._wanted:
             path, area = self._wanted.popitem(last=False)
             self._looked_at += 1
-            placed = self._placed.pop(path, None)
-            if placed is not None and placed == version_at(path):
+            if (placed := self._placed.pop(path, None)) is not None and placed == version_at(path):
                 pass  # a rename by anybody else would have set its ctime
             elif area is Area.REJECTED and (found := self.rejects.look(path)) is not None:
                 yield Repaired(path, found)

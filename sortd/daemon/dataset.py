@@ -136,8 +136,7 @@ class MoveQueue:
                 if record is not None:
                     self._log.recovered(record, self._root)
             elif move.progress is MoveProgress.FAILED:
-                place = self._root / move.source / move.image.name
-                if not os.path.lexists(place):
+                if not os.path.lexists(self._root / move.source / move.image.name):
                     self._log.taken_back(move, self._root)
 
     def _withdraw(self, message: str) -> list[MoveAnswer]:
