@@ -1,7 +1,7 @@
 """The modes ``best`` and ``mixed``: a Gaussian and a kernel, weighted by leave-one-out; see docs/decisions.md."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from sortd.classify.leave_one_out import (
     kernel_table,
     refit_tables,
 )
-from sortd.classify.library import Library, Pause, no_pause, parts
+from sortd.classify.library import Library, Pause, no_pause, parts, unit_rows
 
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Weights of the kernel that are tried, relative to the Gaussian. The smallest is taken unless a larger one is better
@@ -257,7 +257,8 @@ def _assemble(fit: LibraryFit, competes: BoolArray, trial: Trial) -> Blend:
     shrunk = shrink_means(fit.gaussian, named, trial.text_weight)
     if named is not None:
         shrunk[~fit.present] = named[~fit.present]
-    return Blend(fit, trial, fit.kernel.with_names(named), shrunk, competes)
+    kernel = replace(fit.kernel, named=None if named is None else unit_rows(named).astype(np.float32))
+    return Blend(fit, trial, kernel, shrunk, competes)
 
 
 def _choose_share(right: BoolArray, weights: Array) -> float:

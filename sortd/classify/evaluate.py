@@ -18,8 +18,8 @@ from sortd.classify.calibration import (
     precision_curve,
 )
 from sortd.classify.decide import decide
-from sortd.classify.held_out import LARGEST_ROWS, LeaveOneOutResult, leave_out_blend, leave_out_plain, merge_references
-from sortd.classify.library import Library, duplicate_distance, parts, unit_rows
+from sortd.classify.held_out import LARGEST_ROWS, LeaveOneOutResult, leave_out_blend, leave_out_plain
+from sortd.classify.library import Library, duplicate_distance, make_library, parts, unit_rows
 from sortd.classify.open_set import leave_classes_out, nearest_cosines
 from sortd.classify.proportions import estimated
 from sortd.classify.prototypes import PrototypeSet
@@ -152,7 +152,8 @@ def evaluate(
     support = _part(support, np.argsort(support.classes, kind="stable"))
     prototypes = build(support, settings, generation=0)
     keep(prototypes)
-    library = merge_references(prototypes, support)
+    references, classes = prototypes.references, prototypes.classes
+    library = make_library(references, classes, len(support.labels), support.text, support.text_mean)
     judgements, blends = _judgements(prototypes, support, library)
     reports = tuple(_mode_report(mode, judgement, len(support.labels)) for mode, judgement in judgements.items())
     mode = settings.mode if settings.mode in judgements else Mode.MEAN
@@ -165,8 +166,8 @@ def evaluate(
         if mine is None
         else _trade_offs(library, mine, mode, blends[mode is Mode.MIXED], settings.abstain, support.evidence)
     )
-    classes = _class_reports(prototypes, library, mine)
-    scores = [one.f1 for one in classes if one.f1 is not None]
+    class_reports = _class_reports(prototypes, library, mine)
+    scores = [one.f1 for one in class_reports if one.f1 is not None]
     return EvaluationReport(
         encoder_id=support.encoder_id,
         classes=len(support.labels),
@@ -174,7 +175,7 @@ def evaluate(
         distinct=len(library.rows),
         mode=mode.value,
         modes=reports,
-        class_reports=classes,
+        class_reports=class_reports,
         macro_f1=float(np.mean(scores)) if scores else None,
         confusion=_confusion(support.labels, mine) if mine is not None else (),
         trade_offs=trade_offs,

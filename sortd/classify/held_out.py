@@ -16,7 +16,7 @@ from sortd.classify.calibration import top_classes
 from sortd.classify.decide import score_batch
 from sortd.classify.kernel import Plain, plain_held_out
 from sortd.classify.leave_one_out import LARGEST_TABLE, choose_held_out
-from sortd.classify.library import Library, class_means, make_library, parts
+from sortd.classify.library import Library, class_means, parts
 from sortd.classify.proportions import estimated
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import BLENDED, DecisionSettings, SupportSet
@@ -57,12 +57,6 @@ class LeaveOneOutResult:
     distinct_own: IntArray  # (S,)
     distinct_best: IntArray  # (S,)
     distinct_confidence: Array  # (S,)
-
-
-def merge_references(prototypes: PrototypeSet, support: SupportSet) -> Library:
-    """Return the library of a prototype set, with the names of its support set."""
-    labels = len(prototypes.labels)
-    return make_library(prototypes.references, prototypes.classes, labels, support.text, support.text_mean)
 
 
 def leave_out_plain(mode: Mode, prototypes: PrototypeSet, library: Library) -> LeaveOneOutResult:

@@ -154,11 +154,9 @@ def _low(values: Array, share: float) -> float:
 
 
 def _share_to_refuse(known: Array, null: "Strangers") -> float:
-    total = null.weights.sum()
-    for share in KNOWN_REFUSED:
-        if float(null.weights @ (null.typicality >= _low(known, float(share))) / total) <= STRANGERS_KEPT:
-            return float(share)
-    return float(KNOWN_REFUSED[-1])
+    weights, shares = null.weights / null.weights.sum(), KNOWN_REFUSED.tolist()
+    fits = (one for one in shares if weights @ (null.typicality >= _low(known, one)) <= STRANGERS_KEPT)
+    return float(next(fits, shares[-1]))
 
 
 @dataclass(frozen=True, eq=False)
