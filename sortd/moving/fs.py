@@ -115,6 +115,15 @@ def is_version(status: os.stat_result, stamp: Stamp) -> bool:
     return stamp_of(status).is_same_version(stamp)
 
 
+def check_version(folder: int, name: str, stamp: Stamp, path: str) -> None:
+    """Raise VanishedError or ChangedError unless a file is this version; ``path`` is for the message."""
+    status = lstat_at(folder, name)
+    if status is None:
+        raise VanishedError(f"{path}: the file is gone")
+    if not is_version(status, stamp):
+        raise ChangedError(f"{path}: the file was changed or replaced")
+
+
 def lstat_at(folder: int, name: str) -> os.stat_result | None:
     """Return the status of a name in a folder, without following links; None if the name does not exist."""
     try:

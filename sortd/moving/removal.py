@@ -63,14 +63,6 @@ def remove_files(folders: Folders, move: MoveRecord) -> MoveRecord:
     return replace(move, files=(image, *move.files[1:]), progress=MoveProgress.DONE, message=message)
 
 
-def recover_removal(folders: Folders, move: MoveRecord) -> MoveRecord:
-    """Continue an undo that did not end; it stays open if a folder is missing. Raises OSError."""
-    try:
-        return remove_files(folders, move)
-    except FileNotFoundError:
-        return move
-
-
 def _is_recorded(file: MoveFile, copy: os.stat_result, original: os.stat_result | None) -> bool:
     """Return whether a copy and its original are those of the record; ``remove_files`` reads them before it removes."""
     if file.role is not Role.COPY or file.moved_stamp is None or original is None:
