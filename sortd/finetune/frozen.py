@@ -7,8 +7,7 @@ images prove, before any training, that the network gives the same logits in thi
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,13 +234,3 @@ def write_features(
             beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def closing(part: FrozenPart | None) -> Iterator[FrozenPart | None]:
-    """Close the part at the end, if there is one."""
-    try:
-        yield part
-    finally:
-        if part is not None:
-            part.close()
