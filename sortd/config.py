@@ -202,30 +202,14 @@ LIVE_KEYS = frozenset(DatasetConfig.model_fields) | {
 """The keys that a running sortd applies on reload; the others need a restart."""
 
 _GROUPS: Final[Mapping[str, type[BaseModel]]] = {
-    "abstain": AbstainConfig,
-    "decoding": Decoding,
-    "log": Log,
-    "journal": JournalConfig,
-    "metrics": MetricsConfig,
-    "notify": NotifyConfig,
+    name: type(field.default) for name, field in Config.model_fields.items() if isinstance(field.default, BaseModel)
 }
 _LISTS: Final[Mapping[tuple[str | int, ...], type[BaseModel]]] = {
     ("notify", "urls"): TargetConfig,
     ("hooks",): HookConfig,
 }
 """The lists of groups of keys; they are set as a whole."""
-_MAY_BE_EMPTY = {
-    "state_dir",
-    "cache_dir",
-    "text_model",
-    "datasets",
-    "log",
-    "journal",
-    "metrics",
-    "decoding",
-    "notify",
-    "hooks",
-}
+_MAY_BE_EMPTY = {"state_dir", "cache_dir", "text_model", "datasets", "hooks", *_GROUPS} - {"abstain"}
 
 
 def _keys(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
