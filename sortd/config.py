@@ -300,7 +300,7 @@ def _drop_empty(values: dict[str, Any], tree: config_yaml.Tree, above: config_ya
             may_be_empty = (
                 key in _MAY_BE_EMPTY if not above else above[0] in {"metrics", "notify", "datasets"} and len(above) == 1
             )
-            if not may_be_empty and not tree.is_mistaken(path):
+            if not may_be_empty and all(mistake.path != path for mistake in tree.mistakes):
                 tree.mistake(path, "has no value; give it one or remove the line")
         elif path in {("root",), ("state_dir",), ("cache_dir",)} and isinstance(value, str) and not value.strip():
             tree.mistake(path, "must not be empty; name a folder, or remove the line")

@@ -182,10 +182,6 @@ def bytes_of(array: Pixels | FloatArray) -> memoryview:
 # ---------------------------------------------------------------- the client
 
 
-def _nothing(_: str | None) -> None:
-    """Do nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """How a client waits for the service and for its answers.
@@ -194,7 +190,7 @@ class Waiting:
     may raise, which ends the request. After ``most_seconds`` without the service the client gives up (None: never).
     """
 
-    on_wait: Callable[[str | None], None] = _nothing
+    on_wait: Callable[[str | None], None] = lambda _: None
     most_seconds: float | None = COMMAND_SECONDS
 
 

@@ -328,7 +328,8 @@ def open_files(folders: Folders, move: MoveRecord) -> list[int]:
             if file.role not in {Role.REASON, Role.REMOVED}:
                 _open_file(folder, file, move, opened)
     except BaseException as error:
-        close_files(opened)
+        for descriptor in opened:
+            os.close(descriptor)
         if isinstance(error, FileNotFoundError):
             raise VanishedError(f"{path}: the file is gone") from error
         if isinstance(error, OSError):
@@ -358,12 +359,6 @@ def sync_files(files: Sequence[int], threads: int) -> dict[int, OSError]:
         with ThreadPoolExecutor(threads, thread_name_prefix="sync") as pool:
             list(pool.map(sync, files))
     return failures
-
-
-def close_files(files: Iterable[int]) -> None:
-    """Close descriptors."""
-    for file in files:
-        os.close(file)
 
 
 def _open_file(folder: int, file: MoveFile, move: MoveRecord, opened: list[int]) -> None:

@@ -24,7 +24,6 @@ from sortd.moving.fs import (
     Listings,
     check_source,
     check_version,
-    close_files,
     is_version,
     lstat_at,
     open_files,
@@ -441,7 +440,8 @@ def _ready(folders: Folders, orders: Iterable[MoveOrder], sync_threads: int) -> 
     try:
         failures = sync_files(descriptors, sync_threads)
     finally:
-        close_files(descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
     ready: list[MoveOrder] = []
     for order, of_order in opened:
         failure = next((failures[one] for one in of_order if one in failures), None)

@@ -36,7 +36,6 @@ class Limits:
 
     max_user_watches: int | None
     max_user_instances: int | None
-    max_queued_events: int | None
 
 
 def limits(folder: str = "/proc/sys/fs/inotify") -> Limits:

@@ -90,7 +90,7 @@ def test_local_device_is_none_where_another_clock_may_set_times(tmp_path: Path, 
 
 def test_limits_missing_file_is_none(tmp_path: Path) -> None:
     """A container may hide the limits."""
-    assert all(isinstance(value, int) for value in (limits().max_user_watches, limits().max_queued_events))
+    assert all(isinstance(value, int) for value in (limits().max_user_watches, limits().max_user_instances))
     assert limits(os.fspath(tmp_path)) == Limits(None, None, None)
 
 
