@@ -138,8 +138,7 @@ def _calibrate(
         HeldOutOutcomes(confidence, right, own, open_set),
         settings.abstain.precision,
         classes=classes,
-        foreign_cosines=np.zeros(0) if right.any() else _foreign_cosines(library, pause),
-        nothing_held_out="no class has two different images",
+        foreign_cosines=None if right.any() else _foreign_cosines(library, pause),
         null=null,
         evidence=evidence,
     )

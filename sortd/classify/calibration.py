@@ -328,8 +328,7 @@ def calibrate_knowns(
     precision: float,
     *,
     classes: int,
-    foreign_cosines: Array,
-    nothing_held_out: str,
+    foreign_cosines: Array | None = None,
     null: Strangers | None = None,
     evidence: Evidence | None = None,
 ) -> dict[str, Any]:
@@ -343,7 +342,6 @@ def calibrate_knowns(
         precision: wanted precision.
         classes: number of classes.
         foreign_cosines: (N,) cosines for ``foreign_gate``, used if no held-out decision is correct.
-        nothing_held_out: the note if R is 0.
         null: scores of references whose class is left out, for ``known_gate``.
         evidence: filed images that a person has checked.
     """
@@ -354,11 +352,12 @@ def calibrate_knowns(
     if open_set is not None and right.any():
         gate = known_gate(open_set, confidence, right, classes=classes, null=null)
         is_familiar = gate.familiarity(open_set, confidence) >= gate.least
-    elif len(foreign_cosines):
+    elif foreign_cosines is not None and len(foreign_cosines):
         gate = foreign_gate(foreign_cosines)
     facts: dict[str, Any] = {"held_out": count, "gate": gate}
     if not count:
-        note = f"{nothing_held_out}, so no precision can be expected"
+        why = "the training has no held-out image" if open_set is None else "no class has two different images"
+        note = f"{why}, so no precision can be expected"
         return {**facts, **NOTHING_FILED, "confidence": NEVER, "notes": (note,)}
     shift = confidence_shift(confidence, right, weights, evidence)
     corrected = _shifted(confidence, shift)
@@ -414,10 +413,7 @@ def calibrate_outcomes(outcomes: HeldOutOutcomes, abstain: AbstainSettings | Non
         return Calibration(
             count, accuracy, filed_expected=1.0, precision_expected=accuracy, filed_held_out=count, right_held_out=right
         )
-    nothing = "the training has no held-out image"
-    facts = calibrate_knowns(
-        outcomes, abstain.precision, classes=classes, foreign_cosines=np.zeros(0), nothing_held_out=nothing
-    )
+    facts = calibrate_knowns(outcomes, abstain.precision, classes=classes)
     if abstain.strangers != "auto":
         note = f"strangers {abstain.strangers:g} has no effect: a fine-tuned model decides by its probability alone"
         facts["notes"] = (*facts["notes"], note)

@@ -339,15 +339,7 @@ def _trade_offs(
     null = leave_classes_out(library.rows, library.classes, library.counts) if mode in BLENDED else None
     found = []
     for precision in sorted({*PRECISIONS, *(() if abstain is None else (abstain.precision,))}):
-        facts = calibrate_knowns(
-            outcomes,
-            precision,
-            classes=len(library.counts),
-            foreign_cosines=np.zeros(0),
-            nothing_held_out="",
-            null=null,
-            evidence=evidence,
-        )
+        facts = calibrate_knowns(outcomes, precision, classes=len(library.counts), null=null, evidence=evidence)
         filed, expected, judged = (facts[key] for key in ("filed_expected", "precision_expected", "filed_held_out"))
         judged = facts["checked"] or judged
         found.append(TradeOff(precision, filed, expected, not facts["notes"], len(own), judged))
