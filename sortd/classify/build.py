@@ -156,9 +156,8 @@ def _plain_decisions(mode: Mode, library: Library, blend: Blend, pause: Pause) -
     chosen, own = blend.fit.held.chosen, blend.fit.held.own
     plain = Plain(library.rows, library.classes, library.counts, blend.fit.moments.means, library.text)
     table = np.empty((len(chosen), len(library.counts)))
-    for part in parts(len(chosen), len(library.rows), BLOCK):  # the blocks of ``max``, for equal rounding
+    for part in parts(len(chosen), len(library.rows), BLOCK, pause=pause):  # the blocks of ``max``, for equal rounding
         table[part] = plain_held_out(mode, chosen[part], plain)
-        pause()
     temperature = plain_temperature(table, own, pause=pause)
     best, confidence = top_classes(table, temperature, pause=pause)
     return best if np.isfinite(table).any() else own, confidence, temperature
@@ -197,9 +196,8 @@ def _foreign_cosines(library: Library, pause: Pause) -> Array:
         return np.zeros(0)
     sample = np.unique(np.linspace(0, len(library.rows) - 1, FOREIGN_SAMPLE).astype(np.int64))
     nearest = np.empty(len(sample))
-    for part in parts(len(sample), len(library.rows)):
+    for part in parts(len(sample), len(library.rows), pause=pause):
         similarities = library.rows[sample[part]] @ library.rows.T
         similarities[library.classes[sample[part]][:, None] == library.classes] = -1.0
         nearest[part] = similarities.max(axis=1)
-        pause()
     return nearest

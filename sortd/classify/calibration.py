@@ -131,11 +131,10 @@ def log_softmax(logits: Array) -> Array:
 def top_classes(table: Array, temperature: float, *, pause: Pause = no_pause) -> tuple[IntArray, Array]:
     """Return the best class (R,) of each row of scores (R, C), and its probability (R,)."""
     best, confidence = np.empty(len(table), np.int64), np.empty(len(table))
-    for part in parts(*table.shape):
+    for part in parts(*table.shape, pause=pause):
         best[part] = first_best(table[part])
         probabilities = np.exp(log_softmax(temperature * table[part]))
         confidence[part] = probabilities[np.arange(len(probabilities)), best[part]]
-        pause()
     return best, confidence
 
 
@@ -170,9 +169,8 @@ def fit_temperature(
     examined = table
     if table.shape[1] > EXAMINED:
         examined = np.empty((len(table), EXAMINED + 1))
-        for part in parts(*table.shape):
+        for part in parts(*table.shape, pause=pause):
             examined[part, :-1] = np.partition(table[part], table.shape[1] - EXAMINED, axis=1)[:, -EXAMINED:]
-            pause()
         examined[:, -1] = np.where(mine >= examined[:, :-1].min(axis=1), -np.inf, mine)
     top = examined.max(axis=1, keepdims=True)
     gaps, behind = examined - top, mine - top[:, 0]

@@ -124,9 +124,8 @@ def make_kernel(gaussian: Gaussian, *, pause: Pause = no_pause) -> Kernel:
     chosen = choose_rows(gaussian.classes, gaussian.counts)
     classes = gaussian.classes[chosen]
     rows = np.empty((len(chosen), gaussian.placed.shape[1]), np.float32)
-    for part in parts(len(rows), rows.shape[1]):
+    for part in parts(len(rows), rows.shape[1], pause=pause):
         rows[part] = unit_rows(gaussian.whitened(chosen[part]))
-        pause()
     return Kernel(
         rows=rows,
         chosen=chosen,
