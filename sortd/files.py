@@ -41,6 +41,16 @@ def open_folder(path: Name, *, follow: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
+@contextmanager
+def open_descriptor(path: Name, flags: int, mode: int = 0o666, *, folder: int | None = None) -> Iterator[int]:
+    """Yield a descriptor of a file, by its path or by its name in a folder. Raises OSError."""
+    descriptor = os.open(path, flags, mode, dir_fd=folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def read_regular(path: Name, *, limit: int = MOST_BYTES, folder: int | None = None, follow: bool = False) -> bytes:
     """Return the content of a regular file without blocking.
 

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from sortd.config import Config
 from sortd.errors import AlreadyRunningError, StartupError
-from sortd.files import read_regular, write_json
+from sortd.files import open_folder, read_regular, write_json
 
 STOP = frozenset({signal.SIGTERM, signal.SIGINT})  # request an orderly stop; a second one has the default effect
 HANDLED = (*STOP, signal.SIGHUP, signal.SIGUSR1)
@@ -316,12 +316,9 @@ def _check_folder(folder: Path, setting: str) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with open_folder(folder, follow=True) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_unused(path: Path, setting: str) -> None:

@@ -23,7 +23,7 @@ from typing import Self
 from sortd.companions import base_of, claim_on, fold, is_image, near, reach
 from sortd.errors import BusyError, ChangedError, SourceError, VanishedError
 from sortd.events import Stamp, Writer
-from sortd.files import sha256_of, stamp_of, sync_folder
+from sortd.files import open_descriptor, sha256_of, stamp_of, sync_folder
 from sortd.store.records import MoveFile, MoveRecord, Role
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -87,13 +87,10 @@ def writer_of(file: int | str) -> Writer:
     if isinstance(file, int):
         return _leased(file)
     try:
-        descriptor = os.open(file, FILE_FLAGS)
+        with open_descriptor(file, FILE_FLAGS) as descriptor:
+            return _leased(descriptor)
     except OSError:
         return Writer.UNKNOWN
-    try:
-        return _leased(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _leased(descriptor: int) -> Writer:

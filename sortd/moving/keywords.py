@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from sortd.companions import companions_of, fold
 from sortd.errors import BusyError, ChangedError
-from sortd.files import read_regular, stamp_of, sync_folder
+from sortd.files import open_descriptor, read_regular, stamp_of, sync_folder
 from sortd.moving.copy import (
     Advance,
     copy_metadata,
@@ -187,9 +187,11 @@ def _write_part(folder: int, move: MoveRecord) -> tuple[str, ...]:
     remove_part(folder, part)
     write_part(folder, part, move.files[_SIDECAR].body)
     lost: tuple[str, ...] = ()
-    like = os.open((former or move.image).name, FILE_FLAGS, dir_fd=folder)
-    copy = os.open(part, FILE_FLAGS, dir_fd=folder)
-    try:
+    original = (former or move.image).name
+    with (
+        open_descriptor(original, FILE_FLAGS, folder=folder) as like,
+        open_descriptor(part, FILE_FLAGS, folder=folder) as copy,
+    ):
         status = os.fstat(like)
         if former is None:
             is_same = not copy_owner(copy, status)
@@ -201,9 +203,6 @@ def _write_part(folder: int, move: MoveRecord) -> tuple[str, ...]:
                 raise BusyError(f"{move.source}/{former.name}: {said}")
             os.utime(copy)
         os.fsync(copy)
-    finally:
-        os.close(copy)
-        os.close(like)
     return lost
 
 
