@@ -147,7 +147,6 @@ class Classifier:
             sources=named,
             text=text,
             text_mean=text_mean,
-            strangers=np.zeros((0, table.shape[1]), np.float32),
             encoder_id=UNKNOWN_ENCODER if encoder is None else encoder.id,
             fingerprint=hashlib.sha256(embeddings.tobytes() + classes.tobytes()).hexdigest(),
         )

@@ -41,11 +41,7 @@ def prototypes(labels: tuple[str, ...] = ("cross", "torx", "\udcff")) -> Prototy
         embeddings=rows,
         classes=np.array([0, 0, 1, 1, 2, 2], np.int64),
         sources=tuple("abcdef"),
-        text=None,
-        text_mean=None,
-        strangers=np.empty((0, 8), np.float32),
         encoder_id=ENCODER,
-        fingerprint="f",
     )
     return build(support, DecisionSettings(), generation=7)
 
