@@ -226,11 +226,7 @@ KEYS: Final = frozenset(_keys(Config))
 
 
 def read_config(path: Path | None, environment: Mapping[str, str]) -> Config:
-    """Read the configuration.
-
-    Args:
-        path: a file that must exist, or None to search for one (see the module's docstring).
-        environment: the environment variables: ``SORTD_...``, ``HOME``, and the folders of XDG and systemd.
+    """Read a file that must exist, or the one that is found (see the module's docstring), and the environment.
 
     Raises:
         ConfigError: all mistakes, each as a line ``file:line:column: key: message``.

@@ -71,14 +71,8 @@ def run_finetuning(
 ) -> FinetunedFacts | None:
     """Run a fine-tuning and return the facts of its result; None in a process that is not the main one.
 
-    Args:
-        request: the options; a resumed run uses only the layout.
-        config: the configuration, which names the encoder of the baseline.
-        output: the result folder; the work folder is created next to it.
-        now: the time.
-        resume: continue from the newest checkpoint.
-        load_encoder: replaces the configured encoder.
-        observer: callbacks.
+    The work folder is created next to ``output``. With ``resume``, a run continues from the newest checkpoint, and only
+    the layout of the request is used. ``load_encoder`` replaces the configured encoder, that of the baseline.
 
     Raises:
         DataError: the dataset cannot be trained on, the output exists, or there is nothing to resume.

@@ -309,10 +309,7 @@ class Folders:
 
 
 def open_files(folders: Folders, move: MoveRecord) -> list[int]:
-    """Open every existing file of a move after checking that it is the decided version and has no writer.
-
-    Returns:
-        Descriptors, which the caller syncs and closes.
+    """Open every existing file of a move, check that it is the decided version and has no writer; return descriptors.
 
     Raises:
         VanishedError, ChangedError, BusyError: a check failed, or a file cannot be opened.

@@ -177,8 +177,7 @@ def _is_former(folder: int, name: str, move: MoveRecord) -> bool:
 def _write_part(folder: int, move: MoveRecord) -> tuple[str, ...]:
     """Write the new content under a hidden name, with the metadata of the former file, or the image's owner.
 
-    Returns:
-        The metadata that could not be kept.
+    Return the metadata that could not be kept.
 
     Raises:
         BusyError: owner or permissions are among them: whoever owns the sidecar could not write it any more.

@@ -114,10 +114,7 @@ class Journal:
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, run: str = "") -> None:
         """Open the journal, or create it and its folder.
 
-        Args:
-            path: the file.
-            clock: seconds since the epoch.
-            run: identifies this run of sortd in each record.
+        ``clock`` returns seconds since the epoch, ``run`` identifies this run of sortd in each record.
 
         Raises:
             JournalError: it cannot be opened, is damaged, or was written by a newer sortd.
@@ -217,9 +214,7 @@ class Journal:
     def record_corrections(self, found: Sequence[tuple[Record, str | None, str]]) -> list[bool]:
         """Record in one commit that a person gave images a class; return whether each was new.
 
-        Args:
-            found: the record of each image, its class (None: it has no correction any more), and its path now,
-                relative to the dataset.
+        An item is a record, the class (None: it has no correction any more), and the path now, below the dataset.
         """
         with committing(self.connection, self.path):
             return [self._record_correction(record, corrected, path) for record, corrected, path in found]

@@ -45,11 +45,8 @@ class Pruning:
     def __init__(self, journal: Journal, root: Path, before: float, *, removes: bool) -> None:
         """Prepare; nothing is read yet.
 
-        Args:
-            journal: the journal.
-            root: the dataset's folder, which must be mounted.
-            before: moves that ended before this time, in seconds since the epoch, are old.
-            removes: whether moves are removed, and not only counted.
+        The folder of the dataset must be mounted. Moves that ended ``before`` it, in seconds since the epoch, are old;
+        they are only counted unless ``removes``.
         """
         self._journal, self._root, self._before, self._removes = journal, root, before, removes
         self._examined = 0  # the number of the last move that was

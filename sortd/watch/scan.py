@@ -198,13 +198,9 @@ class IncrementalScan(Generic[_T]):
         pause_seconds: float = 0.0,
         clock: Clock = monotonic,
     ) -> None:
-        """Prepare a scan.
+        """Prepare; ``looks`` starts a scan, which yields what it finds, and None for anything else that it inspects.
 
-        Args:
-            looks: Starts a scan: yields what it finds, and None for anything else that it inspects.
-            most: The number of steps in a slice, at most; a slice also ends after ``SLICE_SECONDS``.
-            pause_seconds: The time between two requested scans, at least.
-            clock: Returns seconds.
+        A slice ends after ``most`` steps, or ``SLICE_SECONDS``; ``pause_seconds`` lie between two requested scans.
         """
         self.most = most
         self._looks, self._clock = looks, clock
