@@ -142,11 +142,7 @@ def _naming(path: Name) -> Iterator[None]:
 
 
 def sync_folder(folder: int) -> None:
-    """Sync the names in an open folder, if its file system supports that.
-
-    Raises:
-        OSError: the disk returned an error.
-    """
+    """Sync the names in an open folder, if its file system supports that. Raises OSError."""
     try:
         os.fsync(folder)
     except OSError as error:
@@ -188,11 +184,7 @@ def write_json(
 
 
 def sync_folder_at(path: Name) -> None:
-    """Sync the names in a folder.
-
-    Raises:
-        OSError: the disk returned an error.
-    """
+    """Sync the names in a folder. Raises OSError."""
     with open_folder(path, follow=True) as folder:
         os.fsync(folder)
 
@@ -206,9 +198,7 @@ def sha256_of(file: int | Name, *, folder: int | None = None) -> str:
     """Return the hexadecimal sha256 of a regular file, or of an open one, which stays open.
 
     With ``folder``, a descriptor, only the last component of the path is used, and a symbolic link is not followed.
-
-    Raises:
-        OSError: it cannot be read.
+    Raises OSError.
     """
     descriptor = file if isinstance(file, int) else open_regular(file, folder=folder, follow=folder is None)
     with open(descriptor, "rb", closefd=descriptor != file) as opened:

@@ -216,8 +216,7 @@ def write_features(
 ) -> None:
     """Write the features of all images in the first view, then of all in the second, and so on.
 
-    Raises:
-        DestinationError: the file cannot be written.
+    Raises DestinationError.
     """
     import torch
 

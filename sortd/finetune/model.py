@@ -58,8 +58,7 @@ class Base:
 def find_base(name: str, *, cache_dir: Path | None = None) -> tuple[str, Path]:
     """Return the name and the folder of ``auto``, ``packaged``, a model of the Hugging Face hub, or a folder.
 
-    Raises:
-        ModelError: it is not on this machine.
+    Raises ModelError.
     """
     if name == "auto":
         name = "packaged" if models.find_snapshot(VIT, cache_dir=cache_dir) is None else VIT

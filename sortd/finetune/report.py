@@ -280,8 +280,7 @@ def write_result(
 ) -> None:
     """Write all files of a result into the empty folder ``facts.folder``; ``table`` is the confusion matrix.
 
-    Raises:
-        DestinationError: a file cannot be written.
+    Raises DestinationError.
     """
     folder, metrics = facts.folder, facts.metrics
     with disk_errors_translated(folder):

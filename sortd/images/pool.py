@@ -366,9 +366,7 @@ class DecoderPool:
         """Read the replies of the processes and add the answers to their batches.
 
         It waits for ``timeout_seconds`` (None: the time limit of an image), or until ``wake_descriptor`` is readable.
-
-        Raises:
-            StartupError: the decoding processes do not start.
+        Raises StartupError.
         """
         busy = [decoder for decoder in self._decoders if decoder.jobs]
         if not busy:

@@ -160,11 +160,7 @@ def is_copy_intact(destination: int, file: MoveFile, name: str) -> bool:
 
 
 def publish_under_free_name(folder: int, hidden: str, names: Iterable[str]) -> str:
-    """Give a hidden file the first of these names that is free, and return it.
-
-    Raises:
-        DestinationError: none is free.
-    """
+    """Give a hidden file the first of these names that is free, and return it. Raises DestinationError."""
     for name in names:
         try:
             publish_part(folder, hidden, name)

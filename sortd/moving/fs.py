@@ -134,8 +134,7 @@ def lstat_at(folder: int, name: str) -> os.stat_result | None:
 def check_source(folder: int, place: str) -> None:
     """Check that files can be removed from a folder: rename(2) does not say which of two folders it could not write.
 
-    Raises:
-        SourceError: they cannot.
+    Raises SourceError.
     """
     if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=True):
         raise SourceError(f"files cannot be removed from {place}: give sortd write permission for this folder")

@@ -80,8 +80,7 @@ def write_keywords(
 def recover_keywords(folders: Folders, move: MoveRecord) -> MoveRecord:
     """Complete or reverse a change of a sidecar that did not end; unchanged if its folder is missing.
 
-    Raises:
-        OSError: a disk returned an error.
+    Raises OSError.
     """
     try:
         folder = folders.open(move.source)

@@ -415,11 +415,7 @@ def _held_stamp(row: sqlite3.Row) -> Stamp:
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
-    """Open a journal read-only; another process may write it.
-
-    Raises:
-        JournalError: it does not exist or cannot be read.
-    """
+    """Open a journal read-only; another process may write it. Raises JournalError."""
     if not path.is_file():
         raise JournalError(f"{path}: there is no journal yet; sortd creates it at its first run")
 

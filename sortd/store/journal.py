@@ -333,8 +333,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
 def open_beside(path: Path) -> sqlite3.Connection:
     """Open a journal that this process has already opened, for another thread; the first connection checkpoints.
 
-    Raises:
-        JournalError: it cannot be opened.
+    Raises JournalError.
     """
 
     def prepare(connection: sqlite3.Connection) -> None:

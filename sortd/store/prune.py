@@ -58,8 +58,7 @@ class Pruning:
     def step(self) -> bool:
         """Examine the next moves, and remove those that nothing needs; return whether there may be more.
 
-        Raises:
-            JournalError: the journal cannot be read or written.
+        Raises JournalError.
         """
         connection = self._journal.connection
         with translated(self._journal.path):
@@ -126,11 +125,7 @@ def _is_there(path: Path) -> bool:
 
 
 def free_pages(journal: Journal) -> bool:
-    """Return some free pages of a journal to the disk; return whether there are more to return.
-
-    Raises:
-        JournalError: the journal cannot be written.
-    """
+    """Return some free pages of a journal to the disk; return whether there are more to return. Raises JournalError."""
     with translated(journal.path):
         (free,) = journal.connection.execute("PRAGMA freelist_count").fetchone()
         if free < FREED_PAGES:
