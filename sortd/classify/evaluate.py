@@ -211,16 +211,16 @@ def _judgements(
 
 
 def _mode_report(mode: Mode, judgement: LeaveOneOutResult, classes: int) -> ModeReport:
-    right = judgement.best == judgement.own
-    apart = judgement.distinct_best == judgement.distinct_own
-    weights, confidence = balanced_weights(judgement.distinct_own, classes), judgement.distinct_confidence
+    right = judgement.alone.best == judgement.alone.own
+    apart = judgement.distinct.best == judgement.distinct.own
+    weights, confidence = balanced_weights(judgement.distinct.own, classes), judgement.distinct.confidence
     return ModeReport(
         mode=mode.value,
         judged=len(right),
         right=int(right.sum()),
         accuracy=float(right.mean()) if len(right) else None,
-        balanced_accuracy=balanced_accuracy(right, judgement.own, classes),
-        distinct_accuracy=balanced_accuracy(apart, judgement.distinct_own, classes),
+        balanced_accuracy=balanced_accuracy(right, judgement.alone.own, classes),
+        distinct_accuracy=balanced_accuracy(apart, judgement.distinct.own, classes),
         distinct_judged=len(apart),
         curve=tuple(precision_curve(confidence, corrected_confidence(confidence, apart, weights), apart, weights)),
     )
@@ -231,7 +231,7 @@ def _class_reports(
 ) -> tuple[ClassReport, ...]:
     count = len(prototypes.labels)
     empty = np.zeros(0, np.int64)
-    own, best = (empty, empty) if judgement is None else (judgement.own, judgement.best)
+    own, best = (empty, empty) if judgement is None else (judgement.alone.own, judgement.alone.best)
     judged, taken = np.bincount(own, minlength=count), np.bincount(best, minlength=count)
     right = np.bincount(own[own == best], minlength=count)
     reports = []
@@ -266,7 +266,7 @@ def _need(distinct: int, recall: float | None, judged: int) -> str | None:
 
 
 def _confusion(labels: tuple[str, ...], judgement: LeaveOneOutResult) -> tuple[tuple[str, str, int], ...]:
-    pairs, numbers = np.unique(np.column_stack([judgement.own, judgement.best]), axis=0, return_counts=True)
+    pairs, numbers = np.unique(np.column_stack([judgement.alone.own, judgement.alone.best]), axis=0, return_counts=True)
     found = [(int(own), int(best), int(number)) for (own, best), number in zip(pairs, numbers, strict=True)]
     found.sort(key=lambda entry: (entry[0] == entry[1], -entry[2], entry[:2]))
     return tuple((labels[own], labels[best], number) for own, best, number in found)
@@ -280,10 +280,10 @@ def _suspects(support: SupportSet, library: Library, judgement: LeaveOneOutResul
         label = support.labels[support.classes[row]]
         return Suspect(kind, support.sources[row], label, other_label, source, score)
 
-    best, confidence = judgement.distinct_best, judgement.distinct_confidence
-    claimed = np.flatnonzero((best != judgement.distinct_own) & (confidence >= SURE))
+    best, confidence = judgement.distinct.best, judgement.distinct.confidence
+    claimed = np.flatnonzero((best != judgement.distinct.own) & (confidence >= SURE))
     claimed = claimed[np.argsort(-confidence[claimed], kind="stable")]
-    rows = judgement.distinct_rows
+    rows = judgement.distinct.rows
     return (
         *(suspect("mislabelled", rows[at], float(confidence[at]), int(best[at])) for at in claimed[:MOST_SUSPECTS]),
         *(
@@ -330,12 +330,12 @@ def _trade_offs(
     abstain: AbstainSettings | None,
     evidence: Evidence | None,
 ) -> tuple[TradeOff, ...]:
-    kept = np.isin(judgement.distinct_rows, library.leaders[blend.fit.held.chosen])
-    own, best = judgement.distinct_own[kept], judgement.distinct_best[kept]
+    kept = np.isin(judgement.distinct.rows, library.leaders[blend.fit.held.chosen])
+    own, best = judgement.distinct.own[kept], judgement.distinct.best[kept]
     if not len(own):
         return ()
     open_set = held_out_open_set(library, blend, best, with_typicality=mode in BLENDED)
-    outcomes = HeldOutOutcomes(judgement.distinct_confidence[kept], best == own, own, open_set)
+    outcomes = HeldOutOutcomes(judgement.distinct.confidence[kept], best == own, own, open_set)
     null = leave_classes_out(library.rows, library.classes, library.counts) if mode in BLENDED else None
     found = []
     for precision in sorted({*PRECISIONS, *(() if abstain is None else (abstain.precision,))}):
