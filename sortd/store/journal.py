@@ -366,8 +366,8 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if connection.execute("PRAGMA page_count").fetchone() == (0,):
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # takes effect only before the first table
     _make_durable(connection)
-    if check_version(connection, path) == 0:
-        with committing(connection, path):
+    with committing(connection, path):  # waits for the lock of another program now, not at the first move
+        if check_version(connection, path) == 0:
             for statement in SCHEMA.split(";\n"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
