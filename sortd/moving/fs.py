@@ -112,7 +112,7 @@ def is_version(status: os.stat_result, stamp: Stamp) -> bool:
     return stamp_of(status).is_same_version(stamp)
 
 
-def check_version(folder: int, name: str, stamp: Stamp, path: str) -> None:
+def check_unchanged(folder: int, name: str, stamp: Stamp, path: str) -> None:
     """Raise VanishedError or ChangedError unless a file is this version; ``path`` is for the message."""
     status = lstat_at(folder, name)
     if status is None:

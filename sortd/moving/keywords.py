@@ -25,7 +25,7 @@ from sortd.moving.copy import (
     sha256_at,
     write_part,
 )
-from sortd.moving.fs import CANNOT_RENAME, FILE_FLAGS, Folders, check_version, exchange_names, lstat_at
+from sortd.moving.fs import CANNOT_RENAME, FILE_FLAGS, Folders, check_unchanged, exchange_names, lstat_at
 from sortd.moving.plan import NO_STAMP, new_token
 from sortd.store.records import MoveFile, MoveProgress, MoveRecord, Record, Role
 from sortd.xmp import MOST_SIDECAR_BYTES, SidecarError, with_class, without_class
@@ -47,7 +47,7 @@ def write_keywords(
     """
     folder = folders.open(move.source)
     image, path = move.image, f"{move.source}/{move.image.name}"
-    check_version(folder, image.name, image.stamp, path)
+    check_unchanged(folder, image.name, image.stamp, path)
     if filed is None:
         name = _sidecar_name(folders, move)
     else:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from sortd.errors import VanishedError
 from sortd.files import sync_folder
 from sortd.moving.copy import Advance, publish_all, publish_under_free_name, remove_part, with_final
-from sortd.moving.fs import Folders, check_version, lstat_at
+from sortd.moving.fs import Folders, check_unchanged, lstat_at
 from sortd.moving.plan import FreeNames, names_of_one
 from sortd.store.records import MoveFile, MoveProgress, MoveRecord, Record, Role
 
@@ -96,7 +96,7 @@ def _make_link(source: int, destination: int, move: MoveRecord, position: int) -
     path = f"{move.source}/{file.name}"
     remove_part(destination, part)
     if file.role is Role.SYMLINK:
-        check_version(source, file.name, file.stamp, path)
+        check_unchanged(source, file.name, file.stamp, path)
         os.symlink(file.body, part, dir_fd=destination)
         return
     try:
@@ -106,7 +106,7 @@ def _make_link(source: int, destination: int, move: MoveRecord, position: int) -
     except OSError as error:
         said = f"a hard link is impossible there ({error.strerror}); set `action: copy` or `action: symlink`"
         raise OSError(error.errno, said) from error
-    check_version(destination, part, file.stamp, path)
+    check_unchanged(destination, part, file.stamp, path)
 
 
 def _publish(destination: int, sealed: MoveRecord, finals: tuple[str, ...], advance: Advance) -> MoveRecord | None:

@@ -23,7 +23,7 @@ from sortd.moving.fs import (
     Folders,
     Listings,
     check_source,
-    check_version,
+    check_unchanged,
     is_version,
     lstat_at,
     open_files,
@@ -347,7 +347,7 @@ class Mover:
             path = f"{move.source}/{file.name}"
             origin = (source, file.name) if file.leaves else (destination, move.part_name(position))
             if file.leaves:
-                check_version(source, file.name, file.stamp, path)
+                check_unchanged(source, file.name, file.stamp, path)
             try:
                 self._rename(*origin, destination, final)
             except FileExistsError:
