@@ -65,11 +65,7 @@ def prototypes() -> PrototypeSet:
         embeddings=np.eye(CLASSES, dtype=np.float32),
         classes=np.arange(CLASSES),
         sources=tuple(f"{number}.png" for number in range(CLASSES)),
-        text=None,
-        text_mean=None,
-        strangers=np.zeros((0, CLASSES), np.float32),
         encoder_id="fake",
-        fingerprint="fake",
     )
     return build(support, DecisionSettings(mode=Mode.MAX, abstain=None), generation=1)
 

@@ -102,7 +102,6 @@ def support_of(features: Features, rows: IntArray, classes: IntArray) -> Support
     index = np.full(features.classes, -1)
     index[classes] = np.arange(len(classes))
     rows = rows[index[features.pool_labels[rows]] >= 0]
-    width = features.pool.shape[1]
     return SupportSet(
         labels=tuple(f"{label:05d}" for label in classes),
         embeddings=features.pool[rows],
@@ -110,7 +109,6 @@ def support_of(features: Features, rows: IntArray, classes: IntArray) -> Support
         sources=tuple(f"{features.name}/{row}" for row in rows),
         text=None if features.text is None else features.text[classes],
         text_mean=features.text_mean,
-        strangers=np.zeros((0, width), np.float32),
         encoder_id="clip-ViT-B-32",
         fingerprint=features.name,
     )

@@ -83,9 +83,7 @@ def made_library(references: int, classes: int, *, named: bool) -> SupportSet:
         sources=tuple(f"{number}.png" for number in range(references)),
         text=_unit(looks + dice.standard_normal(looks.shape, np.float32) - 1.0) if named else None,
         text_mean=np.full(DIMENSIONS, -0.03, np.float32) if named else None,
-        strangers=np.zeros((0, DIMENSIONS), np.float32),
         encoder_id="random",
-        fingerprint="random",
     )
 
 
@@ -166,11 +164,7 @@ def measure_decide(references: int, classes: int) -> dict[str, Any]:
             embeddings=rows,
             classes=of,
             sources=tuple(f"{number}.png" for number in range(references)),
-            text=None,
-            text_mean=None,
-            strangers=np.zeros((0, DIMENSIONS), np.float32),
             encoder_id="random",
-            fingerprint="random",
         )
         began = time.perf_counter()
         prototypes = build(support, DecisionSettings(mode, AbstainSettings(0.95, "auto")), generation=1)

@@ -20,6 +20,7 @@ IMAGES = frozenset(
         *(".heic", ".heif", ".hif", ".avif"),
     }
 )
+"""Suffixes of images, in lower case."""
 RAWS = (
     *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".gpr", ".iiq", ".kdc", ".mef", ".mos"),
     *(".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),

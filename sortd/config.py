@@ -202,30 +202,14 @@ LIVE_KEYS = frozenset(DatasetConfig.model_fields) | {
 """The keys that a running sortd applies on reload; the others need a restart."""
 
 _GROUPS: Final[Mapping[str, type[BaseModel]]] = {
-    "abstain": AbstainConfig,
-    "decoding": Decoding,
-    "log": Log,
-    "journal": JournalConfig,
-    "metrics": MetricsConfig,
-    "notify": NotifyConfig,
+    name: type(field.default) for name, field in Config.model_fields.items() if isinstance(field.default, BaseModel)
 }
 _LISTS: Final[Mapping[tuple[str | int, ...], type[BaseModel]]] = {
     ("notify", "urls"): TargetConfig,
     ("hooks",): HookConfig,
 }
 """The lists of groups of keys; they are set as a whole."""
-_MAY_BE_EMPTY = {
-    "state_dir",
-    "cache_dir",
-    "text_model",
-    "datasets",
-    "log",
-    "journal",
-    "metrics",
-    "decoding",
-    "notify",
-    "hooks",
-}
+_MAY_BE_EMPTY = {"state_dir", "cache_dir", "text_model", "datasets", "hooks", *_GROUPS} - {"abstain"}
 
 
 def _keys(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -242,11 +226,7 @@ KEYS: Final = frozenset(_keys(Config))
 
 
 def read_config(path: Path | None, environment: Mapping[str, str]) -> Config:
-    """Read the configuration.
-
-    Args:
-        path: a file that must exist, or None to search for one (see the module's docstring).
-        environment: the environment variables: ``SORTD_...``, ``HOME``, and the folders of XDG and systemd.
+    """Read a file that must exist, or the one that is found (see the module's docstring), and the environment.
 
     Raises:
         ConfigError: all mistakes, each as a line ``file:line:column: key: message``.
@@ -316,7 +296,7 @@ def _drop_empty(values: dict[str, Any], tree: config_yaml.Tree, above: config_ya
             may_be_empty = (
                 key in _MAY_BE_EMPTY if not above else above[0] in {"metrics", "notify", "datasets"} and len(above) == 1
             )
-            if not may_be_empty and not tree.is_mistaken(path):
+            if not may_be_empty and all(mistake.path != path for mistake in tree.mistakes):
                 tree.mistake(path, "has no value; give it one or remove the line")
         elif path in {("root",), ("state_dir",), ("cache_dir",)} and isinstance(value, str) and not value.strip():
             tree.mistake(path, "must not be empty; name a folder, or remove the line")

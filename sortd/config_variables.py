@@ -21,7 +21,9 @@ def variables_in(
     values: dict[str, Any] = {}
     wrong: dict[str, str] = {}
     for name in sorted(key for key in environment if key.startswith(PREFIX) and environment[key]):
-        path = _path_of(name)
+        parts = name.removeprefix(PREFIX).split("__")
+        is_dataset = parts[0].casefold() == "datasets"
+        path = tuple(part if is_dataset and at == 1 else part.casefold() for at, part in enumerate(parts))
         if generic_key(path) not in keys:
             wrong[name] = "unknown variable"
             continue
@@ -49,12 +51,6 @@ def variable_name(path: tuple[str | int, ...]) -> str:
 def generic_key(path: tuple[str | int, ...]) -> tuple[str, ...]:
     """Return the path of a key with ``ANY`` for the name of a dataset."""
     return tuple(ANY if at == 1 and path[0] == "datasets" else str(part) for at, part in enumerate(path))
-
-
-def _path_of(name: str) -> tuple[str, ...]:
-    parts = name.removeprefix(PREFIX).split("__")
-    is_dataset = parts[0].casefold() == "datasets"
-    return tuple(part if is_dataset and at == 1 else part.casefold() for at, part in enumerate(parts))
 
 
 def holds(values: Mapping[str, Any], path: tuple[str | int, ...]) -> bool:

@@ -48,10 +48,6 @@ class Tree:
         """Record a mistake in a key or its value."""
         self.mistakes.append(Mistake(path, message, *self.place(path)))
 
-    def is_mistaken(self, path: Path) -> bool:
-        """Tell whether a mistake in this key is recorded."""
-        return any(mistake.path == path for mistake in self.mistakes)
-
 
 class _MalformedError(Exception):
     """The document cannot be parsed further."""

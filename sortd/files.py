@@ -42,6 +42,16 @@ def open_folder(path: Name, *, follow: bool = False) -> Iterator[int]:
         os.close(descriptor)
 
 
+@contextmanager
+def open_descriptor(path: Name, flags: int, mode: int = 0o666, *, folder: int | None = None) -> Iterator[int]:
+    """Yield a descriptor of a file, by its path or by its name in a folder. Raises OSError."""
+    descriptor = os.open(path, flags, mode, dir_fd=folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def read_regular(path: Name, *, limit: int = MOST_BYTES, folder: int | None = None, follow: bool = False) -> bytes:
     """Return the content of a regular file without blocking.
 
@@ -133,11 +143,7 @@ def _naming(path: Name) -> Iterator[None]:
 
 
 def sync_folder(folder: int) -> None:
-    """Sync the names in an open folder, if its file system supports that.
-
-    Raises:
-        OSError: the disk returned an error.
-    """
+    """Sync the names in an open folder, if its file system supports that. Raises OSError."""
     try:
         os.fsync(folder)
     except OSError as error:
@@ -179,11 +185,7 @@ def write_json(
 
 
 def sync_folder_at(path: Name) -> None:
-    """Sync the names in a folder.
-
-    Raises:
-        OSError: the disk returned an error.
-    """
+    """Sync the names in a folder. Raises OSError."""
     with open_folder(path, follow=True) as folder:
         os.fsync(folder)
 
@@ -200,9 +202,7 @@ def sha256_of(file: int | Name, *, folder: int | None = None) -> str:
     """Return the hexadecimal sha256 of a regular file, or of an open one, which stays open.
 
     With ``folder``, a descriptor, only the last component of the path is used, and a symbolic link is not followed.
-
-    Raises:
-        OSError: it cannot be read.
+    Raises OSError.
     """
     descriptor = file if isinstance(file, int) else open_regular(file, folder=folder, follow=folder is None)
     with open(descriptor, "rb", closefd=descriptor != file) as opened:

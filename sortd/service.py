@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from sortd.config import Config
 from sortd.errors import AlreadyRunningError, StartupError
-from sortd.files import read_regular, write_json
+from sortd.files import open_folder, read_regular, write_json
 
 STOP = frozenset({signal.SIGTERM, signal.SIGINT})  # request an orderly stop; a second one has the default effect
 HANDLED = (*STOP, signal.SIGHUP, signal.SIGUSR1)
@@ -69,42 +69,39 @@ class Notifier:
         self.watchdog_seconds = int(microseconds) / 1e6 if address and is_meant and microseconds.isdigit() else 0.0
         """``watchdog`` must be called more often than this; 0.0: never."""
 
-    def ready(self, status: str = "") -> bool:
+    def ready(self, status: str = "") -> None:
         """Notify that the start, or a reload, is complete."""
-        return self._send("READY=1", status and f"STATUS={status}")
+        self._send("READY=1", status and f"STATUS={status}")
 
-    def status(self, text: str) -> bool:
+    def status(self, text: str) -> None:
         """Set the status line of ``systemctl status``."""
-        return self._send(f"STATUS={text}")
+        self._send(f"STATUS={text}")
 
-    def reloading(self, *, clock: Callable[[], int] = lambda: time.clock_gettime_ns(time.CLOCK_MONOTONIC)) -> bool:
+    def reloading(self, *, clock: Callable[[], int] = lambda: time.clock_gettime_ns(time.CLOCK_MONOTONIC)) -> None:
         """Notify that a reload begins, which ``ready`` ends; Type=notify-reload requires the time, in nanoseconds."""
-        return self._send("RELOADING=1", f"MONOTONIC_USEC={clock() // 1_000}")
+        self._send("RELOADING=1", f"MONOTONIC_USEC={clock() // 1_000}")
 
-    def extend(self, seconds: float) -> bool:
+    def extend(self, seconds: float) -> None:
         """Extend the start timeout to this many seconds from now."""
-        return self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
+        self._send(f"EXTEND_TIMEOUT_USEC={round(seconds * 1e6)}")
 
-    def watchdog(self) -> bool:
+    def watchdog(self) -> None:
         """Reset the watchdog timer."""
-        return self._send("WATCHDOG=1")
+        self._send("WATCHDOG=1")
 
-    def stopping(self) -> bool:
+    def stopping(self) -> None:
         """Notify that the process is stopping."""
-        return self._send("STOPPING=1")
+        self._send("STOPPING=1")
 
-    def _send(self, *lines: str) -> bool:
-        """Send one datagram and return whether it was accepted; if not, systemd's timeouts apply."""
+    def _send(self, *lines: str) -> None:
+        """Send one datagram; if it is not accepted, systemd's timeouts apply."""
         if not self._address:
-            return False
+            return
         message = "\n".join(line.replace("\n", " ") for line in lines if line)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             sender.settimeout(1.0)
-            try:
+            with suppress(OSError):
                 sender.sendto(message.encode("utf-8", "backslashreplace"), self._address)
-            except OSError:
-                return False
-        return True
 
 
 STATUS_FILE = "status.json"
@@ -113,10 +110,9 @@ STATUS_FILE = "status.json"
 class Status:
     """The status file in the state directory; the loop writes it when a fact has changed."""
 
-    def __init__(self, state: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, state: Path) -> None:
         """Write into ``state``, which the first write creates."""
         self._path = state / STATUS_FILE
-        self._clock = clock
         self._last: Mapping[str, Any] | None = None
 
     def write(self, facts: Mapping[str, Any]) -> bool:
@@ -124,7 +120,7 @@ class Status:
         if facts == self._last:
             return False
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self._path, {**facts, "written_at": round(self._clock(), 3)}, indent=1, durable=False)
+        write_json(self._path, {**facts, "written_at": round(time.time(), 3)}, indent=1, durable=False)
         self._last = dict(facts)
         return True
 
@@ -320,12 +316,9 @@ def _check_folder(folder: Path, setting: str) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with open_folder(folder, follow=True) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_unused(path: Path, setting: str) -> None:

@@ -71,7 +71,6 @@ def support_set(
         text_mean=text_mean,
         strangers=np.zeros((0, embeddings.shape[1]), np.float32) if strangers is None else strangers,
         encoder_id="made up",
-        fingerprint="made up",
     )
 
 

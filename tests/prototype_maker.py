@@ -28,8 +28,6 @@ def make_prototypes(dataset: Path, settings: DecisionSettings | None = None, **c
         sources=tuple(str(file) for _, file in files),
         text=encoder.encode_texts(labels),
         text_mean=encoder.encode_texts(["thing"])[0],
-        strangers=np.zeros((0, encoder.dimensions), np.float32),
         encoder_id=encoder.encoder_id,
-        fingerprint="made for a test",
     )
     return replace(build(support, settings or DecisionSettings(), generation=1), **changed)

@@ -26,7 +26,7 @@ from sortd.errors import DataError, DestinationError
 from sortd.events import Decision, Mode
 from sortd.files import read_regular, write_atomic
 
-FORMAT = 1
+FORMAT = 2
 """Version of the saved form."""
 ARRAYS_FILE, FACTS_FILE = "classifier.safetensors", "classifier.json"
 MOST_BYTES = 4_000_000_000
@@ -138,7 +138,6 @@ class Classifier:
             sources=named,
             text=text,
             text_mean=text_mean,
-            strangers=np.zeros((0, table.shape[1]), np.float32),
             encoder_id=UNKNOWN_ENCODER if encoder is None else encoder.id,
             fingerprint=hashlib.sha256(embeddings.tobytes() + classes.tobytes()).hexdigest(),
         )

@@ -28,6 +28,7 @@ from sortd.api.images import LoadedEncoder
 from sortd.arrays import FloatArray
 from sortd.bulk.plan import DECISIONS, DECISIONS_SCHEMA, MANIFEST, MANIFEST_SCHEMA, part_name, write_table
 from sortd.bulk.storage import local_path, read_blocks
+from sortd.companions import IMAGES
 from sortd.config import Config
 from sortd.encoder.backends import load_fastest
 from sortd.encoder.clip import Encoder, are_of_unit_length
@@ -35,7 +36,6 @@ from sortd.errors import ConfigError, DataError, DestinationError, ModelError
 from sortd.events import Decision, ImageRefused, Stamp
 from sortd.files import read_regular, text_of, write_json
 from sortd.images.decode import DecodeLimits
-from sortd.images.formats import SUFFIXES
 from sortd.images.pool import RESOURCE_ERRORS, Answer, Batch, DecoderPool
 from sortd.watch.scan import stamp
 
@@ -236,7 +236,7 @@ class PartDecider:
         if row["size"] > self._limits.max_bytes:
             raise OSError(errno.EFBIG, f"{row['size']:,} bytes are over the limit of {self._limits.max_bytes:,}")
         suffix = os.path.splitext(row["uri"])[1].lower()
-        descriptor, path = tempfile.mkstemp(suffix if suffix in SUFFIXES else "", dir=self._scratch.name)
+        descriptor, path = tempfile.mkstemp(suffix if suffix in IMAGES else "", dir=self._scratch.name)
         try:
             with open(descriptor, "wb") as file:
                 file.writelines(read_blocks(row["uri"], limit=self._limits.max_bytes))

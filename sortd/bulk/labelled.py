@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 from sortd.bulk.plan import MANIFEST, decided_rows, parts_of, version_id
 from sortd.bulk.storage import StoredFile, local_path, read_bytes
 from sortd.commands.console import counted, printable, say
+from sortd.companions import IMAGES
 from sortd.config import Config
 from sortd.daemon.references import class_name_problem
 from sortd.errors import DataError
 from sortd.finetune.recipe import LabelledImage, LabelSource
-from sortd.images.formats import SUFFIXES
 from sortd.watch.scan import stamp
 
 THREADS = 16
@@ -86,6 +86,6 @@ def _file_of(row: Mapping[str, Any], folder: Path, max_bytes: int) -> str | None
     if row["sha256"] not in {None, hashlib.sha256(content).hexdigest()}:
         return None
     suffix = os.path.splitext(uri)[1].lower()
-    own = folder / (hashlib.sha256(row["id"].encode()).hexdigest() + (suffix if suffix in SUFFIXES else ""))
+    own = folder / (hashlib.sha256(row["id"].encode()).hexdigest() + (suffix if suffix in IMAGES else ""))
     own.write_bytes(content)
     return os.fspath(own)

@@ -1,7 +1,7 @@
 """The modes ``best`` and ``mixed``: a Gaussian and a kernel, weighted by leave-one-out; see docs/decisions.md."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from sortd.classify.leave_one_out import (
     kernel_table,
     refit_tables,
 )
-from sortd.classify.library import Library, Pause, no_pause, parts
+from sortd.classify.library import Library, Pause, no_pause, parts, unit_rows
 
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Weights of the kernel that are tried, relative to the Gaussian. The smallest is taken unless a larger one is better
@@ -65,10 +65,9 @@ class LibraryFit:
     kernel_table: Array  # (R, C)
     kernel_gaps: Array  # (R,)
 
-    @property
-    def parts(self) -> Iterator[slice]:
-        """Row slices of the tables."""
-        return parts(len(self.held.own), len(self.present))
+    def parts(self, pause: Pause) -> Iterator[slice]:
+        """Yield row slices of the tables; pause after each."""
+        return parts(len(self.held.own), len(self.present), pause=pause)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +100,10 @@ class Blend:
             return np.where(fit.present, np.zeros((len(fit.held.own), 1)), -np.inf)
         table = np.empty(fit.kernel_table.shape)
         _fill_gaussian(fit, trial.text_weight, table, pause)
-        for part in fit.parts:
+        for part in fit.parts(pause):
             table[part] *= trial.gaussian_weight
             table[part] += trial.kernel_weight * fit.kernel_table[part]
             table[part, ~fit.present] = -np.inf
-            pause()
         return table
 
 
@@ -179,14 +177,13 @@ def _fit(library: Library, largest: int, pause: Pause) -> LibraryFit:
 def _gaps(table: Array, present: BoolArray, pause: Pause) -> Array:
     """Return (R,) the difference of the best and the median score of each row."""
     gaps, half = np.zeros(len(table)), int(present.sum()) // 2
-    for part in parts(*table.shape):
+    for part in parts(*table.shape, pause=pause):
         scores = table[part][:, present]
         if scores.size:
             best = scores.max(axis=1)
             scores.partition(half, axis=1)
             lower = scores[:, half] if 2 * half < scores.shape[1] else scores[:, :half].max(axis=1)
             gaps[part] = best - (lower + scores[:, half]) / 2.0
-        pause()
     return gaps
 
 
@@ -194,14 +191,13 @@ def _fill_gaussian(fit: LibraryFit, weight: float, table: Array, pause: Pause) -
     """Write leave-one-out Gaussian scores into a table (R, C)."""
     named = fit.named if weight else None
     shrunk = shrink_means(fit.gaussian, named, weight)
-    for part in fit.parts:
+    for part in fit.parts(pause):
         if fit.refitted is not None:
             table[part] = fit.refitted.gaussian[weight][part]
         else:
             assert fit.products is not None
             products = fit.products.of(weight, part)
             table[part] = gaussian_table(fit.gaussian, fit.held, shrunk, named, weight, part, products)
-        pause()
 
 
 def _try_weight(fit: LibraryFit, weight: float, table: Array, pause: Pause) -> Trial:
@@ -210,7 +206,7 @@ def _try_weight(fit: LibraryFit, weight: float, table: Array, pause: Pause) -> T
     _fill_gaussian(fit, weight, table, pause)
     scale = _scale(_gaps(table, present, pause)) / _scale(fit.kernel_gaps)
     chosen = np.empty((len(SHARES), len(own)), np.int64)
-    for part in fit.parts:
+    for part in fit.parts(pause):
         table[part, ~present] = -np.inf
         kernel = scale * fit.kernel_table[part]
         blended = np.empty_like(kernel)
@@ -218,13 +214,11 @@ def _try_weight(fit: LibraryFit, weight: float, table: Array, pause: Pause) -> T
             np.multiply(kernel, share, out=blended)
             blended += table[part]
             chosen[at, part] = blended.argmax(axis=1)
-        pause()
     share = _choose_share(chosen == own, weights)
     best = chosen[SHARES.index(share)]
     distances = -2.0 * table[np.arange(len(own)), best]
-    for part in fit.parts:
+    for part in fit.parts(pause):
         table[part] += (share * scale) * fit.kernel_table[part]
-        pause()
     typical = TYPICAL_DIMENSIONS / fit.gaussian.ambient / (1.0 + share)
     factor, losses = fit_temperature(table, own, weights, typical=typical, spread=TEMPERATURE_SPREAD, pause=pause)
     return Trial(
@@ -257,7 +251,8 @@ def _assemble(fit: LibraryFit, competes: BoolArray, trial: Trial) -> Blend:
     shrunk = shrink_means(fit.gaussian, named, trial.text_weight)
     if named is not None:
         shrunk[~fit.present] = named[~fit.present]
-    return Blend(fit, trial, fit.kernel.with_names(named), shrunk, competes)
+    kernel = replace(fit.kernel, named=None if named is None else unit_rows(named).astype(np.float32))
+    return Blend(fit, trial, kernel, shrunk, competes)
 
 
 def _choose_share(right: BoolArray, weights: Array) -> float:

@@ -1,7 +1,6 @@
 """Build: a calibrated prototype set from a support set."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -127,27 +126,19 @@ def _calibrate(
     right = best == own
     with np.errstate(invalid="ignore"):
         recall = np.bincount(own, weights=right, minlength=classes) / np.bincount(own, minlength=classes)
-    names = blend.fit.names
-    facts: dict[str, Any] = {
-        "text_weight": blend.trial.text_weight,
-        "text_evidence": None if names is None else names.evidence,
-        "kernel_share": blend.trial.share,
-    }
     if settings.abstain is None:
-        accuracy = balanced_accuracy(right, own, classes)
-        facts |= {"filed_held_out": len(own), "right_held_out": int(right.sum())}
-        calibration = Calibration(held_out=len(own), accuracy=accuracy, filed_expected=1.0, **facts)
+        accuracy, count, hits = balanced_accuracy(right, own, classes), len(own), int(right.sum())
+        calibration = Calibration(count, accuracy, filed_expected=1.0, filed_held_out=count, right_held_out=hits)
         return replace(prototypes, calibration=calibration, recall=recall)
     null: Strangers | None = None
     if settings.mode in BLENDED or settings.abstain.strangers != "auto":
         null = leave_classes_out(library.rows, library.classes, library.counts, pause=pause)
     open_set = held_out_open_set(library, blend, best, with_typicality=settings.mode in BLENDED, pause=pause)
-    facts |= calibrate_knowns(
+    facts = calibrate_knowns(
         HeldOutOutcomes(confidence, right, own, open_set),
         settings.abstain.precision,
         classes=classes,
-        foreign_cosines=np.zeros(0) if right.any() else _foreign_cosines(library, pause),
-        nothing_held_out="no class has two different images",
+        foreign_cosines=None if right.any() else _foreign_cosines(library, pause),
         null=null,
         evidence=evidence,
     )
@@ -165,9 +156,8 @@ def _plain_decisions(mode: Mode, library: Library, blend: Blend, pause: Pause) -
     chosen, own = blend.fit.held.chosen, blend.fit.held.own
     plain = Plain(library.rows, library.classes, library.counts, blend.fit.moments.means, library.text)
     table = np.empty((len(chosen), len(library.counts)))
-    for part in parts(len(chosen), len(library.rows), BLOCK):  # the blocks of ``max``, for equal rounding
+    for part in parts(len(chosen), len(library.rows), BLOCK, pause=pause):  # the blocks of ``max``, for equal rounding
         table[part] = plain_held_out(mode, chosen[part], plain)
-        pause()
     temperature = plain_temperature(table, own, pause=pause)
     best, confidence = top_classes(table, temperature, pause=pause)
     return best if np.isfinite(table).any() else own, confidence, temperature
@@ -206,9 +196,8 @@ def _foreign_cosines(library: Library, pause: Pause) -> Array:
         return np.zeros(0)
     sample = np.unique(np.linspace(0, len(library.rows) - 1, FOREIGN_SAMPLE).astype(np.int64))
     nearest = np.empty(len(sample))
-    for part in parts(len(sample), len(library.rows)):
+    for part in parts(len(sample), len(library.rows), pause=pause):
         similarities = library.rows[sample[part]] @ library.rows.T
         similarities[library.classes[sample[part]][:, None] == library.classes] = -1.0
         nearest[part] = similarities.max(axis=1)
-        pause()
     return nearest

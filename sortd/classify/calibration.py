@@ -56,7 +56,6 @@ class Calibration:
     held_out: int = 0  # number of held-out images
     accuracy: float | None = None  # balanced held-out accuracy; None if there are no held-out images
     confidence: float = 0.0  # least confidence of a filed image
-    precision_wanted: float | None = None
     precision_attainable: float | None = None  # largest estimated precision of any threshold
     precision_expected: float | None = None  # cautious estimate of the precision of what is filed
     filed_held_out: int = 0  # held-out images that are filed
@@ -65,13 +64,9 @@ class Calibration:
     right_checked: int = 0  # of these, the right ones
     filed_expected: float | None = None  # held-out share of known images that is filed
     gate: Gate | None = None
-    strangers_wanted: float | None = None
     strangers_attainable: float | None = None  # smallest share that leaving classes out can guarantee
-    strangers_used: float | None = None  # the share in force: the larger of the two above
+    strangers_used: float | None = None  # the share in force: that of the setting, or the one above if it is larger
     strangers_cut: float | None = None  # threshold of the share in stranger scores; smaller with few classes
-    text_weight: float = 0.0  # number of references that a class name counts as
-    text_evidence: float | None = None  # see PlacedNames
-    kernel_share: float = 0.0
     curve: tuple[tuple[float, float, float], ...] = ()  # points (least confidence, share filed, precision)
     notes: tuple[str, ...] = ()  # sentences about settings that cannot be met
 
@@ -136,11 +131,10 @@ def log_softmax(logits: Array) -> Array:
 def top_classes(table: Array, temperature: float, *, pause: Pause = no_pause) -> tuple[IntArray, Array]:
     """Return the best class (R,) of each row of scores (R, C), and its probability (R,)."""
     best, confidence = np.empty(len(table), np.int64), np.empty(len(table))
-    for part in parts(*table.shape):
+    for part in parts(*table.shape, pause=pause):
         best[part] = first_best(table[part])
         probabilities = np.exp(log_softmax(temperature * table[part]))
         confidence[part] = probabilities[np.arange(len(probabilities)), best[part]]
-        pause()
     return best, confidence
 
 
@@ -175,9 +169,8 @@ def fit_temperature(
     examined = table
     if table.shape[1] > EXAMINED:
         examined = np.empty((len(table), EXAMINED + 1))
-        for part in parts(*table.shape):
+        for part in parts(*table.shape, pause=pause):
             examined[part, :-1] = np.partition(table[part], table.shape[1] - EXAMINED, axis=1)[:, -EXAMINED:]
-            pause()
         examined[:, -1] = np.where(mine >= examined[:, :-1].min(axis=1), -np.inf, mine)
     top = examined.max(axis=1, keepdims=True)
     gaps, behind = examined - top, mine - top[:, 0]
@@ -333,8 +326,7 @@ def calibrate_knowns(
     precision: float,
     *,
     classes: int,
-    foreign_cosines: Array,
-    nothing_held_out: str,
+    foreign_cosines: Array | None = None,
     null: Strangers | None = None,
     evidence: Evidence | None = None,
 ) -> dict[str, Any]:
@@ -348,7 +340,6 @@ def calibrate_knowns(
         precision: wanted precision.
         classes: number of classes.
         foreign_cosines: (N,) cosines for ``foreign_gate``, used if no held-out decision is correct.
-        nothing_held_out: the note if R is 0.
         null: scores of references whose class is left out, for ``known_gate``.
         evidence: filed images that a person has checked.
     """
@@ -359,11 +350,12 @@ def calibrate_knowns(
     if open_set is not None and right.any():
         gate = known_gate(open_set, confidence, right, classes=classes, null=null)
         is_familiar = gate.familiarity(open_set, confidence) >= gate.least
-    elif len(foreign_cosines):
+    elif foreign_cosines is not None and len(foreign_cosines):
         gate = foreign_gate(foreign_cosines)
-    facts: dict[str, Any] = {"held_out": count, "precision_wanted": precision, "gate": gate}
+    facts: dict[str, Any] = {"held_out": count, "gate": gate}
     if not count:
-        note = f"{nothing_held_out}, so no precision can be expected"
+        why = "the training has no held-out image" if open_set is None else "no class has two different images"
+        note = f"{why}, so no precision can be expected"
         return {**facts, **NOTHING_FILED, "confidence": NEVER, "notes": (note,)}
     shift = confidence_shift(confidence, right, weights, evidence)
     corrected = _shifted(confidence, shift)
@@ -404,7 +396,6 @@ def calibrate_strangers(null: Strangers, wanted: float, notes: tuple[str, ...]) 
         note = f"strangers {wanted:g} is not reached: {null.classes} classes allow at least {used:.3f}"
         notes = (*notes, note)
     return {
-        "strangers_wanted": wanted,
         "strangers_attainable": null.attainable,
         "strangers_used": used,
         "strangers_cut": used * null.classes / (null.classes + CAUTIOUS_CLASSES),
@@ -420,10 +411,7 @@ def calibrate_outcomes(outcomes: HeldOutOutcomes, abstain: AbstainSettings | Non
         return Calibration(
             count, accuracy, filed_expected=1.0, precision_expected=accuracy, filed_held_out=count, right_held_out=right
         )
-    nothing = "the training has no held-out image"
-    facts = calibrate_knowns(
-        outcomes, abstain.precision, classes=classes, foreign_cosines=np.zeros(0), nothing_held_out=nothing
-    )
+    facts = calibrate_knowns(outcomes, abstain.precision, classes=classes)
     if abstain.strangers != "auto":
         note = f"strangers {abstain.strangers:g} has no effect: a fine-tuned model decides by its probability alone"
         facts["notes"] = (*facts["notes"], note)

@@ -217,13 +217,9 @@ def stranger_shares(prototypes: PrototypeSet, queries: Array, judged: ScoredBatc
     assert relative is not None
     assert judged.distances is not None
     two = np.partition(judged.distances, 1, axis=1)
-    return null.shares(relative, two[:, 1] - two[:, 0], _closeness(prototypes, queries, judged))
-
-
-def _closeness(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -> Array:
-    """Return (B,) cosine of each embedding to the nearest references of its best class; -1 if it has none."""
     directions = unit_rows(queries).astype(np.float32)
-    return nearest_cosines(directions, judged.best, prototypes.references, prototypes.classes)
+    cosine = nearest_cosines(directions, judged.best, prototypes.references, prototypes.classes)
+    return null.shares(relative, two[:, 1] - two[:, 0], cosine)
 
 
 def _typicality(prototypes: PrototypeSet, queries: Array, judged: ScoredBatch) -> Array | None:

@@ -18,8 +18,8 @@ from sortd.classify.calibration import (
     precision_curve,
 )
 from sortd.classify.decide import decide
-from sortd.classify.held_out import LARGEST_ROWS, LeaveOneOutResult, leave_out_blend, leave_out_plain, merge_references
-from sortd.classify.library import Library, duplicate_distance, parts, unit_rows
+from sortd.classify.held_out import LARGEST_ROWS, LeaveOneOutResult, leave_out_blend, leave_out_plain
+from sortd.classify.library import Library, duplicate_distance, make_library, parts, unit_rows
 from sortd.classify.open_set import leave_classes_out, nearest_cosines
 from sortd.classify.proportions import estimated
 from sortd.classify.prototypes import PrototypeSet
@@ -152,7 +152,8 @@ def evaluate(
     support = _part(support, np.argsort(support.classes, kind="stable"))
     prototypes = build(support, settings, generation=0)
     keep(prototypes)
-    library = merge_references(prototypes, support)
+    references, classes = prototypes.references, prototypes.classes
+    library = make_library(references, classes, len(support.labels), support.text, support.text_mean)
     judgements, blends = _judgements(prototypes, support, library)
     reports = tuple(_mode_report(mode, judgement, len(support.labels)) for mode, judgement in judgements.items())
     mode = settings.mode if settings.mode in judgements else Mode.MEAN
@@ -165,8 +166,8 @@ def evaluate(
         if mine is None
         else _trade_offs(library, mine, mode, blends[mode is Mode.MIXED], settings.abstain, support.evidence)
     )
-    classes = _class_reports(prototypes, library, mine)
-    scores = [one.f1 for one in classes if one.f1 is not None]
+    class_reports = _class_reports(prototypes, library, mine)
+    scores = [one.f1 for one in class_reports if one.f1 is not None]
     return EvaluationReport(
         encoder_id=support.encoder_id,
         classes=len(support.labels),
@@ -174,7 +175,7 @@ def evaluate(
         distinct=len(library.rows),
         mode=mode.value,
         modes=reports,
-        class_reports=classes,
+        class_reports=class_reports,
         macro_f1=float(np.mean(scores)) if scores else None,
         confusion=_confusion(support.labels, mine) if mine is not None else (),
         trade_offs=trade_offs,
@@ -210,16 +211,16 @@ def _judgements(
 
 
 def _mode_report(mode: Mode, judgement: LeaveOneOutResult, classes: int) -> ModeReport:
-    right = judgement.best == judgement.own
-    apart = judgement.distinct_best == judgement.distinct_own
-    weights, confidence = balanced_weights(judgement.distinct_own, classes), judgement.distinct_confidence
+    right = judgement.alone.best == judgement.alone.own
+    apart = judgement.distinct.best == judgement.distinct.own
+    weights, confidence = balanced_weights(judgement.distinct.own, classes), judgement.distinct.confidence
     return ModeReport(
         mode=mode.value,
         judged=len(right),
         right=int(right.sum()),
         accuracy=float(right.mean()) if len(right) else None,
-        balanced_accuracy=balanced_accuracy(right, judgement.own, classes),
-        distinct_accuracy=balanced_accuracy(apart, judgement.distinct_own, classes),
+        balanced_accuracy=balanced_accuracy(right, judgement.alone.own, classes),
+        distinct_accuracy=balanced_accuracy(apart, judgement.distinct.own, classes),
         distinct_judged=len(apart),
         curve=tuple(precision_curve(confidence, corrected_confidence(confidence, apart, weights), apart, weights)),
     )
@@ -230,7 +231,7 @@ def _class_reports(
 ) -> tuple[ClassReport, ...]:
     count = len(prototypes.labels)
     empty = np.zeros(0, np.int64)
-    own, best = (empty, empty) if judgement is None else (judgement.own, judgement.best)
+    own, best = (empty, empty) if judgement is None else (judgement.alone.own, judgement.alone.best)
     judged, taken = np.bincount(own, minlength=count), np.bincount(best, minlength=count)
     right = np.bincount(own[own == best], minlength=count)
     reports = []
@@ -265,7 +266,7 @@ def _need(distinct: int, recall: float | None, judged: int) -> str | None:
 
 
 def _confusion(labels: tuple[str, ...], judgement: LeaveOneOutResult) -> tuple[tuple[str, str, int], ...]:
-    pairs, numbers = np.unique(np.column_stack([judgement.own, judgement.best]), axis=0, return_counts=True)
+    pairs, numbers = np.unique(np.column_stack([judgement.alone.own, judgement.alone.best]), axis=0, return_counts=True)
     found = [(int(own), int(best), int(number)) for (own, best), number in zip(pairs, numbers, strict=True)]
     found.sort(key=lambda entry: (entry[0] == entry[1], -entry[2], entry[:2]))
     return tuple((labels[own], labels[best], number) for own, best, number in found)
@@ -279,10 +280,10 @@ def _suspects(support: SupportSet, library: Library, judgement: LeaveOneOutResul
         label = support.labels[support.classes[row]]
         return Suspect(kind, support.sources[row], label, other_label, source, score)
 
-    best, confidence = judgement.distinct_best, judgement.distinct_confidence
-    claimed = np.flatnonzero((best != judgement.distinct_own) & (confidence >= SURE))
+    best, confidence = judgement.distinct.best, judgement.distinct.confidence
+    claimed = np.flatnonzero((best != judgement.distinct.own) & (confidence >= SURE))
     claimed = claimed[np.argsort(-confidence[claimed], kind="stable")]
-    rows = judgement.distinct_rows
+    rows = judgement.distinct.rows
     return (
         *(suspect("mislabelled", rows[at], float(confidence[at]), int(best[at])) for at in claimed[:MOST_SUSPECTS]),
         *(
@@ -329,24 +330,16 @@ def _trade_offs(
     abstain: AbstainSettings | None,
     evidence: Evidence | None,
 ) -> tuple[TradeOff, ...]:
-    kept = np.isin(judgement.distinct_rows, library.leaders[blend.fit.held.chosen])
-    own, best = judgement.distinct_own[kept], judgement.distinct_best[kept]
+    kept = np.isin(judgement.distinct.rows, library.leaders[blend.fit.held.chosen])
+    own, best = judgement.distinct.own[kept], judgement.distinct.best[kept]
     if not len(own):
         return ()
     open_set = held_out_open_set(library, blend, best, with_typicality=mode in BLENDED)
-    outcomes = HeldOutOutcomes(judgement.distinct_confidence[kept], best == own, own, open_set)
+    outcomes = HeldOutOutcomes(judgement.distinct.confidence[kept], best == own, own, open_set)
     null = leave_classes_out(library.rows, library.classes, library.counts) if mode in BLENDED else None
     found = []
     for precision in sorted({*PRECISIONS, *(() if abstain is None else (abstain.precision,))}):
-        facts = calibrate_knowns(
-            outcomes,
-            precision,
-            classes=len(library.counts),
-            foreign_cosines=np.zeros(0),
-            nothing_held_out="",
-            null=null,
-            evidence=evidence,
-        )
+        facts = calibrate_knowns(outcomes, precision, classes=len(library.counts), null=null, evidence=evidence)
         filed, expected, judged = (facts[key] for key in ("filed_expected", "precision_expected", "filed_held_out"))
         judged = facts["checked"] or judged
         found.append(TradeOff(precision, filed, expected, not facts["notes"], len(own), judged))

@@ -40,9 +40,8 @@ class Space:
     def remoteness(self, embeddings: Rows, *, pause: Pause = no_pause) -> Array:
         """Return (B,) distance of embeddings (B, d) to the centre, before they are scaled to unit length."""
         distances = np.empty(len(embeddings))
-        for part in parts(*embeddings.shape):
+        for part in parts(*embeddings.shape, pause=pause):
             distances[part] = _lengths((embeddings[part] - self.center) * self.scale)
-            pause()
         return distances
 
 
@@ -83,9 +82,8 @@ class Gaussian:
     def whitened(self, chosen: IntArray, *, pause: Pause = no_pause) -> Array:
         """Return the whitened rows (R, d) of chosen references (R,)."""
         rows = np.empty((len(chosen), self.placed.shape[1]))
-        for part in parts(*rows.shape):
+        for part in parts(*rows.shape, pause=pause):
             rows[part] = self.placed[chosen[part]] @ self.whitener
-            pause()
         return rows
 
 
@@ -137,11 +135,10 @@ def fit_gaussian(
     within = np.zeros_like(spread)
     if freedom:
         subtracted = means.astype(placed.dtype, copy=False)
-        for part in parts(*placed.shape):
+        for part in parts(*placed.shape, pause=pause):
             residuals = placed[part] - subtracted[classes[part]]
             residuals[counts[classes[part]] < 2] = 0.0  # noqa: PLR2004 - left out, or the only one
             within += residuals.T @ residuals
-            pause()
         within /= freedom
         typical = float(np.trace(within)) / width
     else:
@@ -216,12 +213,11 @@ def _lengths(rows: Rows) -> Rows:
 
 
 def _place(embeddings: Rows, center: Rows, scale: Rows, placed: Rows, pause: Pause) -> None:
-    for part in parts(*embeddings.shape):
+    for part in parts(*embeddings.shape, pause=pause):
         block = placed[part]
         np.subtract(embeddings[part], center, out=block)
         block *= scale
         block /= np.maximum(_lengths(block), 1e-12)[:, None]
-        pause()
 
 
 def place_names(

@@ -48,10 +48,7 @@ class ImageGroup:
 def find_groups(prototypes: PrototypeSet, embeddings: Array, contents: Sequence[str]) -> list[ImageGroup]:
     """Return the groups of two or more of n images: proposed classes first, then by size; the same for any order.
 
-    Args:
-        prototypes: the references.
-        embeddings: (n, d) unit rows.
-        contents: n hexadecimal hashes of the images.
+    ``embeddings`` are (n, d) unit rows, ``contents`` the hexadecimal hashes of the images.
     """
     order = np.array(sorted(range(len(contents)), key=contents.__getitem__), dtype=np.int64)
     rows = whitened_rows(prototypes, embeddings[order])

@@ -16,7 +16,7 @@ from sortd.classify.calibration import top_classes
 from sortd.classify.decide import score_batch
 from sortd.classify.kernel import Plain, plain_held_out
 from sortd.classify.leave_one_out import LARGEST_TABLE, choose_held_out
-from sortd.classify.library import Library, class_means, make_library, parts
+from sortd.classify.library import Library, class_means, parts
 from sortd.classify.proportions import estimated
 from sortd.classify.prototypes import PrototypeSet
 from sortd.classify.types import BLENDED, DecisionSettings, SupportSet
@@ -46,23 +46,21 @@ STANDARD_ERRORS. Shares of other classes cannot be compared: those of a class wi
 
 
 @dataclass(frozen=True, eq=False)
-class LeaveOneOutResult:
-    """Decisions of one mode on R references left out alone, and on S left out together with their near-duplicates."""
+class LeftOut:
+    """Decisions of one mode on R references that are left out."""
 
-    judged: IntArray  # (R,): references, as indices of the prototype set
+    rows: IntArray  # (R,): indices of the prototype set
     own: IntArray  # (R,)
     best: IntArray  # (R,)
     confidence: Array  # (R,)
-    distinct_rows: IntArray  # (S,): one reference of each group of near-duplicates
-    distinct_own: IntArray  # (S,)
-    distinct_best: IntArray  # (S,)
-    distinct_confidence: Array  # (S,)
 
 
-def merge_references(prototypes: PrototypeSet, support: SupportSet) -> Library:
-    """Return the library of a prototype set, with the names of its support set."""
-    labels = len(prototypes.labels)
-    return make_library(prototypes.references, prototypes.classes, labels, support.text, support.text_mean)
+@dataclass(frozen=True, eq=False)
+class LeaveOneOutResult:
+    """Decisions on references left out alone, and on one of each group left out together with its near-duplicates."""
+
+    alone: LeftOut
+    distinct: LeftOut
 
 
 def leave_out_plain(mode: Mode, prototypes: PrototypeSet, library: Library) -> LeaveOneOutResult:
@@ -71,23 +69,14 @@ def leave_out_plain(mode: Mode, prototypes: PrototypeSet, library: Library) -> L
     sample = choose_held_out(plain.counts, plain.classes)
     temperature = plain_temperature(plain_held_out(mode, sample, plain), plain.classes[sample])
     judged = np.arange(len(plain.rows)) if mode is Mode.TEXT else np.flatnonzero(plain.counts[plain.classes] > 1)
-    best, confidence = _plain_decisions(mode, plain, judged, temperature)
-    apart, distinct_best, distinct_confidence = judged, best, confidence
-    if len(library.rows) != len(plain.rows):  # there are near-duplicates
-        apart = np.flatnonzero(library.counts[library.classes] > 1)
-        means = class_means(library.rows, library.classes, library.counts)
-        distinct = Plain(library.rows, library.classes, library.counts, means, plain.text)
-        distinct_best, distinct_confidence = _plain_decisions(mode, distinct, apart, temperature)
-    return LeaveOneOutResult(
-        judged=judged,
-        own=plain.classes[judged],
-        best=best,
-        confidence=confidence,
-        distinct_rows=library.leaders[apart],
-        distinct_own=library.classes[apart],
-        distinct_best=distinct_best,
-        distinct_confidence=distinct_confidence,
-    )
+    alone = LeftOut(judged, plain.classes[judged], *_plain_decisions(mode, plain, judged, temperature))
+    if len(library.rows) == len(plain.rows):  # there are no near-duplicates
+        return LeaveOneOutResult(alone, alone)
+    apart = np.flatnonzero(library.counts[library.classes] > 1)
+    means = class_means(library.rows, library.classes, library.counts)
+    merged = Plain(library.rows, library.classes, library.counts, means, plain.text)
+    decisions = _plain_decisions(mode, merged, apart, temperature)
+    return LeaveOneOutResult(alone, LeftOut(library.leaders[apart], library.classes[apart], *decisions))
 
 
 def _plain_decisions(mode: Mode, plain: Plain, chosen: IntArray, temperature: float) -> tuple[IntArray, Array]:
@@ -117,16 +106,8 @@ def leave_out_blend(mode: Mode, prototypes: PrototypeSet, library: Library, blen
     if len(doubles):
         seen = score_batch(prototypes, prototypes.references[judged[doubles]].astype(np.float64), mode)
         whole_best[doubles], whole_confidence[doubles] = seen.best, seen.confidence
-    return LeaveOneOutResult(
-        judged=judged,
-        own=prototypes.classes[judged],
-        best=whole_best,
-        confidence=whole_confidence,
-        distinct_rows=library.leaders[held.chosen],
-        distinct_own=held.own,
-        distinct_best=best,
-        distinct_confidence=confidence,
-    )
+    alone = LeftOut(judged, prototypes.classes[judged], whole_best, whole_confidence)
+    return LeaveOneOutResult(alone, LeftOut(library.leaders[held.chosen], held.own, best, confidence))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +150,7 @@ def agreement(exact: SupportSet, quick: SupportSet, settings: DecisionSettings) 
     cosines = (exact.embeddings.astype(np.float64) * quick.embeddings).sum(axis=1)
     before, least_confidence = _judged(exact, settings)
     now, _ = _judged(quick, replace(settings, abstain=None))
-    shared, left, right = np.intersect1d(before.judged, now.judged, return_indices=True)
+    shared, left, right = np.intersect1d(before.rows, now.rows, return_indices=True)
     own, labels, quick_labels = before.own[left], before.best[left], now.best[right]
     is_filed = before.confidence[left] >= least_confidence
     return Agreement(
@@ -184,7 +165,7 @@ def agreement(exact: SupportSet, quick: SupportSet, settings: DecisionSettings) 
     )
 
 
-def _judged(support: SupportSet, settings: DecisionSettings) -> tuple[LeaveOneOutResult, float]:
+def _judged(support: SupportSet, settings: DecisionSettings) -> tuple[LeftOut, float]:
     """Return the leave-one-out decisions of a support set, and the least confidence of those that are compared.
 
     That is the precision wanted where the references support none, since a verdict is needed there too.
@@ -196,7 +177,7 @@ def _judged(support: SupportSet, settings: DecisionSettings) -> tuple[LeaveOneOu
     else:
         found = leave_out_plain(mode, prototypes, library)
     least = prototypes.calibration.confidence
-    return found, least if settings.abstain is None else min(least, settings.abstain.precision)
+    return found.alone, least if settings.abstain is None else min(least, settings.abstain.precision)
 
 
 def pooled(compared: Mapping[str, Agreement]) -> Agreement:

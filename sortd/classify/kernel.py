@@ -1,6 +1,6 @@
 """The plain modes (avg, max, mean, text) and the whitened kernel; see docs/decisions.md."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -118,19 +118,14 @@ class Kernel:
     counts: IntArray  # (C,): rows of each class
     named: FloatArray | None  # (C, d): whitened unit names, used for classes without a reference
 
-    def with_names(self, named: Array | None) -> "Kernel":
-        """Return the kernel over the same references, and over whitened names (C, d)."""
-        return replace(self, named=None if named is None else unit_rows(named).astype(np.float32))
-
 
 def make_kernel(gaussian: Gaussian, *, pause: Pause = no_pause) -> Kernel:
     """Return the kernel over the references of a Gaussian."""
     chosen = choose_rows(gaussian.classes, gaussian.counts)
     classes = gaussian.classes[chosen]
     rows = np.empty((len(chosen), gaussian.placed.shape[1]), np.float32)
-    for part in parts(len(rows), rows.shape[1]):
+    for part in parts(len(rows), rows.shape[1], pause=pause):
         rows[part] = unit_rows(gaussian.whitened(chosen[part]))
-        pause()
     return Kernel(
         rows=rows,
         chosen=chosen,
@@ -145,20 +140,14 @@ def choose_rows(classes: IntArray, counts: IntArray) -> IntArray:
     order = np.argsort(classes, kind="stable").astype(np.int64)
     if len(classes) <= LARGEST:
         return order
-    limit = _most_of_a_class(counts)
+    limits = range(int(counts.max()), FEWEST_OF_A_CLASS, -1)
+    limit = next((one for one in limits if int(np.minimum(counts, one).sum()) <= LARGEST), FEWEST_OF_A_CLASS)
     kept = np.minimum(counts, limit)
     starts, steps = np.cumsum(counts) - counts, (counts - 1) / np.maximum(kept - 1, 1)
     rank = np.arange(kept.sum()) - np.repeat(np.cumsum(kept) - kept, kept)
     spread = (rank * np.repeat(steps, kept) + np.repeat(starts, kept)).astype(np.int64)
     is_last = (rank > 0) & (rank == np.repeat(kept - 1, kept))
     return order[np.where(is_last, np.repeat(starts + counts - 1, kept), spread)]
-
-
-def _most_of_a_class(counts: IntArray) -> int:
-    for limit in range(int(counts.max()), FEWEST_OF_A_CLASS, -1):
-        if int(np.minimum(counts, limit).sum()) <= LARGEST:
-            return limit
-    return FEWEST_OF_A_CLASS
 
 
 def kernel_scores(whitened: Array, kernel: Kernel) -> Array:

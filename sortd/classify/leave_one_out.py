@@ -95,9 +95,8 @@ class HeldOutProducts:
         for means in (shrink_means(gaussian), named):
             if means is not None:
                 table = np.empty((len(held.rows), len(means)))
-                for part in parts(*table.shape):
+                for part in parts(*table.shape, pause=pause):
                     np.matmul(held.rows[part], means.T, out=table[part])
-                    pause()
                 self._tables.append(table)
 
     def of(self, weight: float, part: slice) -> Array:
@@ -164,7 +163,7 @@ def kernel_table(gaussian: Gaussian, held: HeldOut, kernel: Kernel, *, pause: Pa
     result = np.empty((len(held.chosen), len(gaussian.counts)))
     neighbours = kernel.rows
     itself = np.minimum(np.searchsorted(kernel.chosen, held.chosen), max(len(kernel.chosen) - 1, 0))
-    for part in parts(len(result), len(neighbours), BLOCK):
+    for part in parts(len(result), len(neighbours), BLOCK, pause=pause):
         rows, own = held.rows[part].astype(np.float32), held.own[part]
         residuals, gain = held.residuals[part].astype(np.float32), held.gain[part].astype(np.float32)[:, None]
         products = rows @ neighbours.T
@@ -188,7 +187,6 @@ def kernel_table(gaussian: Gaussian, held: HeldOut, kernel: Kernel, *, pause: Pa
         counts[at, own[at]] -= 1
         asking = unit_rows(rows.astype(np.float64)).astype(np.float32)
         result[part] = log_kernel_means(kernel_sums(products, kernel), counts, asking, kernel)
-        pause()
     return result
 
 
@@ -198,7 +196,7 @@ def background_distances(gaussian: Gaussian, held: HeldOut, *, pause: Pause = no
     Of the total covariance, only the part within classes is corrected.
     """
     size, result = len(gaussian.placed), np.empty(len(held.chosen))
-    for part in parts(len(result), gaussian.placed.shape[1]):
+    for part in parts(len(result), gaussian.placed.shape[1], pause=pause):
         placed, own = gaussian.placed[held.chosen[part]], held.own[part]
         offsets = placed @ gaussian.background - gaussian.background_middle
         directions = (placed - gaussian.placed_means[own]) @ gaussian.background
@@ -207,7 +205,6 @@ def background_distances(gaussian: Gaussian, held: HeldOut, *, pause: Pause = no
         gain = rate / np.maximum(1.0 - rate * np.square(directions).sum(axis=1), 1e-3)
         along = np.einsum("ij,ij->i", offsets, directions)
         result[part] = np.square(offsets).sum(axis=1) + gain * np.square(along)
-        pause()
     return result
 
 
@@ -227,14 +224,13 @@ def remoteness_left_out(
     result = np.empty(len(chosen))
     present = np.flatnonzero(counts)
     mean_square = moments.squares[present].mean(axis=0)
-    for part in parts(len(chosen), rows.shape[1]):
+    for part in parts(len(chosen), rows.shape[1], pause=pause):
         own, asking = classes[chosen[part]], rows[chosen[part]]
         shares = present.size * (counts[own] - 1.0)[:, None]
         offsets = asking - moments.center
         variance = mean_square + (moments.squares[own] - np.square(offsets)) / shares
         offsets += (asking - moments.means[own]) / shares
         result[part] = np.sqrt((np.square(offsets) * inverse_spreads(variance, len(rows) - 1)).sum(axis=1))
-        pause()
     return result
 
 

@@ -29,11 +29,12 @@ def no_pause() -> None:
     """Do nothing."""
 
 
-def parts(rows: int, columns: int, cells: int | None = None) -> Iterator[slice]:
-    """Yield consecutive row slices of at most ``cells`` cells (default: CELLS), but at least one row."""
+def parts(rows: int, columns: int, cells: int | None = None, *, pause: Pause = no_pause) -> Iterator[slice]:
+    """Yield consecutive row slices of at most ``cells`` cells (default: CELLS), at least one row; pause after each."""
     size = max((CELLS if cells is None else cells) // max(columns, 1), 1)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
+        pause()
 
 
 def unit_rows(rows: Array) -> Array:
@@ -60,13 +61,12 @@ def class_means(
     The mean of a class is zero if its count is, even if it has rows.
     """
     sums = np.zeros((len(counts), rows.shape[1]))
-    for part in parts(*rows.shape):
+    for part in parts(*rows.shape, pause=pause):
         starts = np.flatnonzero(np.diff(classes[part], prepend=-1))
         block = rows[part].astype(np.float64, copy=False)
         if about is not None:
             block = np.square(block - about)
         sums[classes[part][starts]] += np.add.reduceat(block, starts, axis=0)
-        pause()
     sums[counts == 0] = 0.0
     sums /= np.maximum(counts, 1)[:, None]
     return sums
@@ -103,21 +103,18 @@ def make_library(
     Each reference joins the first earlier one of its class within the distance; chains are not merged as a whole.
     """
     rows: Array = np.empty_like(references, dtype=np.float64)
-    for part in parts(len(rows), rows.shape[1]):
+    for part in parts(len(rows), rows.shape[1], pause=pause):
         rows[part] = unit_rows(references[part].astype(np.float64))
-        pause()
     group, leaders = _groups(rows, classes, 1.0 - max(duplicate_distance(rows), ROUNDING), pause)
     pause()
     sums = np.empty((len(leaders), rows.shape[1]))
-    for part in parts(len(sums), sums.shape[1]):
+    for part in parts(len(sums), sums.shape[1], pause=pause):
         sums[part] = rows[leaders[part]]
-        pause()
     joined = np.ones(len(rows), dtype=bool)
     joined[leaders] = False
     np.add.at(sums, group[joined], rows[joined])
-    for part in parts(len(sums), sums.shape[1]):
+    for part in parts(len(sums), sums.shape[1], pause=pause):
         sums[part] = unit_rows(sums[part])
-        pause()
     merged = classes[leaders]
     return Library(
         rows=sums,
@@ -148,7 +145,7 @@ def _groups(rows: Array, classes: IntArray, least_cosine: float, pause: Pause) -
         members = rows[order[start:stop]]
         size = stop - start
         waiting = np.ones(size, dtype=bool)
-        for part in parts(size, size) if size > 1 else ():
+        for part in parts(size, size, pause=pause) if size > 1 else ():
             asking = part.start + np.flatnonzero(waiting[part])
             near = members[asking] @ members.T >= least_cosine
             near[np.arange(len(asking)), asking] = True
@@ -159,7 +156,6 @@ def _groups(rows: Array, classes: IntArray, least_cosine: float, pause: Pause) -
                     joined[:position] = False
                     first[start + np.flatnonzero(joined)] = start + position
                     waiting &= ~joined
-            pause()
     leading, group_in_order = np.unique(first, return_inverse=True)
     group = np.empty(len(rows), dtype=np.int64)
     group[order] = group_in_order

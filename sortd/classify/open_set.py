@@ -154,11 +154,9 @@ def _low(values: Array, share: float) -> float:
 
 
 def _share_to_refuse(known: Array, null: "Strangers") -> float:
-    total = null.weights.sum()
-    for share in KNOWN_REFUSED:
-        if float(null.weights @ (null.typicality >= _low(known, float(share))) / total) <= STRANGERS_KEPT:
-            return float(share)
-    return float(KNOWN_REFUSED[-1])
+    weights, shares = null.weights / null.weights.sum(), KNOWN_REFUSED.tolist()
+    fits = (one for one in shares if weights @ (null.typicality >= _low(known, one)) <= STRANGERS_KEPT)
+    return float(next(fits, shares[-1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +221,7 @@ def _fold(
     gaussian = fit_gaussian(all_placed, classes, kept_counts, pause=pause)
     shrunk = shrink_means(gaussian)[kept_counts > 0]
     best, first, second, background = np.empty(len(gone), np.int64), *np.empty((3, len(gone)))
-    for part in parts(len(gone), max(len(shrunk), rows.shape[1])):
+    for part in parts(len(gone), max(len(shrunk), rows.shape[1]), pause=pause):
         placed = all_placed[gone[part]].astype(np.float64)
         distances = squared_distances(placed @ gaussian.whitener, shrunk)
         at, each = distances.argmin(axis=1), np.arange(len(distances))
@@ -231,7 +229,6 @@ def _fold(
         distances[each, at] = np.inf
         second[part] = distances.min(axis=1)
         background[part] = np.square(placed @ gaussian.background - gaussian.background_middle).sum(axis=1)
-        pause()
     return gone, np.flatnonzero(kept_counts)[best], background - first, second - first
 
 
@@ -267,7 +264,7 @@ def nearest_cosines(  # noqa: PLR0913 -- all but four are seldom given
         if stop <= start:
             continue
         of_class, width = order[first:last], int(stop - start)
-        for part in parts(len(of_class), width):
+        for part in parts(len(of_class), width, pause=pause):
             asking = of_class[part]
             similarities = queries[asking] @ rows[start:stop].T
             if centred is not None:
@@ -282,7 +279,6 @@ def nearest_cosines(  # noqa: PLR0913 -- all but four are seldom given
             count = np.count_nonzero(used, axis=1)
             mean = np.where(used, similarities, 0.0).sum(axis=1) / np.maximum(count, 1)
             result[asking] = np.where(count > 0, mean, -1.0)
-            pause()
     return result
 
 

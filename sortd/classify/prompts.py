@@ -10,18 +10,12 @@ GENERIC_NOUNS = (
 """Nouns whose mean embedding estimates the centre of all text embeddings; class names are too few for that."""
 
 
-def spoken_name(label: str) -> str:
-    """Return the name of a class folder with spaces instead of underscores and dashes."""
-    return " ".join(label.replace("_", " ").replace("-", " ").split())
-
-
 def written_name(label: str) -> str:
     """Return the name of a class for messages: in quotes if it has blanks that would be invisible."""
     return label if label == " ".join(label.split()) else f"'{label}'"
 
 
 def prompts(label: str, descriptions: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Return the prompts of one class: its descriptions, or else its name in each template."""
-    if descriptions:
-        return list(descriptions)
-    return [template.replace("{}", spoken_name(label)) for template in templates]
+    """Return the prompts of one class: its descriptions, or else its name, of words with spaces, in each template."""
+    name = " ".join(label.replace("_", " ").replace("-", " ").split())
+    return list(descriptions) or [template.replace("{}", name) for template in templates]

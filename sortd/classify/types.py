@@ -1,6 +1,6 @@
 """The input of the classifiers: settings and the support set."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import floor, log
 from typing import Literal
 
@@ -76,11 +76,11 @@ class SupportSet:
     embeddings: FloatArray  # (N, d), unit rows
     classes: IntArray  # (N,), indices into labels
     sources: tuple[str, ...]  # N paths
-    text: FloatArray | None  # (C, d) unit rows: the prototype of each class's name
-    text_mean: FloatArray | None  # (d,): mean embedding of GENERIC_NOUNS, not of unit length
-    strangers: FloatArray  # (M, d): images of no class; M may be 0
     encoder_id: str  # the encoder of all embeddings
-    fingerprint: str  # hash of contents, encoder and settings
+    text: FloatArray | None = None  # (C, d) unit rows: the prototype of each class's name
+    text_mean: FloatArray | None = None  # (d,): mean embedding of GENERIC_NOUNS, not of unit length
+    strangers: FloatArray = field(default_factory=lambda: np.zeros((0, 0), np.float32))  # (M, d): images of no class
+    fingerprint: str = ""  # hash of contents, encoder and settings
     evidence: Evidence | None = None  # filed images that a person has checked
 
     def __post_init__(self) -> None:
@@ -94,6 +94,8 @@ class SupportSet:
             raise ValueError(f"a class index lies outside of the {len(self.labels)} labels")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a class label occurs twice")
+        if not len(self.strangers):
+            object.__setattr__(self, "strangers", np.zeros((0, width), np.float32))
         _check("strangers", self.strangers, (len(self.strangers), width))
         _check("text", self.text, (len(self.labels), width))
         _check("text_mean", self.text_mean, (width,))

@@ -20,6 +20,7 @@ import numpy as np
 from sortd.arrays import Pixels
 from sortd.commands.console import counted, decimals, megabytes, print_line, print_table, printable
 from sortd.commands.models import backend_facts
+from sortd.companions import IMAGES
 from sortd.config import Config
 from sortd.daemon.dataset_lock import lock_dataset
 from sortd.daemon.resources import LoadEncoder, Resources
@@ -30,7 +31,6 @@ from sortd.encoder.models import locate_configured
 from sortd.errors import DataError, ModelError
 from sortd.events import EmbeddedImage, Move, Outcome, Stamp
 from sortd.images.decode import DecodeLimits
-from sortd.images.formats import SUFFIXES
 from sortd.images.pool import DecodedImage, DecoderPool
 from sortd.layout import CLASS_AREAS, Area, Layout, find_datasets, rule_for, rule_for_folder
 from sortd.watch.scan import scan, stamp
@@ -143,7 +143,7 @@ def draw(config: Config, folder: Path | None, images: int) -> list[_File]:
     for place in places:
         rule = rule_for_folder if place.name in CLASS_AREAS else rule_for
         listed = islice(scan(os.fspath(place), report=lambda _: None, rule_at_top=rule), LISTED_AT_MOST)
-        found += [file for file in listed if os.path.splitext(file[0])[1].lower() in SUFFIXES]
+        found += [file for file in listed if os.path.splitext(file[0])[1].lower() in IMAGES]
         if len(found) >= images:
             break
     if not found:

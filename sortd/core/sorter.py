@@ -195,7 +195,8 @@ class Sorter:
             case events.RebuildFailed():
                 self._rebuild_failed(event, now)
             case events.DatasetAbsent():
-                self._absent(now)
+                self.references_absent, self._absent_in = True, self.rebuilds.job
+                self.rebuilds.retry(now)
             case events.Moved():
                 self._moved(event, now)
             case events.MoveFailed():
@@ -247,11 +248,6 @@ class Sorter:
         self.rebuilds.fail(now, is_lasting=event.is_lasting)
         self.references_absent = event.references_absent or event.job <= self._absent_in
         self._resume()
-
-    def _absent(self, now: float) -> None:
-        self.references_absent = True
-        self._absent_in = self.rebuilds.job
-        self.rebuilds.retry(now)
 
     def _resume(self) -> None:
         if self._may_decide:

@@ -283,7 +283,8 @@ class Images:
 
     def resting_below(self, folders: frozenset[str]) -> list[str]:
         """Return the paths of resting images at any depth below these folders."""
-        return [one.path for one in self._images.values() if one.state in RESTING and _is_below(one.path, folders)]
+        resting = (path for path, image in self._images.items() if image.state in RESTING)
+        return [path for path in resting if not folders.isdisjoint(accumulate(path.split("/")[:-1], "{}/{}".format))]
 
     def lose_sight(self, path: str) -> None:
         """Remove an image that is settling and cannot be read: a scan finds it again. Others keep their state."""
@@ -410,13 +411,12 @@ class Images:
     def try_place(self, place: str) -> None:
         """Queue one image that waits for a folder, unless the last one tried is still on its way."""
         waiting, tried = self._embedded.get(place), self._tries.get(place)
-        is_tried = tried is not None and tried.place == place and tried.state in _ON_THE_WAY and self._knows(tried)
-        if waiting and not is_tried:
+        if tried is not None and tried.place == place and tried.state in _ON_THE_WAY:
+            is_known = self._images.get(tried.path) is tried or self._moving.get((tried.path, tried.stamp)) is tried
+            waiting = None if is_known else waiting
+        if waiting:
             image = self._tries[place] = next(iter(waiting.values()))
             self._queue(image)
-
-    def _knows(self, image: Image) -> bool:
-        return self._images.get(image.path) is image or self._moving.get((image.path, image.stamp)) is image
 
     def wake(self, place: str) -> None:
         """Queue all images that wait for a folder: a move to it has succeeded."""
@@ -479,7 +479,3 @@ class Images:
             known = self._images
             self._ready = deque((path, t) for path, t in self._ready if path in known and known[path].ticket == t)
         (self._ready.append if newest else self._ready.appendleft)((image.path, image.ticket))
-
-
-def _is_below(path: str, folders: frozenset[str]) -> bool:
-    return not folders.isdisjoint(accumulate(path.split("/")[:-1], "{}/{}".format))

@@ -174,7 +174,7 @@ class Datasets:
         is_another = not layout.is_present or self._former.get(layout.name, folder[1]) != folder[1]
         try:
             _require_descriptors()
-            client = self._copier.client(DatasetId(name, next(self._numbers)))
+            client = CopyQueueClient(DatasetId(name, next(self._numbers)), self._copier)
             dataset = self.by_name[name] = self._lock_and_recover(layout, client)
             self._folders[name] = folder
             if self._watcher is not None:

@@ -46,6 +46,7 @@ from sortd.encoder.onnx_encoder import (
 from sortd.encoder.quantize import convolutions, photographic_noise, quantize, quantize_convolutions, weight_range
 from sortd.errors import ModelError
 from sortd.events import Preprocessing
+from sortd.files import open_descriptor
 
 if TYPE_CHECKING:
     import torch
@@ -117,11 +118,8 @@ def _replace(folder: Path, name: str, write: Callable[[Path], None]) -> None:
             ) from error
         # The files are synced before the folder gets its name: from then on their checksums are cached by stamp.
         for path in (*into.iterdir(), into):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
+            with open_descriptor(path, os.O_RDONLY | os.O_CLOEXEC) as descriptor:
                 os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
         with suppress(FileNotFoundError):
             folder.rename(aside)
         into.rename(folder)

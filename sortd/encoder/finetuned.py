@@ -157,11 +157,7 @@ def _model_id(folder: Path, said: Mapping[str, Any]) -> str:
 
 
 def json_object(path: Path) -> Mapping[str, Any]:
-    """Return the JSON object in a file of a result folder.
-
-    Raises:
-        ModelError: the file is missing, unreadable or damaged.
-    """
+    """Return the JSON object in a file of a result folder. Raises ModelError."""
     try:
         loaded = json.loads(_bytes(path))
     except (ValueError, RecursionError) as error:
@@ -192,11 +188,7 @@ class Promotion:
 
 
 def read_promotion(state_folder: Path) -> Promotion | None:
-    """Return the promotion in the state folder of a dataset, or None.
-
-    Raises:
-        ModelError: the file is unreadable or damaged.
-    """
+    """Return the promotion in the state folder of a dataset, or None. Raises ModelError."""
     file = state_folder / PROMOTION_FILE
     try:
         said: dict[str, Any] = json.loads(read_regular(file))
@@ -405,11 +397,7 @@ def build_tower(config: Mapping[str, Any]) -> "torch.nn.Module":
 
 
 def build_image_classifier(folder: Path) -> "torch.nn.Module":
-    """Return the image classifier of a folder's config.json, with random weights.
-
-    Raises:
-        ModelError: transformers does not support it.
-    """
+    """Return the image classifier of a folder's config.json, with random weights. Raises ModelError."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
     try:

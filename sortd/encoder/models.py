@@ -238,7 +238,7 @@ def verify_clip(name: str, folder: Path) -> ModelFolder:
             f"one size, as sortd decodes them; choose a SigLIP 2 of fixed size such as google/siglip2-base-patch16-224"
         )
     if model.use is Use.WORDS:
-        config = _read_object(transformer_folder(model) / "config.json", name)
+        config = read_object(transformer_folder(model) / "config.json", name)
         kind, *_ = config.get("architectures") or ["model without an architecture"]
         raise ModelError(
             f"model {name!r} is not a CLIP: it is a {kind} ({config.get('model_type', 'of unknown type')}), which "
@@ -259,7 +259,7 @@ def verify_folder(name: str, folder: Path) -> ModelFolder:
         raise ModelError(f"model {name!r}: the folder {folder} does not exist; {remedy}")
     modules = module_folders(name, folder)
     first = modules[0]
-    config = _read_object(first / "config.json", name)
+    config = read_object(first / "config.json", name)
     _refuse_foreign(name, first, config)
     _refuse_code(name, first)
     if (first / "adapter_config.json").exists():
@@ -350,7 +350,7 @@ def weight_files(name: str, folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    found = _read_object(index, name).get("weight_map")
+    found = read_object(index, name).get("weight_map")
     parts = sorted({str(part) for part in found.values()}) if isinstance(found, dict) else []
     for part in parts:
         if Path(part).name != part or not (folder / part).is_file():
@@ -379,7 +379,7 @@ def _refuse_code(name: str, folder: Path) -> None:
     """Raise ModelError for a model that is to be run by code in its folder, whatever type it declares."""
     for file in ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / file).exists():
-            names = _read_object(folder / file, name).get("auto_map")
+            names = read_object(folder / file, name).get("auto_map")
             if names:
                 shown = ", ".join(map(str, names.values() if isinstance(names, dict) else [names]))
                 raise ModelError(
@@ -400,7 +400,8 @@ def _refuse_pickles(name: str, folder: Path, module: Path) -> None:
         )
 
 
-def _read_object(path: Path, name: str) -> Mapping[str, Any]:
+def read_object(path: Path, name: str) -> Mapping[str, Any]:
+    """Return the JSON object in a file of a model; raise ModelError if it is missing, unreadable or damaged."""
     loaded = _read_json(path, name)
     if not isinstance(loaded, dict):
         raise ModelError(f"model {name!r}: {path} is not a JSON object; fetch or copy the model again")

@@ -11,6 +11,7 @@ independent of each other, too (the static quantisation of ONNX Runtime).
 
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,18 @@ _MIN_SCALE = 1e-12  # of a row of zeros
 _EXACT_PRODUCTS = {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
 
 
+def processor_flags(processor: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Return the names of what this processor can do, among other words; none if the system does not list them."""
+    with suppress(OSError):
+        return frozenset(processor.read_text(encoding="ascii", errors="replace").split())
+    return frozenset()
+
+
 def weight_range(*, machine: str | None = None, processor: Path = Path("/proc/cpuinfo")) -> int:
     """Return the largest quantized weight that a processor, by default this one, multiplies without overflow."""
     if (machine or platform.machine()).lower() not in {"x86_64", "amd64", "i686", "i386"}:
         return FULL_RANGE
-    try:
-        flags = processor.read_text(encoding="ascii", errors="replace").split()
-    except OSError:
-        return REDUCED_RANGE
-    return FULL_RANGE if _EXACT_PRODUCTS.intersection(flags) else REDUCED_RANGE
+    return FULL_RANGE if _EXACT_PRODUCTS & processor_flags(processor) else REDUCED_RANGE
 
 
 def quantize(source: Path, target: Path, *, largest: int) -> int:

@@ -11,20 +11,22 @@ import json
 import socket
 import stat
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, Final, Self, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import numpy as np
+from pydantic import Field, PlainSerializer, PlainValidator, TypeAdapter
 
 from sortd.arrays import FloatArray, Pixels
 from sortd.encoder.clip import are_of_unit_length, check_pixels
 from sortd.errors import ModelError
 from sortd.events import Preprocessing
+from sortd.files import text_of
 
 HEADER: Final = struct.Struct("=4sHHIQ")
 """Magic, version of the protocol, kind, number of images, texts or rows, and bytes of the content."""
@@ -39,8 +41,6 @@ REASON_BYTES: Final = 8192
 GREETING_BYTES: Final = 1 << 20
 MOST_PIXELS: Final = 4096
 """Of a side of the input, which the decoding processes of a client allocate."""
-UNREADABLE: Final = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
-"""Errors of a greeting that is none."""
 
 COMMAND_SECONDS: Final = 10.0
 """How long a command waits for a service that is away; the daemon waits for ever."""
@@ -82,37 +82,19 @@ class Greeting:
     has_text: bool
     decoding: str  # how the images of this ``encoder_id`` must be decoded: draft or full
     runs_on: str  # CPU, CUDA, ...
-    description: str  # of the model and its backend, for people
-    most_images: int  # in one request
-    known_rows: FloatArray  # (2, d), those of the probe images
+    description: Annotated[str, PlainSerializer(text_of)]  # of the model and its backend, for people
+    most_images: Annotated[int, Field(ge=1)]  # in one request
+    known_rows: Annotated[  # (2, d), those of the probe images
+        FloatArray, PlainValidator(lambda rows: np.asarray(rows, np.float32)), PlainSerializer(np.ndarray.tolist)
+    ]
 
-    def to_json(self) -> bytes:
-        """Return the content of the message."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        fields |= {"preprocessing": asdict(self.preprocessing), "known_rows": self.known_rows.tolist()}
-        return json.dumps(fields).encode()
-
-    @classmethod
-    def from_json(cls, content: bytes) -> Self:
-        """Read the content of the message; raise an error of ``UNREADABLE`` if it is none."""
-        fields: Mapping[str, Any] = json.loads(content)
-        greeting = cls(
-            encoder_id=str(fields["encoder_id"]),
-            dimensions=int(fields["dimensions"]),
-            preprocessing=Preprocessing.from_fields(fields["preprocessing"]),
-            has_text=bool(fields["has_text"]),
-            decoding=str(fields["decoding"]),
-            runs_on=str(fields["runs_on"]),
-            description=str(fields["description"]),
-            most_images=max(1, int(fields["most_images"])),
-            known_rows=np.asarray(fields["known_rows"], np.float32),
-        )
-        rows, seen = greeting.known_rows, greeting.preprocessing
-        if rows.shape != (2, greeting.dimensions) or not are_of_unit_length(rows):
-            raise ValueError(f"rows of shape {rows.shape} for {greeting.dimensions} dimensions, or not of unit length")
+    def __post_init__(self) -> None:
+        """Raise ValueError for rows that no encoder makes, or images that are too large."""
+        rows, seen = self.known_rows, self.preprocessing
+        if rows.shape != (2, self.dimensions) or not are_of_unit_length(rows):
+            raise ValueError(f"rows of shape {rows.shape} for {self.dimensions} dimensions, or not of unit length")
         if not all(0 < side <= MOST_PIXELS for side in (seen.shortest_edge, seen.crop_height, seen.crop_width)):
             raise ValueError(f"images of {seen.crop_height} x {seen.crop_width} pixels")
-        return greeting
 
     def difference(self, other: "Greeting") -> str | None:
         """Return how another encoder differs from this one; None if their rows are the same."""
@@ -120,6 +102,10 @@ class Greeting:
             return f"{other.encoder_id} instead of {self.encoder_id}"
         cosine = float((self.known_rows * other.known_rows).sum(axis=1).min())
         return None if cosine >= _SAME_COSINE else f"{self.encoder_id} with other rows, cosine {cosine:.4f}"
+
+
+GREETINGS = TypeAdapter(Greeting)
+"""Parses (``validate_json``, which raises ValueError or TypeError) and writes (``dump_json``) the message."""
 
 
 # ---------------------------------------------------------------- messages
@@ -182,10 +168,6 @@ def bytes_of(array: Pixels | FloatArray) -> memoryview:
 # ---------------------------------------------------------------- the client
 
 
-def _nothing(_: str | None) -> None:
-    """Do nothing."""
-
-
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """How a client waits for the service and for its answers.
@@ -194,7 +176,7 @@ class Waiting:
     may raise, which ends the request. After ``most_seconds`` without the service the client gives up (None: never).
     """
 
-    on_wait: Callable[[str | None], None] = _nothing
+    on_wait: Callable[[str | None], None] = lambda _: None
     most_seconds: float | None = COMMAND_SECONDS
 
 
@@ -353,9 +335,10 @@ class RemoteEncoder:
         content = bytearray(size)
         receive(connection, memoryview(content), patience)
         try:
-            return Greeting.from_json(bytes(content))
-        except UNREADABLE as error:
-            raise ProtocolError(f"its greeting cannot be read ({error!r})") from error
+            return GREETINGS.validate_json(bytes(content))
+        except (ValueError, TypeError) as error:
+            said = " ".join(str(error).split())
+            raise ProtocolError(f"its greeting cannot be read ({said:.300})") from error
 
     def _receive_rows(self, connection: socket.socket, count: int, patience: Patience) -> FloatArray:
         kind, found, size = self._receive_header(connection, patience)

@@ -27,6 +27,7 @@ from sortd import logs
 from sortd.arrays import FloatArray, Pixels
 from sortd.encoder.clip import Encoder, probe
 from sortd.encoder.remote import (
+    GREETINGS,
     HEADER,
     MOST_TEXTS,
     REASON_BYTES,
@@ -239,7 +240,7 @@ class EncoderServer:
     def _converse(self, client: _Client) -> None:
         """Greet a client, and answer its requests until it leaves."""
         connection = client.connection
-        send_message(connection, MessageKind.GREETING, self._greeting.to_json(), self._patience())
+        send_message(connection, MessageKind.GREETING, GREETINGS.dump_json(self._greeting), self._patience())
         while True:
             try:
                 request = self._read_request(client)

@@ -357,11 +357,7 @@ class Plan:
             raise DataError(f"{file} cannot be read ({error}); run `sortd finetune` without --resume") from error
 
     def write(self) -> None:
-        """Write the plan after its pixels; ``plan.json``, written last, marks it complete.
-
-        Raises:
-            DestinationError: the folder cannot be written.
-        """
+        """Write the plan after its pixels; ``plan.json``, written last, marks it complete. Raises DestinationError."""
         arrays: dict[str, Any] = {f"classes_{part}": self.classes[part] for part in PARTS}
         arrays |= {f"champion_{one.name}": one.probabilities for one in self.baselines}
         arrays |= {f"strangers_{one.name}": one.strangers for one in self.baselines}

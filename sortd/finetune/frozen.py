@@ -7,8 +7,7 @@ images prove, before any training, that the network gives the same logits in thi
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,8 +216,7 @@ def write_features(
 ) -> None:
     """Write the features of all images in the first view, then of all in the second, and so on.
 
-    Raises:
-        DestinationError: the file cannot be written.
+    Raises DestinationError.
     """
     import torch
 
@@ -235,13 +233,3 @@ def write_features(
             beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def closing(part: FrozenPart | None) -> Iterator[FrozenPart | None]:
-    """Close the part at the end, if there is one."""
-    try:
-        yield part
-    finally:
-        if part is not None:
-            part.close()

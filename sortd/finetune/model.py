@@ -58,8 +58,7 @@ class Base:
 def find_base(name: str, *, cache_dir: Path | None = None) -> tuple[str, Path]:
     """Return the name and the folder of ``auto``, ``packaged``, a model of the Hugging Face hub, or a folder.
 
-    Raises:
-        ModelError: it is not on this machine.
+    Raises ModelError.
     """
     if name == "auto":
         name = "packaged" if models.find_snapshot(VIT, cache_dir=cache_dir) is None else VIT
@@ -92,7 +91,7 @@ def load_base(name: str, labels: Sequence[str], *, cache_dir: Path | None = None
         ModelError: the base is not on this machine, is no image classifier, or does not allow this size.
     """
     found, folder = find_base(name, cache_dir=cache_dir)
-    config = _json(folder / "config.json", found)
+    config = models.read_object(folder / "config.json", found)
     if not weight_files(found, folder):
         raise ModelError(
             f"base {found!r} in {folder} has no {SAFETENSORS} weights, and sortd loads no other kind: `sortd models "
@@ -112,7 +111,7 @@ def _load_tower(
     name: str,
     folder: Path,
     config: Mapping[str, Any],
-    processor: dict[str, Any],
+    processor: Mapping[str, Any],
     names: Mapping[str, Any],
     side: int | None,
 ) -> Base:
@@ -214,24 +213,14 @@ def _load_classifier(
     return Base(name, module, config, processor, preprocessing, CLASSIFIER_RATE)
 
 
-def _processor(folder: Path, name: str) -> dict[str, Any]:
+def _processor(folder: Path, name: str) -> Mapping[str, Any]:
     """Return the settings of the image processor; transformers 5 may write them into processor_config.json."""
     joint = folder / "processor_config.json"
     if not (folder / "preprocessor_config.json").is_file() and joint.is_file():
-        held = _json(joint, name).get("image_processor")
+        held = models.read_object(joint, name).get("image_processor")
         if isinstance(held, dict):
             return held
-    return _json(folder / "preprocessor_config.json", name)
-
-
-def _json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"base {name!r}: cannot read {path}: {first_line(error)}; copy the model again") from error
-    if not isinstance(loaded, dict):
-        raise ModelError(f"base {name!r}: {path} is no JSON object; copy the model again")
-    return loaded
+    return models.read_object(folder / "preprocessor_config.json", name)
 
 
 View = Callable[["torch.Tensor"], "torch.Tensor"]

@@ -68,9 +68,7 @@ def baseline_predictions(
         sources=tuple(photos.files[index][0] for index in references),
         text=class_texts(embedder, _sentences(layout, photos.labels, templates)) if has_text else None,
         text_mean=generic_text_mean(embedder, templates) if has_text else None,
-        strangers=np.zeros((0, photos.embeddings.shape[1]), np.float32),
         encoder_id=embedder.encoder.encoder_id,
-        fingerprint="",
     )
     queries, odd = photos.embeddings[split["test"]].astype(np.float64), photos.strangers.astype(np.float64)
     found = []
@@ -282,8 +280,7 @@ def write_result(
 ) -> None:
     """Write all files of a result into the empty folder ``facts.folder``; ``table`` is the confusion matrix.
 
-    Raises:
-        DestinationError: a file cannot be written.
+    Raises DestinationError.
     """
     folder, metrics = facts.folder, facts.metrics
     with disk_errors_translated(folder):

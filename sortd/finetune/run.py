@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -71,14 +71,8 @@ def run_finetuning(
 ) -> FinetunedFacts | None:
     """Run a fine-tuning and return the facts of its result; None in a process that is not the main one.
 
-    Args:
-        request: the options; a resumed run uses only the layout.
-        config: the configuration, which names the encoder of the baseline.
-        output: the result folder; the work folder is created next to it.
-        now: the time.
-        resume: continue from the newest checkpoint.
-        load_encoder: replaces the configured encoder.
-        observer: callbacks.
+    The work folder is created next to ``output``. With ``resume``, a run continues from the newest checkpoint, and only
+    the layout of the request is used. ``load_encoder`` replaces the configured encoder, that of the baseline.
 
     Raises:
         DataError: the dataset cannot be trained on, the output exists, or there is nothing to resume.
@@ -110,7 +104,9 @@ def run_finetuning(
             torch.set_num_threads(config.threads)
         base = load_base(plan.base, plan.labels, cache_dir=config.cache_dir, side=plan.side)
         network = Network(base.module, base.processor, device)
-        with frozen.closing(_divide(network, plan)) as part:
+        trains_all = not plan.recipe.views or plan.recipe.lora_rank is not None
+        part = None if trains_all else frozen.divide(network, _size(plan))
+        with nullcontext() if part is None else closing(part):
             if is_first:
                 _write_start(network, plan, part, observer.finished)
             processes.wait_for_everyone()
@@ -162,13 +158,6 @@ def _working_in(work: Path, *, resume: bool) -> Iterator[None]:
         if not (work / data.PLAN_FILE).is_file():
             shutil.rmtree(work, ignore_errors=True)
         lock.release()
-
-
-def _divide(network: Network, plan: data.Plan) -> frozen.FrozenPart | None:
-    """Freeze the lower blocks of the network, unless all are trained."""
-    if not plan.recipe.views or plan.recipe.lora_rank is not None:
-        return None
-    return frozen.divide(network, _size(plan))
 
 
 def _size(plan: data.Plan) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import numpy as np
 from sortd.arrays import FloatArray, IntArray
 from sortd.classify.calibration import log_softmax
 from sortd.encoder.finetuned import Network, head_of
+from sortd.encoder.quantize import processor_flags
 from sortd.errors import ConfigError, DestinationError
 from sortd.finetune.data import TrainDataset
 from sortd.finetune.frozen import BLOCK, FrozenPart
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 RESERVED = frozenset({"label_names", "label_smoothing_factor", "optim", "output_dir", "remove_unused_columns", "seed"})
 """TrainingArguments that ``--set`` may not change: sortd has an option for them, or relies on their values."""
+AMX = "amx_bf16"
+"""The flag of processors on which bfloat16 is several times as fast as float32."""
 BETA2 = 0.99
 """AdamW's second beta; the default 0.999 is too slow for runs of a few hundred steps."""
 CHECKPOINTS = 2
@@ -111,7 +114,7 @@ def training_arguments(settings: TrainSettings, *, images: int) -> Any:  # noqa:
     epochs = recipe.epochs_for(images, images_per_step=batch * processes)
     steps = math.ceil(images / (batch * processes)) * epochs
     interval = max(1, math.ceil(steps / recipe.evaluations))
-    takes_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and _has_amx()
+    takes_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and AMX in processor_flags()
     said: dict[str, object] = {
         "label_names": "labels",
         "output_dir": os.fspath(settings.folder),
@@ -162,14 +165,6 @@ def training_arguments(settings: TrainSettings, *, images: int) -> Any:  # noqa:
         why = (usage.getvalue().strip().splitlines() or [str(error)])[-1]
         raise ConfigError(f"--set {' '.join(settings.extra)}: rejected by transformers: {why}") from error
     return arguments
-
-
-def _has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether the processor has AMX, with which bfloat16 is several times as fast as float32."""
-    try:
-        return "amx_bf16" in cpuinfo.read_text("utf-8", "replace")
-    except OSError:
-        return False
 
 
 def score_of(logits: FloatArray, own: IntArray) -> dict[str, float]:

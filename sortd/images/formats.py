@@ -19,18 +19,11 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from sortd.companions import RAWS
+from sortd.companions import IMAGES, RAWS
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-SUFFIXES = frozenset(
-    {
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff"),
-        *(".avif", ".heic", ".heif", ".hif"),
-    }
-)
-"""Suffixes of images, in lower case."""
 HEAD_BYTES = 64  # enough to recognise every format
 
 _ZERO_TAIL_BYTES = 512  # compressed files do not end in so many zeros
@@ -127,7 +120,7 @@ def looks_like_image(name: str, head: bytes) -> bool:
     suffix = os.path.splitext(name)[1].lower()
     if suffix in RAWS or suffix == ".thm" or suffix.endswith("_original"):
         return False
-    return suffix in SUFFIXES or format_of(head) is not None
+    return suffix in IMAGES or format_of(head) is not None
 
 
 # ------------------------------------------------------------ truncated files
@@ -176,10 +169,6 @@ def _next_marker(file: BinaryIO, at: int) -> int | None:
     return None
 
 
-def _png_has_end(file: BinaryIO, size: int) -> bool:
-    return any(chunk.kind == b"IEND" and chunk.end <= size for chunk in _png_chunks(file, size))
-
-
 def _gif_has_end(file: BinaryIO, size: int) -> bool:
     """Walk from block to block (the specification GIF89a, appendix A)."""
     file.seek(10)
@@ -211,7 +200,7 @@ def _gif_table_bytes(packed: bytes) -> int:
 
 _HAS_END: Mapping[str, Callable[[BinaryIO, int], bool]] = {
     "JPEG": _jpeg_has_end,
-    "PNG": _png_has_end,
+    "PNG": lambda file, size: any(one.kind == b"IEND" and one.end <= size for one in _png_chunks(file, size)),
     "GIF": _gif_has_end,
 }
 

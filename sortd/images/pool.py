@@ -365,12 +365,8 @@ class DecoderPool:
     def collect(self, timeout_seconds: float | None, *, wake_descriptor: int | None = None) -> None:
         """Read the replies of the processes and add the answers to their batches.
 
-        Args:
-            timeout_seconds: longest wait for a reply; None: until a reply or the time limit of an image.
-            wake_descriptor: ends the wait as soon as it is readable.
-
-        Raises:
-            StartupError: the decoding processes do not start.
+        It waits for ``timeout_seconds`` (None: the time limit of an image), or until ``wake_descriptor`` is readable.
+        Raises StartupError.
         """
         busy = [decoder for decoder in self._decoders if decoder.jobs]
         if not busy:

@@ -22,8 +22,7 @@ _PROCESSES = 2
 def thumbnails(paths: Iterable[str], *, side_pixels: int = _SIDE_PIXELS) -> dict[str, str]:
     """Return images as ``data:`` URLs of JPEGs of at most that longer side, by path, without those that are unreadable.
 
-    Raises:
-        StartupError: the decoding processes do not start.
+    Raises StartupError.
     """
     files = []
     for path in dict.fromkeys(paths):

@@ -1,6 +1,7 @@
 """The actions that leave an image in Images/: which code carries out, recovers and reverses each."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from sortd.moving.copy import Advance, move_by_copy
 from sortd.moving.copy_queue import MoveOrder
@@ -8,7 +9,7 @@ from sortd.moving.fs import Folders
 from sortd.moving.keywords import plan_keyword_removal, recover_keywords, write_keywords
 from sortd.moving.links import link_files, recover_links
 from sortd.moving.plan import FreeNames
-from sortd.moving.removal import plan_removal, recover_removal, remove_files
+from sortd.moving.removal import plan_removal, remove_files
 from sortd.store.history import History
 from sortd.store.records import MoveRecord, Record, Role
 
@@ -42,7 +43,9 @@ def recover_action(folders: Folders, move: MoveRecord) -> MoveRecord:
         case Role.KEYWORDS:
             return recover_keywords(folders, move)
         case Role.REMOVED:
-            return recover_removal(folders, move)
+            with suppress(FileNotFoundError):  # it stays open if a folder is missing
+                return remove_files(folders, move)
+            return move
         case _:
             return recover_links(folders, move)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from sortd.errors import BusyError, ChangedError, DestinationError, VanishedError
 from sortd.events import Writer
-from sortd.files import sha256_of, stamp_of, sync_folder
+from sortd.files import open_descriptor, sha256_of, stamp_of, sync_folder
 from sortd.moving.fs import (
     FILE_FLAGS,
     Folders,
@@ -160,11 +160,7 @@ def is_copy_intact(destination: int, file: MoveFile, name: str) -> bool:
 
 
 def publish_under_free_name(folder: int, hidden: str, names: Iterable[str]) -> str:
-    """Give a hidden file the first of these names that is free, and return it.
-
-    Raises:
-        DestinationError: none is free.
-    """
+    """Give a hidden file the first of these names that is free, and return it. Raises DestinationError."""
     for name in names:
         try:
             publish_part(folder, hidden, name)
@@ -266,11 +262,8 @@ def hide(folder: int, name: str, tombstone: str) -> None:
 
 def has_writer(folder: int, name: str) -> bool:
     """Tell whether a process can write a file."""
-    descriptor = os.open(name, FILE_FLAGS, dir_fd=folder)
-    try:
+    with open_descriptor(name, FILE_FLAGS, folder=folder) as descriptor:
         return writer_of(descriptor) is Writer.PRESENT
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- one durable copy under a hidden name
@@ -286,14 +279,11 @@ def copy_to_part(source: int, folder: int, part: str, interrupted: Callable[[], 
         BusyError: interrupted, or the file became shorter.
     """
     before = os.fstat(source)
-    copy = os.open(part, _PART_FLAGS, 0o600, dir_fd=folder)
-    try:
+    with open_descriptor(part, _PART_FLAGS, 0o600, folder=folder) as copy:
         content = _copy_bytes(source, copy, before.st_size, interrupted)
         lost = copy_metadata(source, copy, before)
         os.fsync(copy)
         return Copy(os.fstat(copy).st_ino, content, lost)
-    finally:
-        os.close(copy)
 
 
 def remove_part(folder: int, part: str) -> None:
@@ -312,13 +302,10 @@ def make_part(source: int, destination: int, move: MoveRecord, position: int) ->
     remove_part(destination, part)
     if file.role is Role.REASON:
         return write_part(destination, part, file.body)
-    descriptor = os.open(file.name, FILE_FLAGS, dir_fd=source)
-    try:
+    with open_descriptor(file.name, FILE_FLAGS, folder=source) as descriptor:
         if not is_version(os.fstat(descriptor), file.stamp):
             raise ChangedError(f"{move.source}/{file.name}: the file was changed or replaced")
         return copy_to_part(descriptor, destination, part)
-    finally:
-        os.close(descriptor)
 
 
 def remove_obsolete(folders: Folders, move: MoveRecord) -> None:
@@ -340,13 +327,10 @@ def sha256_at(folder: int, name: str) -> str:
 
 def write_part(folder: int, part: str, body: bytes) -> Copy:
     """Write bytes of sortd's own to a new part and sync it."""
-    descriptor = os.open(part, _PART_FLAGS, 0o666, dir_fd=folder)
-    try:
+    with open_descriptor(part, _PART_FLAGS, folder=folder) as descriptor:
         _write(descriptor, body)
         os.fsync(descriptor)
         return Copy(os.fstat(descriptor).st_ino, hashlib.sha256(body).hexdigest(), ())
-    finally:
-        os.close(descriptor)
 
 
 def _copy_bytes(source: int, copy: int, size: int, interrupted: Callable[[], bool]) -> str:

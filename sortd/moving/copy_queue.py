@@ -84,7 +84,7 @@ class CopyQueueClient:
     """The queue as one dataset uses it."""
 
     def __init__(self, dataset: DatasetId, copies: "CopyQueue") -> None:
-        """Create a client; call ``CopyQueue.client`` instead."""
+        """Use a queue."""
         self.dataset = dataset
         self._copies = copies
         self._is_closed = False
@@ -120,10 +120,6 @@ class CopyQueue:
         self._thread: threading.Thread | None = None
         self.current: CopyTask | None = None
         self.is_stopping = False
-
-    def client(self, dataset: DatasetId) -> CopyQueueClient:
-        """Return a client of this queue for one dataset."""
-        return CopyQueueClient(dataset, self)
 
     def queue(self, task: CopyTask) -> None:
         """Add a task; used by clients."""

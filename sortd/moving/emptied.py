@@ -22,13 +22,7 @@ ENTRIES_AT_ONCE = 500  # entries of a folder that are read in one step
 def remove_emptied_folders(root: Path, history: History, now: float) -> Iterator[str | None]:
     """Remove the folders below Images/ that sortd emptied a day ago; yield the path of each, and None after each step.
 
-    Args:
-        root: the dataset's folder.
-        history: its journal.
-        now: seconds since the epoch.
-
-    Raises:
-        JournalError: the journal cannot be read.
+    ``now`` is in seconds since the epoch. Raises JournalError.
     """
     with suppress(OSError):
         yield from _removed_below(root, Area.IMAGES.value, history, now - AFTER_SECONDS)

@@ -23,7 +23,7 @@ from typing import Self
 from sortd.companions import base_of, claim_on, fold, is_image, near, reach
 from sortd.errors import BusyError, ChangedError, SourceError, VanishedError
 from sortd.events import Stamp, Writer
-from sortd.files import sha256_of, stamp_of, sync_folder
+from sortd.files import open_descriptor, sha256_of, stamp_of, sync_folder
 from sortd.store.records import MoveFile, MoveRecord, Role
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -87,13 +87,10 @@ def writer_of(file: int | str) -> Writer:
     if isinstance(file, int):
         return _leased(file)
     try:
-        descriptor = os.open(file, FILE_FLAGS)
+        with open_descriptor(file, FILE_FLAGS) as descriptor:
+            return _leased(descriptor)
     except OSError:
         return Writer.UNKNOWN
-    try:
-        return _leased(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _leased(descriptor: int) -> Writer:
@@ -115,6 +112,15 @@ def is_version(status: os.stat_result, stamp: Stamp) -> bool:
     return stamp_of(status).is_same_version(stamp)
 
 
+def check_unchanged(folder: int, name: str, stamp: Stamp, path: str) -> None:
+    """Raise VanishedError or ChangedError unless a file is this version; ``path`` is for the message."""
+    status = lstat_at(folder, name)
+    if status is None:
+        raise VanishedError(f"{path}: the file is gone")
+    if not is_version(status, stamp):
+        raise ChangedError(f"{path}: the file was changed or replaced")
+
+
 def lstat_at(folder: int, name: str) -> os.stat_result | None:
     """Return the status of a name in a folder, without following links; None if the name does not exist."""
     try:
@@ -128,8 +134,7 @@ def lstat_at(folder: int, name: str) -> os.stat_result | None:
 def check_source(folder: int, place: str) -> None:
     """Check that files can be removed from a folder: rename(2) does not say which of two folders it could not write.
 
-    Raises:
-        SourceError: they cannot.
+    Raises SourceError.
     """
     if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=True):
         raise SourceError(f"files cannot be removed from {place}: give sortd write permission for this folder")
@@ -303,10 +308,7 @@ class Folders:
 
 
 def open_files(folders: Folders, move: MoveRecord) -> list[int]:
-    """Open every existing file of a move after checking that it is the decided version and has no writer.
-
-    Returns:
-        Descriptors, which the caller syncs and closes.
+    """Open every existing file of a move, check that it is the decided version and has no writer; return descriptors.
 
     Raises:
         VanishedError, ChangedError, BusyError: a check failed, or a file cannot be opened.
@@ -319,7 +321,8 @@ def open_files(folders: Folders, move: MoveRecord) -> list[int]:
             if file.role not in {Role.REASON, Role.REMOVED}:
                 _open_file(folder, file, move, opened)
     except BaseException as error:
-        close_files(opened)
+        for descriptor in opened:
+            os.close(descriptor)
         if isinstance(error, FileNotFoundError):
             raise VanishedError(f"{path}: the file is gone") from error
         if isinstance(error, OSError):
@@ -349,12 +352,6 @@ def sync_files(files: Sequence[int], threads: int) -> dict[int, OSError]:
         with ThreadPoolExecutor(threads, thread_name_prefix="sync") as pool:
             list(pool.map(sync, files))
     return failures
-
-
-def close_files(files: Iterable[int]) -> None:
-    """Close descriptors."""
-    for file in files:
-        os.close(file)
 
 
 def _open_file(folder: int, file: MoveFile, move: MoveRecord, opened: list[int]) -> None:

@@ -11,8 +11,8 @@ import stat
 from dataclasses import replace
 
 from sortd.companions import companions_of, fold
-from sortd.errors import BusyError, ChangedError, VanishedError
-from sortd.files import read_regular, stamp_of, sync_folder
+from sortd.errors import BusyError, ChangedError
+from sortd.files import open_descriptor, read_regular, stamp_of, sync_folder
 from sortd.moving.copy import (
     Advance,
     copy_metadata,
@@ -25,7 +25,7 @@ from sortd.moving.copy import (
     sha256_at,
     write_part,
 )
-from sortd.moving.fs import CANNOT_RENAME, FILE_FLAGS, Folders, exchange_names, is_version, lstat_at
+from sortd.moving.fs import CANNOT_RENAME, FILE_FLAGS, Folders, check_unchanged, exchange_names, lstat_at
 from sortd.moving.plan import NO_STAMP, new_token
 from sortd.store.records import MoveFile, MoveProgress, MoveRecord, Record, Role
 from sortd.xmp import MOST_SIDECAR_BYTES, SidecarError, with_class, without_class
@@ -46,8 +46,12 @@ def write_keywords(
         ChangedError, VanishedError: the image or the sidecar is another version, or gone.
     """
     folder = folders.open(move.source)
-    _check_image(folder, move)
-    name = _sidecar_name(folders, move) if filed is None else _name_in(filed)
+    image, path = move.image, f"{move.source}/{move.image.name}"
+    check_unchanged(folder, image.name, image.stamp, path)
+    if filed is None:
+        name = _sidecar_name(folders, move)
+    else:
+        name = filed.files[_SIDECAR].name if len(filed.files) > _SIDECAR else ""
     status = lstat_at(folder, name) if name else None
     former = None if status is None else _read(folder, name, move)
     try:
@@ -59,7 +63,7 @@ def write_keywords(
     sidecar = MoveFile(
         Role.SIDECAR, name, name, NO_STAMP if status is None else stamp_of(status), _hash(content), content or b""
     )
-    files = [move.image, replace(sidecar, final=name)]
+    files = [image, replace(sidecar, final=name)]
     if former is not None:
         files.append(MoveFile(Role.FORMER, name, name, sidecar.stamp, _hash(former), former))
     changed = replace(move, files=tuple(files), progress=MoveProgress.PUBLISHING)
@@ -76,8 +80,7 @@ def write_keywords(
 def recover_keywords(folders: Folders, move: MoveRecord) -> MoveRecord:
     """Complete or reverse a change of a sidecar that did not end; unchanged if its folder is missing.
 
-    Raises:
-        OSError: a disk returned an error.
+    Raises OSError.
     """
     try:
         folder = folders.open(move.source)
@@ -117,14 +120,6 @@ def plan_keyword_removal(folders: Folders, record: Record) -> tuple[MoveRecord, 
     return MoveRecord(new_token(), move.source, move.destination, (image,)), []
 
 
-def _check_image(folder: int, move: MoveRecord) -> None:
-    status = lstat_at(folder, move.image.name)
-    if status is None:
-        raise VanishedError(f"{move.source}/{move.image.name}: the file is gone")
-    if not is_version(status, move.image.stamp):
-        raise ChangedError(f"{move.source}/{move.image.name}: the file was changed or replaced")
-
-
 def _sidecar_name(folders: Folders, move: MoveRecord) -> str:
     """Return the name of the sidecar to write: that of an existing one, or the image's name with ``.xmp``."""
     folder, image = folders.open(move.source), move.image.name
@@ -133,10 +128,6 @@ def _sidecar_name(folders: Folders, move: MoveRecord) -> str:
     whole, stem = fold(f"{image}.xmp"), fold(f"{os.path.splitext(image)[0]}.xmp")
     found = [name for wanted in (whole, stem) for name in own if fold(name) == wanted and not own[name]]
     return found[0] if found else f"{image}.xmp"
-
-
-def _name_in(filed: MoveRecord) -> str:
-    return filed.files[_SIDECAR].name if len(filed.files) > _SIDECAR else ""
 
 
 def _read(folder: int, name: str, move: MoveRecord) -> bytes:
@@ -164,11 +155,6 @@ def _former(move: MoveRecord) -> MoveFile | None:
     return next((file for file in move.files if file.role is Role.FORMER), None)
 
 
-def _former_hash(move: MoveRecord) -> str:
-    former = _former(move)
-    return "" if former is None else former.content
-
-
 def _hash(content: bytes | None) -> str:
     return hashlib.sha256(content or b"").hexdigest()
 
@@ -183,15 +169,14 @@ def _hash_at(folder: int, name: str) -> str:
 
 def _is_former(folder: int, name: str, move: MoveRecord) -> bool:
     """Tell whether a hidden file has the bytes that the journal has, and no writer that would change them."""
-    former = _former_hash(move)
-    return bool(former) and _hash_at(folder, name) == former and not has_writer(folder, name)
+    former = _former(move)
+    return former is not None and _hash_at(folder, name) == former.content and not has_writer(folder, name)
 
 
 def _write_part(folder: int, move: MoveRecord) -> tuple[str, ...]:
     """Write the new content under a hidden name, with the metadata of the former file, or the image's owner.
 
-    Returns:
-        The metadata that could not be kept.
+    Return the metadata that could not be kept.
 
     Raises:
         BusyError: owner or permissions are among them: whoever owns the sidecar could not write it any more.
@@ -200,9 +185,11 @@ def _write_part(folder: int, move: MoveRecord) -> tuple[str, ...]:
     remove_part(folder, part)
     write_part(folder, part, move.files[_SIDECAR].body)
     lost: tuple[str, ...] = ()
-    like = os.open((former or move.image).name, FILE_FLAGS, dir_fd=folder)
-    copy = os.open(part, FILE_FLAGS, dir_fd=folder)
-    try:
+    original = (former or move.image).name
+    with (
+        open_descriptor(original, FILE_FLAGS, folder=folder) as like,
+        open_descriptor(part, FILE_FLAGS, folder=folder) as copy,
+    ):
         status = os.fstat(like)
         if former is None:
             is_same = not copy_owner(copy, status)
@@ -214,9 +201,6 @@ def _write_part(folder: int, move: MoveRecord) -> tuple[str, ...]:
                 raise BusyError(f"{move.source}/{former.name}: {said}")
             os.utime(copy)
         os.fsync(copy)
-    finally:
-        os.close(copy)
-        os.close(like)
     return lost
 
 

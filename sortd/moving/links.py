@@ -9,11 +9,10 @@ import os
 import stat
 from dataclasses import replace
 
-from sortd.errors import ChangedError, VanishedError
-from sortd.events import Stamp
+from sortd.errors import VanishedError
 from sortd.files import sync_folder
 from sortd.moving.copy import Advance, publish_all, publish_under_free_name, remove_part, with_final
-from sortd.moving.fs import Folders, is_version, lstat_at
+from sortd.moving.fs import Folders, check_unchanged, lstat_at
 from sortd.moving.plan import FreeNames, names_of_one
 from sortd.store.records import MoveFile, MoveProgress, MoveRecord, Record, Role
 
@@ -97,7 +96,7 @@ def _make_link(source: int, destination: int, move: MoveRecord, position: int) -
     path = f"{move.source}/{file.name}"
     remove_part(destination, part)
     if file.role is Role.SYMLINK:
-        _check_version(lstat_at(source, file.name), file.stamp, path)
+        check_unchanged(source, file.name, file.stamp, path)
         os.symlink(file.body, part, dir_fd=destination)
         return
     try:
@@ -107,14 +106,7 @@ def _make_link(source: int, destination: int, move: MoveRecord, position: int) -
     except OSError as error:
         said = f"a hard link is impossible there ({error.strerror}); set `action: copy` or `action: symlink`"
         raise OSError(error.errno, said) from error
-    _check_version(lstat_at(destination, part), file.stamp, path)
-
-
-def _check_version(status: os.stat_result | None, stamp: Stamp, path: str) -> None:
-    if status is None:
-        raise VanishedError(f"{path}: the file is gone")
-    if not is_version(status, stamp):
-        raise ChangedError(f"{path}: the file was changed or replaced")
+    check_unchanged(destination, part, file.stamp, path)
 
 
 def _publish(destination: int, sealed: MoveRecord, finals: tuple[str, ...], advance: Advance) -> MoveRecord | None:

@@ -23,7 +23,7 @@ from sortd.moving.fs import (
     Folders,
     Listings,
     check_source,
-    close_files,
+    check_unchanged,
     is_version,
     lstat_at,
     open_files,
@@ -344,9 +344,10 @@ class Mover:
         done: list[tuple[int, str, str]] = []
         for position in sorted(range(len(names)), key=lambda position: not move.files[position].leaves):
             file, final = move.files[position], names[position]
+            path = f"{move.source}/{file.name}"
             origin = (source, file.name) if file.leaves else (destination, move.part_name(position))
             if file.leaves:
-                _check_version(source, file, move.source)
+                check_unchanged(source, file.name, file.stamp, path)
             try:
                 self._rename(*origin, destination, final)
             except FileExistsError:
@@ -360,7 +361,7 @@ class Mover:
             status = lstat_at(destination, final)
             if file.leaves and (status is None or not is_version(status, file.stamp)):
                 self._rename_back(done, destination)
-                raise ChangedError(f"{move.source}/{file.name}: the file was replaced while it was moved")
+                raise ChangedError(f"{path}: the file was replaced while it was moved")
             moved = NO_STAMP if status is None else stamp_of(status)
             placed[position] = replace(file, final=final, moved_stamp=moved)
         return replace(move, files=tuple(placed))
@@ -415,14 +416,6 @@ class Mover:
             return order.with_error(error)
 
 
-def _check_version(folder: int, file: MoveFile, place: str) -> None:
-    status = lstat_at(folder, file.name)
-    if status is None:
-        raise VanishedError(f"{place}/{file.name}: the file is gone")
-    if not is_version(status, file.stamp):
-        raise ChangedError(f"{place}/{file.name}: the file was changed or replaced")
-
-
 def _source_of(move: MoveRecord) -> tuple[str, str]:
     return move.source, move.image.name
 
@@ -447,7 +440,8 @@ def _ready(folders: Folders, orders: Iterable[MoveOrder], sync_threads: int) -> 
     try:
         failures = sync_files(descriptors, sync_threads)
     finally:
-        close_files(descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
     ready: list[MoveOrder] = []
     for order, of_order in opened:
         failure = next((failures[one] for one in of_order if one in failures), None)

@@ -440,11 +440,7 @@ def _content(folders: Folders, folder: str, name: str) -> str:
 
 
 def _find(folder: int, file: MoveFile) -> Stamp | str:
-    """Return the version of a file where its move put it, or why it cannot be moved back.
-
-    Raises:
-        OSError: the folder cannot be read.
-    """
+    """Return the version of a file where its move put it, or why it cannot be moved back. Raises OSError."""
     status = lstat_at(folder, file.final) if file.final else None
     if status is None or file.moved_stamp is None:
         return "no longer there: moved or removed since"

@@ -21,9 +21,7 @@ def plan_removal(folders: Folders, record: Record) -> tuple[MoveRecord, list[str
     """Return the move that removes the copies or links of a record, and those that remain; or why it is refused.
 
     Only a copy whose times changed is read here: the loop waits for the plan, and the copier thread removes.
-
-    Raises:
-        OSError: a folder cannot be read.
+    Raises OSError.
     """
     move = record.move
     copies, originals = folders.open(move.destination), folders.open(move.source)
@@ -46,11 +44,7 @@ def plan_removal(folders: Folders, record: Record) -> tuple[MoveRecord, list[str
 
 
 def remove_files(folders: Folders, move: MoveRecord) -> MoveRecord:
-    """Remove the files of an undo; idempotent, so that this is its recovery as well.
-
-    Raises:
-        OSError: a disk returned an error.
-    """
+    """Remove the files of an undo; idempotent, so that this is its recovery as well. Raises OSError."""
     copies, originals = folders.open(move.source), folders.open(move.destination)
     kept = [position for position in range(len(move.files)) if not _remove(copies, originals, move, position)]
     sync_folder(copies)
@@ -61,14 +55,6 @@ def remove_files(folders: Folders, move: MoveRecord) -> MoveRecord:
     image = replace(move.image, final=move.image.wanted, moved_stamp=mark)
     message = f"left where they are: {', '.join(move.files[one].name for one in kept)}" if kept else ""
     return replace(move, files=(image, *move.files[1:]), progress=MoveProgress.DONE, message=message)
-
-
-def recover_removal(folders: Folders, move: MoveRecord) -> MoveRecord:
-    """Continue an undo that did not end; it stays open if a folder is missing. Raises OSError."""
-    try:
-        return remove_files(folders, move)
-    except FileNotFoundError:
-        return move
 
 
 def _is_recorded(file: MoveFile, copy: os.stat_result, original: os.stat_result | None) -> bool:

@@ -188,9 +188,6 @@ def _evaluation(config: Config, layout: Layout) -> dict[str, Any]:
         embeddings=prototypes.references,
         classes=prototypes.classes,
         sources=prototypes.sources,
-        text=None,
-        text_mean=None,
-        strangers=prototypes.references[:0],
         encoder_id=prototypes.encoder_id,
         fingerprint=prototypes.fingerprint,
     )

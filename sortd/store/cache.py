@@ -53,7 +53,7 @@ CREATE TABLE IF NOT EXISTS embeddings (
 CREATE INDEX IF NOT EXISTS embeddings_by_age ON embeddings (used_day);
 CREATE TABLE IF NOT EXISTS contents (
     inode INTEGER NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, device INTEGER NOT NULL,
-    path BLOB NOT NULL, content BLOB NOT NULL, ctime_ns INTEGER NOT NULL DEFAULT 0,
+    path BLOB NOT NULL, content BLOB NOT NULL, ctime_ns INTEGER NOT NULL,
     PRIMARY KEY (inode, size, mtime_ns, device)
 ) WITHOUT ROWID;
 """
@@ -62,13 +62,10 @@ _ENCODER_NUMBER = """
 INSERT INTO encoders (encoder_id) VALUES (?) ON CONFLICT DO UPDATE SET encoder_id = excluded.encoder_id RETURNING number
 """
 
-_FROM_1 = "ALTER TABLE contents ADD COLUMN ctime_ns INTEGER NOT NULL DEFAULT 0;"
-
 KIND = b"sortd prototypes "
-MAGIC = KIND + b"2"
+MAGIC = KIND + b"3"
 """The first bytes of a file; the number increases when a prototype set gets other arrays or metadata."""
 MOST_BYTES = 4 << 30
-KINDS = "biufU"  # dtype kinds of arrays: numbers and text, no Python objects
 Array = np.ndarray[Any, Any]
 
 
@@ -275,9 +272,6 @@ def _prepare(database: sqlite3.Connection) -> None:
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version == SCHEMA_VERSION:
         return
-    if version == 1:  # its rows stay valid
-        database.executescript(f"BEGIN IMMEDIATE; {_FROM_1} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        return
     if version != 0:
         error = sqlite3.DatabaseError(f"it has schema {version} of another version of sortd")
         error.sqlite_errorcode = sqlite3.SQLITE_SCHEMA
@@ -379,20 +373,11 @@ class PrototypeFiles:
 
 
 def packed(arrays: dict[str, Array], metadata: dict[str, Any]) -> bytes:
-    """Return arrays and JSON-serialisable metadata as bytes.
+    """Return arrays of numbers and JSON-serialisable metadata as bytes: a line of JSON, then safetensors."""
+    from safetensors.numpy import save
 
-    Raises:
-        ValueError: an array contains neither numbers nor text.
-    """
-    parts, shapes = [], []
-    for name, array in arrays.items():
-        if array.dtype.kind not in KINDS:
-            raise ValueError(f"array {name} has dtype {array.dtype}, neither numbers nor text")
-        plain = np.ascontiguousarray(array)
-        shapes.append([name, plain.dtype.str, list(array.shape)])
-        parts.append(plain.tobytes())
-    header = json.dumps({"arrays": shapes, "metadata": metadata}).encode("ascii")
-    body = b"".join([f"{len(header)}\n".encode(), header, *parts])
+    tensors = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    body = b"\n".join([json.dumps(metadata).encode("ascii"), tensors])
     return b"\n".join([MAGIC, hashlib.sha256(body).hexdigest().encode(), body])
 
 
@@ -402,19 +387,16 @@ def unpacked(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     Raises:
         ValueError: a byte differs from what was written, or another version of sortd wrote it.
     """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
     magic, checksum, body = [*content.split(b"\n", 2), b"", b""][:3]
     if magic != MAGIC and magic.startswith(KIND):
         raise ValueError("another version of sortd wrote them")
     if magic != MAGIC or hashlib.sha256(body).hexdigest().encode() != checksum:
         raise ValueError("wrong checksum")
-    length, _, rest = body.partition(b"\n")
-    header = json.loads(rest[: int(length)])
-    arrays: dict[str, Array] = {}
-    offset = int(length)
-    for name, kind, shape in header["arrays"]:
-        dtype = np.dtype(kind)
-        count = int(np.prod(shape, dtype=np.int64))
-        # Copied, because BLAS needs aligned arrays.
-        arrays[name] = np.frombuffer(rest, dtype, count, offset).reshape(shape).copy()
-        offset += count * dtype.itemsize
-    return arrays, header["metadata"]
+    metadata, _, tensors = body.partition(b"\n")
+    try:
+        return load(tensors), json.loads(metadata)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error

@@ -8,7 +8,6 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +33,7 @@ from sortd.store.records import OF_STAYING_IMAGE, UNDONE, MoveProgress, MoveReas
 
 OPENING_SECONDS = 0.5  # for which opening waits for a lock: the daemon opens in its loop, and retries soon
 
-SCHEMA = """
+SCHEMA = f"""
 CREATE TABLE moves (
     id INTEGER PRIMARY KEY,
     token TEXT NOT NULL UNIQUE,
@@ -64,6 +63,7 @@ CREATE INDEX moves_by_time ON moves (ended_at);
 CREATE INDEX moves_by_content ON moves (substr(content, 1, 16)) WHERE content != '';
 CREATE INDEX moves_by_label ON moves (label, outcome);
 CREATE INDEX moves_by_outcome ON moves (progress, outcome);
+CREATE INDEX followed_by_reason ON moves (reason) WHERE outcome = 'followed';
 CREATE TABLE members (
     move INTEGER NOT NULL REFERENCES moves (id) ON DELETE CASCADE,
     position INTEGER NOT NULL,
@@ -79,6 +79,9 @@ CREATE TABLE members (
     PRIMARY KEY (move, position)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX members_by_inode ON members (moved_inode, position);
+CREATE INDEX members_by_name ON members (name) WHERE position = 0;
+CREATE INDEX members_by_final ON members (final) WHERE position = 0;
+CREATE INDEX members_that_stay ON members (inode) WHERE {OF_STAYING_IMAGE};
 CREATE TABLE holds (
     path BLOB PRIMARY KEY,
     device INTEGER NOT NULL, inode INTEGER NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
@@ -93,26 +96,10 @@ CREATE TABLE corrections (
     content TEXT NOT NULL,
     at REAL NOT NULL
 ) STRICT;
+CREATE TABLE {TABLE};
+CREATE TABLE {PRUNED_TABLE};
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
-
-MIGRATIONS: Mapping[int, tuple[str, ...]] = {
-    2: (  # files may leave out their name and content; see ``file_rows``
-        "DROP INDEX moves_by_content",
-        "CREATE INDEX moves_by_content ON moves (substr(content, 1, 16)) WHERE content != ''",
-    ),
-}
-"""What makes each version out of the one before, in one transaction; a new journal has the last one."""
-
-LATER = (
-    f"CREATE TABLE IF NOT EXISTS {TABLE}",
-    f"CREATE TABLE IF NOT EXISTS {PRUNED_TABLE}",
-    "CREATE INDEX IF NOT EXISTS members_by_name ON members (name) WHERE position = 0",
-    "CREATE INDEX IF NOT EXISTS members_by_final ON members (final) WHERE position = 0",
-    "CREATE INDEX IF NOT EXISTS followed_by_reason ON moves (reason) WHERE outcome = 'followed'",
-    f"CREATE INDEX IF NOT EXISTS members_that_stay ON members (inode) WHERE {OF_STAYING_IMAGE}",
-)
-"""Tables and indices that the first journals of this version lack."""
 
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _WRITE_FILE = "REPLACE INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
@@ -127,10 +114,7 @@ class Journal:
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, run: str = "") -> None:
         """Open the journal, or create it and its folder.
 
-        Args:
-            path: the file.
-            clock: seconds since the epoch.
-            run: identifies this run of sortd in each record.
+        ``clock`` returns seconds since the epoch, ``run`` identifies this run of sortd in each record.
 
         Raises:
             JournalError: it cannot be opened, is damaged, or was written by a newer sortd.
@@ -138,34 +122,24 @@ class Journal:
         self.path = path
         self.run = run
         self.clock = clock
-        self._connection = open_for_writing(path)
+        self.connection = open_for_writing(path)
         self._identity = identity_of(path)
-        self.history = History(self._connection, path)
-        self._open = self.history.open_tokens()
-
-    @property
-    def open_tokens(self) -> AbstractSet[str]:
-        """The tokens of the moves that may not have ended; ``unfinished`` drops those that another connection ended."""
-        return self._open
-
-    @property
-    def connection(self) -> sqlite3.Connection:
-        """The open connection, for what else writes to the journal."""
-        return self._connection
+        self.history = History(self.connection, path)
+        self.open_tokens = self.history.open_tokens()  # of moves that may not have ended; see ``unfinished``
 
     def unfinished(self) -> list[MoveRecord]:
-        """Return the moves that have not ended, oldest first."""
+        """Return the moves that have not ended, oldest first; ``open_tokens`` are then those of these."""
         moves = [record.move for record in self.history.unfinished()]
-        self._open = {move.token for move in moves}
+        self.open_tokens = {move.token for move in moves}
         return moves
 
     def second_connection(self) -> "Journal":
         """Return the same journal for the calling thread, which must close it."""
         other = object.__new__(Journal)
         other.path, other.run, other.clock = self.path, self.run, self.clock
-        other._connection = open_beside(self.path)
-        other._open = set()  # only the first connection keeps track of open moves
-        other.history = History(other._connection, self.path)
+        other.connection = open_beside(self.path)
+        other.open_tokens = set()  # only the first connection keeps track of open moves
+        other.history = History(other.connection, self.path)
         return other
 
     def __enter__(self) -> Self:
@@ -178,7 +152,7 @@ class Journal:
 
     def close(self) -> None:
         """Close the journal; idempotent."""
-        self._connection.close()
+        self.connection.close()
 
     def require_in_place(self) -> None:
         """Check that the open file is still the one at the path: records in a removed file are lost.
@@ -192,14 +166,14 @@ class Journal:
     def intend(self, orders: Sequence[tuple[MoveRecord, MoveReason]]) -> None:
         """Record moves before they begin, in one durable commit."""
         now = self.clock()
-        self._open |= {move.token for move, _ in orders}
-        with committing(self._connection, self.path):
+        self.open_tokens |= {move.token for move, _ in orders}
+        with committing(self.connection, self.path):
             for move, reason in orders:
                 self._insert(move, reason, now)
 
     def advance(self, move: MoveRecord) -> None:
         """Record the progress of a move durably."""
-        with committing(self._connection, self.path):
+        with committing(self.connection, self.path):
             self._update(move, None)
 
     def settle(self, moves: Iterable[MoveRecord]) -> None:
@@ -209,57 +183,55 @@ class Journal:
         """
         now = self.clock()
         ended = set()
-        with committing(self._connection, self.path):
+        with committing(self.connection, self.path):
             for move in moves:
                 match move.progress:
                     case MoveProgress.FAILED:
-                        self._connection.execute("DELETE FROM moves WHERE token = ?", (move.token,))
+                        self.connection.execute("DELETE FROM moves WHERE token = ?", (move.token,))
                     case MoveProgress.DONE:
                         row = self._update(move, now)
                         if row["held"]:
-                            self._connection.execute("DELETE FROM holds WHERE path = ?", (_source(move),))
+                            self.connection.execute("DELETE FROM holds WHERE path = ?", (_source(move),))
                         if row["outcome"] == UNDONE:
                             self._finish_undo(move, row["id"], row["undoes"], now)
                     case _:  # its progress is in the journal already
                         continue
                 ended.add(move.token)
-        self._open -= ended
+        self.open_tokens -= ended
 
     def hold(self, path: str, stamp: Stamp, reason: str) -> None:
         """Hold this version of a file (a path relative to the dataset): it is not moved until it is released."""
-        with committing(self._connection, self.path):
+        with committing(self.connection, self.path):
             self._hold(path, stamp, reason, self.clock())
 
     def release(self, path: str | None = None) -> int:
         """Release one held path, or all; return their number."""
-        with committing(self._connection, self.path):
+        with committing(self.connection, self.path):
             if path is None:
-                return self._connection.execute("DELETE FROM holds").rowcount
-            return self._connection.execute("DELETE FROM holds WHERE path = ?", (os.fsencode(path),)).rowcount
+                return self.connection.execute("DELETE FROM holds").rowcount
+            return self.connection.execute("DELETE FROM holds WHERE path = ?", (os.fsencode(path),)).rowcount
 
     def record_corrections(self, found: Sequence[tuple[Record, str | None, str]]) -> list[bool]:
         """Record in one commit that a person gave images a class; return whether each was new.
 
-        Args:
-            found: the record of each image, its class (None: it has no correction any more), and its path now,
-                relative to the dataset.
+        An item is a record, the class (None: it has no correction any more), and the path now, below the dataset.
         """
-        with committing(self._connection, self.path):
+        with committing(self.connection, self.path):
             return [self._record_correction(record, corrected, path) for record, corrected, path in found]
 
     def record_checks(self, answers: Sequence[tuple[int, bool]]) -> int:
         """Record in one commit whether a person found filed images right; return how many of them the journal knows."""
         filed = "SELECT id, ?, ? FROM moves WHERE id = ? AND progress = 'done' AND outcome IN ('filed', 'refiled')"
-        with committing(self._connection, self.path):
+        with committing(self.connection, self.path):
             return sum(
-                self._connection.execute(f"REPLACE INTO checks {filed}", (is_right, self.clock(), move)).rowcount
+                self.connection.execute(f"REPLACE INTO checks {filed}", (is_right, self.clock(), move)).rowcount
                 for move, is_right in answers
             )
 
     def follow(self, record: Record, stamp: Stamp) -> None:
         """Record that a record's image was replaced by another version, of unknown content."""
-        with committing(self._connection, self.path):
-            self._connection.execute(
+        with committing(self.connection, self.path):
+            self.connection.execute(
                 "UPDATE members SET moved_device = ?, moved_inode = ?, moved_size = ?, moved_mtime_ns = ?, "
                 "content = '' WHERE move = ? AND position = 0",
                 (*stamp.columns, record.id),
@@ -271,8 +243,8 @@ class Journal:
 
     def note_all(self, facts: Mapping[str, str]) -> None:
         """Set facts in one commit."""
-        with committing(self._connection, self.path):
-            self._connection.executemany(_FACT, facts.items())
+        with committing(self.connection, self.path):
+            self.connection.executemany(_FACT, facts.items())
 
     def note_guard(self, state: GuardState) -> None:
         """Record the state of the guard."""
@@ -281,15 +253,15 @@ class Journal:
     def _record_correction(self, record: Record, corrected: str | None, path: str) -> bool:
         label = record.move_reason.label or ""
         if corrected is None:
-            return self._connection.execute("DELETE FROM corrections WHERE move = ?", (record.id,)).rowcount > 0
-        done = self._connection.execute(
+            return self.connection.execute("DELETE FROM corrections WHERE move = ?", (record.id,)).rowcount > 0
+        done = self.connection.execute(
             "INSERT INTO corrections VALUES (?,?,?,?,?,?) ON CONFLICT (move) DO UPDATE SET "
             "corrected = excluded.corrected, path = excluded.path, at = excluded.at "
             "WHERE corrected != excluded.corrected",
             (record.id, *map(os.fsencode, (label, corrected, path)), record.move_reason.content, self.clock()),
         )
         if not done.rowcount:  # it may have another name
-            self._connection.execute("UPDATE corrections SET path = ? WHERE move = ?", (os.fsencode(path), record.id))
+            self.connection.execute("UPDATE corrections SET path = ? WHERE move = ?", (os.fsencode(path), record.id))
         return done.rowcount > 0
 
     def _insert(self, move: MoveRecord, reason: MoveReason, now: float) -> None:
@@ -304,31 +276,31 @@ class Journal:
         }
         marks = ",".join("?" * len(columns))
         insert = f"INSERT INTO moves ({', '.join(columns)}) VALUES ({marks})"  # noqa: S608 - names of columns only
-        move_id = self._connection.execute(insert, tuple(columns.values())).lastrowid or 0
-        self._connection.executemany(_WRITE_FILE, file_rows(move_id, move, reason.content))
+        move_id = self.connection.execute(insert, tuple(columns.values())).lastrowid or 0
+        self.connection.executemany(_WRITE_FILE, file_rows(move_id, move, reason.content))
 
     def _update(self, move: MoveRecord, ended_at: float | None) -> sqlite3.Row:
         """Write the progress and the files of a move; return what ``_UPDATE`` returns."""
         lost, message = plain("\n".join(move.lost)), plain(move.message)
         values = (move.progress.value, lost, message, ended_at, move.token, _source(move))
         row: sqlite3.Row
-        (row,) = self._connection.execute(_UPDATE, values).fetchall()
+        (row,) = self.connection.execute(_UPDATE, values).fetchall()
         files = file_rows(row["id"], move, row["content"])
         if row["files"] > len(files):  # recovery drops files that no longer exist, and never adds one
-            self._connection.execute("DELETE FROM members WHERE move = ?", (row["id"],))
-        self._connection.executemany(_WRITE_FILE, files)
+            self.connection.execute("DELETE FROM members WHERE move = ?", (row["id"],))
+        self.connection.executemany(_WRITE_FILE, files)
         return row
 
     def _finish_undo(self, move: MoveRecord, move_id: int, undoes: int | None, now: float) -> None:
         image = move.image
         if image.moved_stamp is None:
             return
-        self._connection.execute("UPDATE moves SET undone_by = ? WHERE id = ?", (move_id, undoes))
+        self.connection.execute("UPDATE moves SET undone_by = ? WHERE id = ?", (move_id, undoes))
         if not move.destination.startswith("Dataset/"):  # what is in a class is not filed again
             self._hold(f"{move.destination}/{image.final}", image.moved_stamp, UNDONE, now)
 
     def _hold(self, path: str, stamp: Stamp, reason: str, now: float) -> None:
-        self._connection.execute(
+        self.connection.execute(
             "INSERT OR REPLACE INTO holds VALUES (?,?,?,?,?,?,?)", (os.fsencode(path), *stamp.columns, now, reason)
         )
 
@@ -361,8 +333,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
 def open_beside(path: Path) -> sqlite3.Connection:
     """Open a journal that this process has already opened, for another thread; the first connection checkpoints.
 
-    Raises:
-        JournalError: it cannot be opened.
+    Raises JournalError.
     """
 
     def prepare(connection: sqlite3.Connection) -> None:
@@ -395,24 +366,13 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if connection.execute("PRAGMA page_count").fetchone() == (0,):
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # takes effect only before the first table
     _make_durable(connection)
-    version = check_version(connection, path)
-    if version == 0:
-        with committing(connection, path):
+    with committing(connection, path):  # waits for the lock of another program now, not at the first move
+        if check_version(connection, path) == 0:
             for statement in SCHEMA.split(";\n"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
-    elif version < VERSION:
-        check_journal(connection, path)
-        with committing(connection, path):
-            for one in range(version + 1, VERSION + 1):
-                for statement in MIGRATIONS[one]:
-                    connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {VERSION}")
     check_journal(connection, path)
-    with committing(connection, path):
-        for statement in LATER:
-            connection.execute(statement)
 
 
 def _make_durable(connection: sqlite3.Connection) -> None:

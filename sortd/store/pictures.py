@@ -54,9 +54,7 @@ class PictureCache:
     def read(self, key: str, side: int) -> bytes | None:
         """Return a picture and note its use; None if it is not there, damaged, or cannot be read.
 
-        Args:
-            key: 64 hexadecimal digits.
-            side: the longer side, in pixels.
+        ``key`` has 64 hexadecimal digits; ``side`` is the longer side, in pixels.
         """
         name = _name(key, side)
         try:

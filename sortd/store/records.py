@@ -4,6 +4,7 @@ A journal may be damaged: its paths are validated like any other input before a 
 """
 
 import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Self
@@ -26,6 +27,8 @@ TOPS = frozenset({"Images", "Dataset", "Review", "Rejected"})
 
 PLACES_FACT = "places:"
 """Followed by a record's number: a JSON list of where its image was last seen and where companions may remain."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 LONGEST_NAME = 255  # bytes, not characters, in a name on every tested file system
 
@@ -146,7 +149,7 @@ def checked_folder(folder: str) -> str:
     components = folder.split("/")
     if components[0] not in TOPS or any(part in {"", ".", ".."} or "\0" in part for part in components):
         raise FolderNameError(f"{folder!r} is not below one of {', '.join(sorted(TOPS))}")
-    if components[0] != "Images" and any(_is_unfit_for_a_class(part) for part in components):
+    if components[0] != "Images" and any(part.startswith(".") or _CONTROL.search(part) for part in components):
         raise FolderNameError(f"{folder!r} contains a class name with an initial dot or a control character")
     return folder
 
@@ -160,10 +163,6 @@ def checked_name(name: str) -> str:
     if name in {"", ".", ".."} or "/" in name or "\0" in name:
         raise FolderNameError(f"{name!r} is not the name of a file")
     return name
-
-
-def _is_unfit_for_a_class(part: str) -> bool:
-    return part.startswith(".") or any(ord(character) < ord(" ") or character == "\x7f" for character in part)
 
 
 @dataclass(frozen=True, slots=True)

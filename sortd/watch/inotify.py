@@ -36,7 +36,6 @@ class Limits:
 
     max_user_watches: int | None
     max_user_instances: int | None
-    max_queued_events: int | None
 
 
 def limits(folder: str = "/proc/sys/fs/inotify") -> Limits:
@@ -47,8 +46,7 @@ def limits(folder: str = "/proc/sys/fs/inotify") -> Limits:
 def is_blind(path: str, *, mountinfo: str = "/proc/self/mountinfo") -> str | None:
     """Return the type of the file system of ``path`` if inotify misses changes by other machines on it, else None.
 
-    Raises:
-        OSError: The mount table cannot be read.
+    Raises OSError.
     """
     kind = file_system_of(path, mountinfo=mountinfo)
     return kind if kind in _BLIND_FILE_SYSTEMS else None

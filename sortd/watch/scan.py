@@ -140,7 +140,7 @@ def why_left(path: str, root: str) -> Why | None:
     place, why = path, None
     if (left := rule_below(path, root)) is not None:
         place, why = left[0], left[1].why
-    elif (link := _link_above(path, root)) is not None:
+    elif (link := next(filter(os.path.islink, _upwards(os.path.dirname(path), root)), None)) is not None:
         place, why = link, _LINK
     elif mode.S_ISLNK(found.st_mode):
         return _LINK
@@ -153,22 +153,19 @@ def why_left(path: str, root: str) -> Why | None:
 
 def why_unfinished(path: str, root: str) -> Why | None:
     """Return which control file marks ``path``, or a folder between it and ``root``, as unfinished; or None."""
-    while len(path) > len(root):
+    for place in _upwards(path, root):
         for rule in CONTROLS:
-            if os.path.lexists(path + rule.ending):
-                message = f"{rule.program} has not finished it: {path}{rule.ending} exists"
+            if os.path.lexists(place + rule.ending):
+                message = f"{rule.program} has not finished it: {place}{rule.ending} exists"
                 return Why(Reason.UNFINISHED, f"{message}; it is processed when that file is gone")
+    return None
+
+
+def _upwards(path: str, root: str) -> Iterator[str]:
+    """Yield a path and the folders around it, up to ``root``, which is left out."""
+    while len(path) > len(root):
+        yield path
         path = os.path.dirname(path)
-    return None
-
-
-def _link_above(path: str, root: str) -> str | None:
-    above = os.path.dirname(path)
-    while len(above) > len(root):
-        if os.path.islink(above):
-            return above
-        above = os.path.dirname(above)
-    return None
 
 
 def _look(entry: "os.DirEntry[str]", report: Callable[[OSError], None]) -> Stamp | None:
@@ -201,13 +198,9 @@ class IncrementalScan(Generic[_T]):
         pause_seconds: float = 0.0,
         clock: Clock = monotonic,
     ) -> None:
-        """Prepare a scan.
+        """Prepare; ``looks`` starts a scan, which yields what it finds, and None for anything else that it inspects.
 
-        Args:
-            looks: Starts a scan: yields what it finds, and None for anything else that it inspects.
-            most: The number of steps in a slice, at most; a slice also ends after ``SLICE_SECONDS``.
-            pause_seconds: The time between two requested scans, at least.
-            clock: Returns seconds.
+        A slice ends after ``most`` steps, or ``SLICE_SECONDS``; ``pause_seconds`` lie between two requested scans.
         """
         self.most = most
         self._looks, self._clock = looks, clock
@@ -302,11 +295,7 @@ class FolderScans:
 
     def will_list(self, folder: str) -> bool:
         """Return whether a folder, or one above it, is scheduled."""
-        while self._wanted and len(folder) > len(self._folder):
-            if folder in self._wanted:
-                return True
-            folder = os.path.dirname(folder)
-        return False
+        return bool(self._wanted) and any(above in self._wanted for above in _upwards(folder, self._folder))
 
     def end(self) -> None:
         """Stop all scans, when the backlog is full."""

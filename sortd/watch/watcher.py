@@ -66,19 +66,12 @@ logging.getLogger("watchdog.observers.inotify").addFilter(
 
 @dataclass(frozen=True, slots=True)
 class FileEvent:
-    """Something happened to this path, which may not exist any more.
+    """Something happened to this path, which may not exist any more."""
 
-    Attributes:
-        path: Absolute, as ``os.fsdecode`` returns it.
-        closed: The file was closed after writing.
-        directory: It is, or was, a folder: scan it.
-        at: When the event arrived, in seconds of the monotonic clock; not compared.
-    """
-
-    path: str
-    closed: bool = False
-    directory: bool = False
-    at: float = field(default=0.0, compare=False)
+    path: str  # absolute, as ``os.fsdecode`` returns it
+    closed: bool = False  # after writing
+    directory: bool = False  # it is, or was, a folder: scan it
+    at: float = field(default=0.0, compare=False)  # when the event arrived, in seconds of the monotonic clock
 
 
 class RootObserver:
@@ -296,13 +289,10 @@ class Watcher:
         is_blind: Callable[[str], str | None] = inotify.is_blind,
         make_observer: "ObserverType" = Observer,
     ) -> None:
-        """Start without roots.
+        """Start without roots; ``post`` receives each event, and must not block: if it raises, the event is dropped.
 
-        Args:
-            post: Receives each event; must not block. If it raises, the event counts as dropped.
-            polling: ``auto`` does not watch where inotify is blind, ``always`` never watches, ``never`` never polls.
-            is_blind: Returns the type of a file system where inotify is blind, else None.
-            make_observer: Creates an observer.
+        With ``polling: auto`` a file system where inotify ``is_blind`` is not watched, ``always`` never watches, and
+        ``never`` never polls.
         """
         self._post, self._polling, self._is_blind, self._make_observer = post, polling, is_blind, make_observer
         self._watched: dict[str, _Watched] = {}

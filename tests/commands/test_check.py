@@ -377,7 +377,7 @@ class TestDisks:
         """More folders than watches is an error that names the sysctl; more than half of them a warning."""
 
         def watched(granted: int) -> Findings:
-            limits = inotify.Limits(granted, 128, 16384)
+            limits = inotify.Limits(granted, 128)
             return list(watching_findings(config_of(tmp_path), [Layout(site)], granted=limits))
 
         assert about(watched(2), Topic.WATCHING, "sysctl -w fs.inotify.max_user_watches", severity=Severity.ERROR)
@@ -387,7 +387,7 @@ class TestDisks:
     def test_check_polled_root_is_a_note(self, site: Path, tmp_path: Path) -> None:
         """Polling is slower, so it is reported."""
         polled = config_of(tmp_path).model_copy(update={"polling": "always"})
-        (finding,) = watching_findings(polled, [Layout(site)], granted=inotify.Limits(1, 1, 1))
+        (finding,) = watching_findings(polled, [Layout(site)], granted=inotify.Limits(1, 1))
         assert "is polled" in finding.what
 
 

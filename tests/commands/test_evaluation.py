@@ -79,11 +79,7 @@ def noisy_support(folder: Path, classes: int = 4, references: int = 8) -> Suppor
         embeddings=(rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32),
         classes=numbers,
         sources=tuple(str(folder / f"{index}.png") for index in range(len(numbers))),
-        text=None,
-        text_mean=None,
-        strangers=np.zeros((0, 24), np.float32),
         encoder_id="noise",
-        fingerprint="noise",
     )
 
 

@@ -50,9 +50,6 @@ def prototypes(generation: int) -> PrototypeSet:
         embeddings=np.concatenate([near(centre, 12) for centre in range(3)]),
         classes=np.repeat(np.arange(3), 12),
         sources=tuple(map(str, range(36))),
-        text=None,
-        text_mean=None,
-        strangers=np.zeros((0, WIDTH), np.float32),
         encoder_id="encoder",
         fingerprint=str(generation),
     )
@@ -134,11 +131,7 @@ def test_guard_library_that_files_nothing_is_not_held(counts: tuple[int, ...]) -
         embeddings=np.concatenate([near(centre, 12)[:count] for centre, count in enumerate(counts)]),
         classes=np.repeat(np.arange(len(counts)), counts),
         sources=tuple(map(str, range(sum(counts)))),
-        text=None,
-        text_mean=None,
-        strangers=np.zeros((0, WIDTH), np.float32),
         encoder_id="encoder",
-        fingerprint="",
     )
     few = build(support, DecisionSettings(), generation=2)
     decisions = decide_by(few, np.concatenate([near(centre, 15) for centre in range(3)]))

@@ -63,9 +63,6 @@ def prototypes(generation: int = 1, encoder_id: str = ENCODER) -> PrototypeSet:
         embeddings=np.eye(2, dtype=np.float32),
         classes=np.array([0, 1]),
         sources=("cross/1.png", "torx/1.png"),
-        text=None,
-        text_mean=None,
-        strangers=np.zeros((0, 2), np.float32),
         encoder_id=encoder_id,
         fingerprint=str(generation),
     )

@@ -432,9 +432,9 @@ def test_correction_scanner_corrections_of_a_slice_are_recorded_in_one_commit(
     for path in corrected:
         scanner.want(Area.DATASET, os.fspath(path))
     scanner.begin_asked()
-    journal._connection.set_trace_callback(statements.append)
+    journal.connection.set_trace_callback(statements.append)
     noticed = rest_of(scanner)
-    journal._connection.set_trace_callback(None)
+    journal.connection.set_trace_callback(None)
     assert len(noticed) == 20
     assert statements.count("COMMIT") == 1
 

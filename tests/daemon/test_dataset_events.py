@@ -130,9 +130,9 @@ def test_dataset_resting_images_of_a_removed_folder_are_forgotten(at_work: AtWor
 def test_dataset_event_storm_in_filed_folders_costs_one_scan(at_work: AtWork) -> None:
     """Three thousand folders that are made in Dataset/ begin one look through it, which is noted once."""
     statements: list[str] = []
-    at_work.opened.journal._connection.set_trace_callback(statements.append)
+    at_work.opened.journal.connection.set_trace_callback(statements.append)
     at_work.looks_for(*(FileEvent(f"{at_work.root}/Dataset/{number}", directory=True) for number in range(3000)))
-    at_work.opened.journal._connection.set_trace_callback(None)
+    at_work.opened.journal.connection.set_trace_callback(None)
     assert statements.count("COMMIT") < 5
 
 

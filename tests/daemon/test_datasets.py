@@ -164,7 +164,7 @@ def taken(place: Place) -> Callable[[], object]:
         (lambda it: replaced(it.journal("Bad").parent, Path.touch), "cannot be created"),
         (lambda it: replaced(it.journal("Bad"), Path.mkdir), "Is a directory"),
         (lambda it: replaced(it.journal("Bad"), lambda path: path.write_bytes(b"x" * 5000)), "the journal is damaged"),
-        (lambda it: forged(it.journal("Bad"), "PRAGMA user_version = 9", "PRAGMA user_version = 1"), "has version 9"),
+        (lambda it: forged(it.journal("Bad"), "PRAGMA user_version = 9", "PRAGMA user_version = 2"), "has version 9"),
         (
             lambda it: forged(
                 it.journal("Bad"), "UPDATE moves SET progress = 'flown'", "UPDATE moves SET progress = 'done'"

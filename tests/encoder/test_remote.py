@@ -16,7 +16,7 @@ import pytest
 from sortd.commands.encode import greeting_of
 from sortd.config import Config
 from sortd.encoder.backends import KNOWN_ROWS, connect, load_fastest
-from sortd.encoder.remote import COMMAND_SECONDS, HEADER, MAGIC, VERSION, MessageKind, RemoteEncoder, Waiting
+from sortd.encoder.remote import COMMAND_SECONDS, GREETINGS, HEADER, MAGIC, VERSION, MessageKind, RemoteEncoder, Waiting
 from sortd.errors import ConfigError, ModelError
 from tests.daemon_process import PATIENCE_SECONDS
 from tests.encoder_service import GatedEncoder, encoder_server, images
@@ -234,7 +234,7 @@ def _greeting(**changed: object) -> bytes:
     """Return the message of a greeting with some facts changed."""
     encoder = FakeEncoder()
     config = Config(root=Path("/"), state_dir=Path("/"), cache_dir=Path("/"))
-    facts = json.loads(greeting_of(encoder, config, "a fake").to_json())
+    facts = json.loads(GREETINGS.dump_json(greeting_of(encoder, config, "a fake")))
     for name, value in changed.items():
         facts[name] = facts[name] | value if isinstance(value, dict) else value
     content = json.dumps(facts).encode()
@@ -302,7 +302,7 @@ def test_remote_encoder_wrong_rows_raise(path: Path, tmp_path: Path, rows: bytes
     """An answer of another size is no answer."""
     with encoder_server(tmp_path / "true.sock"):
         true = RemoteEncoder(tmp_path / "true.sock")
-        greeting = true.greeting.to_json()
+        greeting = GREETINGS.dump_json(true.greeting)
         true.close()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.fspath(path))

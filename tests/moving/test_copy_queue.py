@@ -8,7 +8,7 @@ import pytest
 
 from sortd.errors import BusyError, JournalError
 from sortd.events import DatasetId, Stamp
-from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueDied, MoveOrder
+from sortd.moving.copy_queue import Copied, CopyFailed, CopyQueue, CopyQueueClient, CopyQueueDied, MoveOrder
 from sortd.store.records import MoveFile, MoveReason, MoveRecord, Role
 from tests.daemon_process import PATIENCE_SECONDS
 
@@ -50,7 +50,7 @@ def test_copy_queue_copy_runs_in_its_own_thread(copier: CopyQueue, inbox: Inbox)
         threads.append(threading.current_thread().name)
         return asked
 
-    assert copier.client(DatasetId("Cats")).submit(job) == []
+    assert CopyQueueClient(DatasetId("Cats"), copier).submit(job) == []
     assert inbox.get(timeout=PATIENCE_SECONDS) == Copied(DatasetId("Cats"), (asked,))
     assert threads == ["copier"]
 
@@ -58,7 +58,7 @@ def test_copy_queue_copy_runs_in_its_own_thread(copier: CopyQueue, inbox: Inbox)
 def test_copy_queue_datasets_take_turns(copier: CopyQueue, inbox: Inbox) -> None:
     """A dump of a hundred films into one dataset makes another wait for one of them."""
     gate = threading.Event()
-    many, few = copier.client(DatasetId("Many")), copier.client(DatasetId("Few"))
+    many, few = CopyQueueClient(DatasetId("Many"), copier), CopyQueueClient(DatasetId("Few"), copier)
 
     def first() -> MoveOrder:
         gate.wait(60)
@@ -77,7 +77,7 @@ def test_copy_queue_datasets_take_turns(copier: CopyQueue, inbox: Inbox) -> None
 def test_copy_queue_closed_client_waits_for_its_own_copy_only(copier: CopyQueue, inbox: Inbox) -> None:
     """Afterwards its journal may be closed: nothing of it is under way; another dataset's copies go on."""
     begun = threading.Event()
-    going, staying = copier.client(DatasetId("Going")), copier.client(DatasetId("Staying"))
+    going, staying = CopyQueueClient(DatasetId("Going"), copier), CopyQueueClient(DatasetId("Staying"), copier)
 
     def long() -> MoveOrder:
         begun.set()
@@ -97,7 +97,7 @@ def test_copy_queue_closed_client_waits_for_its_own_copy_only(copier: CopyQueue,
 
 def test_copy_queue_stop_interrupts_every_client(copier: CopyQueue, inbox: Inbox) -> None:
     """What comes later is answered at once, as interrupted, and starts no thread."""
-    client = copier.client(DatasetId("Cats"))
+    client = CopyQueueClient(DatasetId("Cats"), copier)
     copier.interrupt()
     (told,) = client.submit(lambda: order("b.jpg").with_error(BusyError(str(client.is_interrupted))))
     assert str(told.error) == "True"
@@ -111,8 +111,8 @@ def test_copy_queue_failed_copy_is_posted_and_others_continue(copier: CopyQueue,
     def job() -> MoveOrder:
         raise refused
 
-    copier.client(DatasetId("Cats")).submit(job)
-    copier.client(DatasetId("Dogs")).submit(lambda: order("b.jpg"))
+    CopyQueueClient(DatasetId("Cats"), copier).submit(job)
+    CopyQueueClient(DatasetId("Dogs"), copier).submit(lambda: order("b.jpg"))
     assert inbox.get(timeout=PATIENCE_SECONDS) == CopyFailed(DatasetId("Cats"), refused)
     assert name_of(inbox.get(timeout=PATIENCE_SECONDS)) == "b.jpg"
 
@@ -123,7 +123,7 @@ def test_copy_queue_death_of_the_thread_is_posted(copier: CopyQueue, inbox: Inbo
     def job() -> MoveOrder:
         raise SystemExit
 
-    copier.client(DatasetId("Cats")).submit(job)
+    CopyQueueClient(DatasetId("Cats"), copier).submit(job)
     told = inbox.get(timeout=PATIENCE_SECONDS)
     assert isinstance(told, CopyQueueDied)
     assert isinstance(told.error, SystemExit)

@@ -839,7 +839,7 @@ class TestErrors:
     ) -> None:
         """The error goes up, so that the daemon stops; the files are where they were."""
         moves = [order(dataset.put(f"Images/{'n' * 200}{number}.jpg")) for number in range(60)]
-        journal._connection.execute("PRAGMA max_page_count = 1")
+        journal.connection.execute("PRAGMA max_page_count = 1")
         before = dataset.tree()
         with pytest.raises(JournalError):
             mover.move_all(moves)

@@ -327,25 +327,11 @@ def test_history_checked_images_cost_time_in_proportion(path: Path, ask: Callabl
             records = journal.history.moves(Selection())[: len(moves)]
             journal.record_corrections([(one, "dog", f"Dataset/dog/{one.id}.jpg") for one in records[::2]])
             counted: list[int] = []
-            journal._connection.set_progress_handler(partial(counted.append, 1), 100)
+            journal.connection.set_progress_handler(partial(counted.append, 1), 100)
             ask(journal.history)
-            journal._connection.set_progress_handler(None, 0)
+            journal.connection.set_progress_handler(None, 0)
             steps.append(len(counted))
     assert steps[1] < 7 * steps[0]
-
-
-def test_journal_written_before_there_were_checks_is_read_and_completed(path: Path) -> None:
-    """Readers find no checks in it, whoever may write it; the next writer makes the table."""
-    with Journal(path) as journal:
-        filed(journal, "t")
-    _execute(path, "DROP TABLE checks")
-    with History.open(path) as history:
-        assert (history.to_audit(), history.guesses()) == ([1], (0, 0))
-        assert history.accuracy()["cat"].checked == 0
-    with Journal(path) as journal:
-        assert journal.record_checks([(1, True)]) == 1
-    with History.open(path) as history:
-        assert history.accuracy()["cat"].audited_right == 1
 
 
 def test_journal_facts_are_kept_and_replaced(path: Path) -> None:
@@ -486,7 +472,7 @@ def test_history_missing_journal_is_not_created(path: Path) -> None:
 def test_journal_full_file_is_a_journal_error(path: Path) -> None:
     """A full or locked journal is a ``JournalError``, with the path and a way out."""
     with Journal(path) as journal:
-        journal._connection.execute("PRAGMA max_page_count = 1")
+        journal.connection.execute("PRAGMA max_page_count = 1")
         with pytest.raises(JournalError, match=r"journal\.db: .*full.* nothing is moved"):
             journal.note("key", "x" * 1_000_000)
         assert journal.history.fact("key") is None
@@ -518,7 +504,7 @@ def test_journal_invalid_name_is_refused(path: Path, name: bytes) -> None:
 def test_journal_every_commit_is_synced(path: Path) -> None:
     """WAL mode with full syncs: without them a commit does not survive a power cut."""
     with Journal(path) as journal, journal.second_connection() as other:
-        for connection in (journal._connection, other._connection):
+        for connection in (journal.connection, other.connection):
             assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
             assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
 

@@ -90,8 +90,8 @@ def test_local_device_is_none_where_another_clock_may_set_times(tmp_path: Path, 
 
 def test_limits_missing_file_is_none(tmp_path: Path) -> None:
     """A container may hide the limits."""
-    assert all(isinstance(value, int) for value in (limits().max_user_watches, limits().max_queued_events))
-    assert limits(os.fspath(tmp_path)) == Limits(None, None, None)
+    assert all(isinstance(value, int) for value in (limits().max_user_watches, limits().max_user_instances))
+    assert limits(os.fspath(tmp_path)) == Limits(None, None)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_limits_missing_file_is_none(tmp_path: Path) -> None:
 )
 def test_advice_reached_limit_names_setting_and_value(number: int, setting: str) -> None:
     """The message replaces "No space left on device" by the limit, its value and how to raise it."""
-    sentence = advice(OSError(number, os.strerror(number)), granted=Limits(8_192, 128, 16_384))
+    sentence = advice(OSError(number, os.strerror(number)), granted=Limits(8_192, 128))
     assert f"sysctl -w {setting}" in sentence
     assert "= 8192" in sentence or "= 128" in sentence
     assert "space" not in sentence
@@ -108,7 +108,7 @@ def test_advice_reached_limit_names_setting_and_value(number: int, setting: str)
 
 def test_advice_grows_with_the_number_of_folders() -> None:
     """A million folders need more watches than the default advice."""
-    sentence = advice(OSError(errno.ENOSPC, ""), folders=1_000_000, granted=Limits(8_192, 128, 16_384))
+    sentence = advice(OSError(errno.ENOSPC, ""), folders=1_000_000, granted=Limits(8_192, 128))
     assert "max_user_watches=2000000" in sentence
 
 
