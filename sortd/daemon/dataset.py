@@ -135,9 +135,10 @@ class MoveQueue:
                 record = None if mark is None else self._history.last_known(mark)
                 if record is not None:
                     self._log.recovered(record, self._root)
-            elif move.progress is MoveProgress.FAILED:
-                if not os.path.lexists(self._root / move.source / move.image.name):
-                    self._log.taken_back(move, self._root)
+            elif move.progress is MoveProgress.FAILED and not os.path.lexists(
+                self._root / move.source / move.image.name
+            ):
+                self._log.taken_back(move, self._root)
 
     def _withdraw(self, message: str) -> list[MoveAnswer]:
         """Answer what waits for a copy to end as failed, without a line for each: the core asks for it again."""
