@@ -135,10 +135,10 @@ class MoveQueue:
                 record = None if mark is None else self._history.last_known(mark)
                 if record is not None:
                     self._log.recovered(record, self._root)
-            elif move.progress is MoveProgress.FAILED and not os.path.lexists(
-                self._root / move.source / move.image.name
-            ):
-                self._log.taken_back(move, self._root)
+            elif move.progress is MoveProgress.FAILED:
+                place = self._root / move.source / move.image.name
+                if not os.path.lexists(place):
+                    self._log.taken_back(move, self._root)
 
     def _withdraw(self, message: str) -> list[MoveAnswer]:
         """Answer what waits for a copy to end as failed, without a line for each: the core asks for it again."""
@@ -150,10 +150,7 @@ class MoveQueue:
         return results
 
     def _told(self, result: MoveAnswer, seconds: float | None) -> Heard:
-        """Write the line of a result; return what the core is to hear of it.
-
-        It never asked for a companion to follow: one that did is gone, one that could not is found by the next scan.
-        """
+        """Write the line of a result; return what the core, which never asked for a companion, is to hear of it."""
         move, began = self._taken(result)
         self._log.moved(move, result, 1e3 * (monotonic() - began if seconds is None else seconds))
         if move.outcome is Outcome.FOLLOWED:
