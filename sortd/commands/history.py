@@ -37,7 +37,7 @@ from sortd.events import LIKE_NO_CLASS
 from sortd.files import readable_json, text_of
 from sortd.layout import Layout
 from sortd.store.history import History
-from sortd.store.prune import Pruning, free_all_pages
+from sortd.store.prune import Pruning, rewrite
 from sortd.store.records import Record, Selection
 
 CSV_COLUMNS = (
@@ -238,7 +238,7 @@ def _pruned(config: Config, place: JournalPlace, layout: Layout, before: float, 
             opened.presence.require()  # a disk may go meanwhile, and its images would be taken for removed ones
             is_under_way = pruning.step()
         if removes:
-            free_all_pages(opened.journal)
+            rewrite(opened.journal)
     after = place.file.stat().st_size
     return {"records": pruning.removed, "kept": pruning.kept, "bytes_before": size, "bytes_after": after}
 

@@ -53,7 +53,7 @@ CREATE TABLE IF NOT EXISTS embeddings (
 CREATE INDEX IF NOT EXISTS embeddings_by_age ON embeddings (used_day);
 CREATE TABLE IF NOT EXISTS contents (
     inode INTEGER NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, device INTEGER NOT NULL,
-    path BLOB NOT NULL, content BLOB NOT NULL, ctime_ns INTEGER NOT NULL,
+    path BLOB NOT NULL, content BLOB NOT NULL, ctime_ns INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (inode, size, mtime_ns, device)
 ) WITHOUT ROWID;
 """
@@ -61,6 +61,8 @@ CREATE TABLE IF NOT EXISTS contents (
 _ENCODER_NUMBER = """
 INSERT INTO encoders (encoder_id) VALUES (?) ON CONFLICT DO UPDATE SET encoder_id = excluded.encoder_id RETURNING number
 """
+
+_FROM_1 = "ALTER TABLE contents ADD COLUMN ctime_ns INTEGER NOT NULL DEFAULT 0;"
 
 KIND = b"sortd prototypes "
 MAGIC = KIND + b"3"
@@ -271,6 +273,9 @@ def _prepare(database: sqlite3.Connection) -> None:
     database.execute("PRAGMA synchronous = NORMAL")
     (version,) = database.execute("PRAGMA user_version").fetchone()
     if version == SCHEMA_VERSION:
+        return
+    if version == 1:  # its rows stay valid
+        database.executescript(f"BEGIN IMMEDIATE; {_FROM_1} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         return
     if version != 0:
         error = sqlite3.DatabaseError(f"it has schema {version} of another version of sortd")

@@ -6,8 +6,12 @@ sign of a look at its class. Images in Review/ are apart: a correction whose two
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sortd.events import LIKE_NO_CLASS
+
+if TYPE_CHECKING:
+    import sqlite3
 
 TABLE = """checks (
     move INTEGER PRIMARY KEY REFERENCES moves (id) ON DELETE CASCADE,
@@ -157,3 +161,13 @@ class CheckedImage:
     is_audited: bool
     is_acted_on: bool  # corrected or undone
     is_right: bool
+
+
+def let_read_without_checks(connection: "sqlite3.Connection") -> None:
+    """Let the queries run on a journal that was written before there were the tables of this module."""
+    found = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    missing = [table for table in (TABLE, PRUNED_TABLE) if table.partition(" ")[0] not in found]
+    if missing:
+        connection.execute("PRAGMA temp_store = MEMORY")
+    for table in missing:
+        connection.execute(f"CREATE TEMP TABLE {table}")

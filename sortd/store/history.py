@@ -32,6 +32,7 @@ from sortd.store.records import (
 
 APPLICATION = 0x736F7274  # "sort", in the header of the file
 VERSION = 2
+READABLE = range(1, VERSION + 1)  # opening a journal for writing makes the last version of it
 
 BUSY_SECONDS = 5.0  # for which a commit waits for another connection's lock, for example that of a copy's commit
 
@@ -419,9 +420,13 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
     if not path.is_file():
         raise JournalError(f"{path}: there is no journal yet; sortd creates it at its first run")
 
+    def prepare(connection: sqlite3.Connection) -> None:
+        if check_version(connection, path):
+            checks.let_read_without_checks(connection)
+
     def connect(options: str) -> sqlite3.Connection:
         reader = sqlite3.connect(f"{path.absolute().as_uri()}?{options}", timeout=BUSY_SECONDS, uri=True)
-        return opened(reader, lambda connection: check_version(connection, path))
+        return opened(reader, prepare)
 
     with translated(path):
         try:
@@ -464,7 +469,7 @@ def check_version(connection: sqlite3.Connection, path: Path) -> int:
         return 0
     if application != APPLICATION:
         raise JournalError(f"{path}: not a journal of sortd; set another state_dir or move the file away")
-    if version != VERSION:
+    if version not in READABLE:
         raise JournalError(
             f"{path}: the journal has version {version}, this sortd needs version {VERSION}: install the version of "
             "sortd-images that wrote it, or move the journal aside; the images are not affected"

@@ -33,7 +33,7 @@ from sortd.store.records import OF_STAYING_IMAGE, UNDONE, MoveProgress, MoveReas
 
 OPENING_SECONDS = 0.5  # for which opening waits for a lock: the daemon opens in its loop, and retries soon
 
-SCHEMA = f"""
+SCHEMA = """
 CREATE TABLE moves (
     id INTEGER PRIMARY KEY,
     token TEXT NOT NULL UNIQUE,
@@ -63,7 +63,6 @@ CREATE INDEX moves_by_time ON moves (ended_at);
 CREATE INDEX moves_by_content ON moves (substr(content, 1, 16)) WHERE content != '';
 CREATE INDEX moves_by_label ON moves (label, outcome);
 CREATE INDEX moves_by_outcome ON moves (progress, outcome);
-CREATE INDEX followed_by_reason ON moves (reason) WHERE outcome = 'followed';
 CREATE TABLE members (
     move INTEGER NOT NULL REFERENCES moves (id) ON DELETE CASCADE,
     position INTEGER NOT NULL,
@@ -79,9 +78,6 @@ CREATE TABLE members (
     PRIMARY KEY (move, position)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX members_by_inode ON members (moved_inode, position);
-CREATE INDEX members_by_name ON members (name) WHERE position = 0;
-CREATE INDEX members_by_final ON members (final) WHERE position = 0;
-CREATE INDEX members_that_stay ON members (inode) WHERE {OF_STAYING_IMAGE};
 CREATE TABLE holds (
     path BLOB PRIMARY KEY,
     device INTEGER NOT NULL, inode INTEGER NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
@@ -96,10 +92,26 @@ CREATE TABLE corrections (
     content TEXT NOT NULL,
     at REAL NOT NULL
 ) STRICT;
-CREATE TABLE {TABLE};
-CREATE TABLE {PRUNED_TABLE};
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
+
+MIGRATIONS: Mapping[int, tuple[str, ...]] = {
+    2: (  # files may leave out their name and content; see ``file_rows``
+        "DROP INDEX moves_by_content",
+        "CREATE INDEX moves_by_content ON moves (substr(content, 1, 16)) WHERE content != ''",
+    ),
+}
+"""What makes each version out of the one before, in one transaction; a new journal has the last one."""
+
+LATER = (
+    f"CREATE TABLE IF NOT EXISTS {TABLE}",
+    f"CREATE TABLE IF NOT EXISTS {PRUNED_TABLE}",
+    "CREATE INDEX IF NOT EXISTS members_by_name ON members (name) WHERE position = 0",
+    "CREATE INDEX IF NOT EXISTS members_by_final ON members (final) WHERE position = 0",
+    "CREATE INDEX IF NOT EXISTS followed_by_reason ON moves (reason) WHERE outcome = 'followed'",
+    f"CREATE INDEX IF NOT EXISTS members_that_stay ON members (inode) WHERE {OF_STAYING_IMAGE}",
+)
+"""Tables and indices that the first journals of this version lack."""
 
 _FACT = "INSERT INTO facts VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 _WRITE_FILE = "REPLACE INTO members VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
@@ -366,13 +378,24 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if connection.execute("PRAGMA page_count").fetchone() == (0,):
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # takes effect only before the first table
     _make_durable(connection)
-    with committing(connection, path):  # waits for the lock of another program now, not at the first move
-        if check_version(connection, path) == 0:
+    version = check_version(connection, path)
+    if version == 0:
+        with committing(connection, path):
             for statement in SCHEMA.split(";\n"):
                 connection.execute(statement)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {VERSION}")
+    elif version < VERSION:
+        check_journal(connection, path)
+        with committing(connection, path):
+            for one in range(version + 1, VERSION + 1):
+                for statement in MIGRATIONS[one]:
+                    connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {VERSION}")
     check_journal(connection, path)
+    with committing(connection, path):
+        for statement in LATER:
+            connection.execute(statement)
 
 
 def _make_durable(connection: sqlite3.Connection) -> None:

@@ -23,6 +23,7 @@ from sortd.store.records import PLACES_FACT, Record, label_column
 
 SLICE = 200  # moves that are examined in one step, in some ten milliseconds
 FREED_PAGES = 256  # returned to the disk in one step: one megabyte
+INCREMENTAL = 2  # PRAGMA auto_vacuum
 
 _NEXT = """SELECT id, ended_at < ?2 AND progress = 'done' AND undone_by IS NULL
     AND outcome NOT IN ('undone', 'assigned')
@@ -125,17 +126,36 @@ def _is_there(path: Path) -> bool:
 
 
 def free_pages(journal: Journal) -> bool:
-    """Return some free pages of a journal to the disk; return whether there are more to return. Raises JournalError."""
+    """Return some free pages of a journal to the disk; return whether there are more to return.
+
+    A journal that an older sortd created returns none until ``rewrite``; new moves use its free pages.
+
+    Raises:
+        JournalError: the journal cannot be written.
+    """
     with translated(journal.path):
+        (kind,) = journal.connection.execute("PRAGMA auto_vacuum").fetchone()
         (free,) = journal.connection.execute("PRAGMA freelist_count").fetchone()
-        if free < FREED_PAGES:
+        if kind != INCREMENTAL or free < FREED_PAGES:
             return False
         journal.connection.executescript(f"PRAGMA incremental_vacuum({FREED_PAGES})")  # ``execute`` frees one
         return bool(free >= 2 * FREED_PAGES)
 
 
-def free_all_pages(journal: Journal) -> None:
-    """Return all free pages of a journal to the disk. Raises JournalError."""
+def rewrite(journal: Journal) -> None:
+    """Write a journal that an older sortd created anew, so that it can return free pages; else only return them.
+
+    This needs as much free space as the journal has bytes, on its disk and where temporary files are (see
+    https://www.sqlite.org/tempfiles.html), and takes a second for each 100 MB.
+
+    Raises:
+        JournalError: the journal cannot be written.
+    """
     with translated(journal.path):
-        journal.connection.executescript("PRAGMA incremental_vacuum")
+        (kind,) = journal.connection.execute("PRAGMA auto_vacuum").fetchone()
+        if kind == INCREMENTAL:
+            journal.connection.executescript("PRAGMA incremental_vacuum")
+        else:
+            journal.connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            journal.connection.execute("VACUUM")
         journal.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()

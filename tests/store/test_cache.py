@@ -105,6 +105,22 @@ class TestWhatIsRemembered:
         images = [("/in/a.jpg", one) for one in (known, rewritten, unknown)]
         assert cache.contents(images) == {images[0]: "ab" * 32, images[2]: "ab" * 32}
 
+    def test_cache_of_the_previous_version_is_kept(self, path: Path, reports: list[str]) -> None:
+        """Its contents are believed, and new ones stand beside them with their time of change."""
+        with Cache(path) as cache:
+            cache.remember_embeddings(embeddings(2), ENCODER)
+            cache.remember_contents({("/in/a.jpg", STAMP): "ab" * 32})
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("ALTER TABLE contents DROP COLUMN ctime_ns")
+            database.execute("PRAGMA user_version = 1")
+        changed = Stamp(1, 2, 3, 4_567, 10)
+        with Cache(path, report=reports.append) as cache:
+            assert cache.facts().embeddings == 2
+            cache.remember_contents({("/in/b.jpg", changed): "cd" * 32})
+            images = [("/in/a.jpg", STAMP), ("/in/b.jpg", changed)]
+            assert cache.contents(images) == {images[0]: "ab" * 32, images[1]: "cd" * 32}
+        assert reports == []
+
     def test_cache_content_is_found_by_stamp(self, cache: Cache) -> None:
         """An unchanged file, renamed or not, needs no second reading; a changed one does."""
         cache.remember_contents({("/in/a.jpg", STAMP): "ab" * 32})

@@ -334,6 +334,20 @@ def test_history_checked_images_cost_time_in_proportion(path: Path, ask: Callabl
     assert steps[1] < 7 * steps[0]
 
 
+def test_journal_written_before_there_were_checks_is_read_and_completed(path: Path) -> None:
+    """Readers find no checks in it, whoever may write it; the next writer makes the table."""
+    with Journal(path) as journal:
+        filed(journal, "t")
+    _execute(path, "DROP TABLE checks")
+    with History.open(path) as history:
+        assert (history.to_audit(), history.guesses()) == ([1], (0, 0))
+        assert history.accuracy()["cat"].checked == 0
+    with Journal(path) as journal:
+        assert journal.record_checks([(1, True)]) == 1
+    with History.open(path) as history:
+        assert history.accuracy()["cat"].audited_right == 1
+
+
 def test_journal_facts_are_kept_and_replaced(path: Path) -> None:
     """A fact outlives the process, the newest value counts."""
     with Journal(path) as journal:

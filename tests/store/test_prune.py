@@ -1,6 +1,8 @@
 """Old moves leave the journal unless something needs them; the figures stay, and the disk gets its pages back."""
 
 import os
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import pytest
 from sortd.events import Assigned, Mode, Outcome, Stamp
 from sortd.moving.mover import Mover
 from sortd.moving.recovery import UndoResult
+from sortd.store.history import History
 from sortd.store.journal import Journal
-from sortd.store.prune import SLICE, Pruning, free_all_pages, free_pages
+from sortd.store.prune import SLICE, Pruning, free_pages, rewrite
 from sortd.store.records import PLACES_FACT, MoveFile, MoveProgress, MoveReason, MoveRecord, Role, Selection
 from tests.filing_world import Dataset, moved, order
 
@@ -130,9 +133,49 @@ def test_prune_examines_a_bounded_number_of_moves_in_a_step(dataset: Dataset, jo
     assert removed == [SLICE * number for number in range(1, 5)] + [5 * SLICE - 1]
     (free,) = journal.connection.execute("PRAGMA freelist_count").fetchone()
     assert free > 0
-    free_all_pages(journal)
+    rewrite(journal)
     assert journal.connection.execute("PRAGMA freelist_count").fetchone()[0] == 0
     assert not free_pages(journal)
+
+
+def test_rewrite_lets_an_older_journal_return_its_pages(tmp_path: Path) -> None:
+    """A journal that was created without incremental vacuum is written anew, once."""
+    path = tmp_path / "journal.db"
+    with Journal(path):
+        pass
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA auto_vacuum = NONE")
+        connection.execute("VACUUM")
+    with Journal(path) as journal:
+        assert journal.connection.execute("PRAGMA auto_vacuum").fetchone()[0] == 0
+        assert not free_pages(journal)
+        rewrite(journal)
+        assert journal.connection.execute("PRAGMA auto_vacuum").fetchone()[0] == 2
+
+
+def test_history_journal_without_the_table_of_removed_moves_is_readable(
+    dataset: Dataset, journal: Journal, mover: Mover
+) -> None:
+    """An older sortd created it; its index of the content is another one."""
+    file_image(dataset, mover, "a.jpg", content="ab" * 32)
+    journal.connection.execute("DROP TABLE pruned")
+    journal.connection.execute("DROP INDEX moves_by_content")
+    journal.connection.execute("CREATE INDEX moves_by_content ON moves (content) WHERE content != ''")
+    journal.connection.execute("UPDATE members SET wanted = name, content = ?", ("ab" * 32,))
+    journal.connection.execute("PRAGMA user_version = 1")
+    with History.open(journal.path) as history:
+        assert history.counts() == {"filed": 1}
+        assert history.last_known(content="ab" * 32) is not None
+        (before,) = history.moves(Selection())
+    with dataset.journal() as migrated:
+        assert migrated.connection.execute("PRAGMA user_version").fetchone()[0] > 1
+        assert migrated.history.moves(Selection()) == [before]
+        assert (
+            "substr"
+            in migrated.connection.execute("SELECT sql FROM sqlite_master WHERE name = 'moves_by_content'").fetchone()[
+                0
+            ]
+        )
 
 
 def test_prune_does_not_change_the_precision_of_guesses(dataset: Dataset, journal: Journal, mover: Mover) -> None:
