@@ -309,7 +309,7 @@ def scripted(sortd: Sortd, mask: Mask) -> Facts:
 def daemon(sortd: Sortd, mask: Mask) -> tuple[Facts, str]:
     """Run the daemon until it is ready, ask it, reload and stop it; return the answers and its log."""
     log, port = sortd.place / "daemon.log", _free_port()
-    settings = SETTINGS | {"metrics": {"textfile": "sortd.prom", "http": str(port)}}
+    settings = SETTINGS | {"metrics": {"textfile": "sortd.prom", "http_port": port}}
     sortd.config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     with log.open("w", encoding="utf-8") as written:
         running = sortd.start("run", "-c", sortd.config, stderr=written.fileno())

@@ -57,6 +57,13 @@ class MetricsConfig(Frozen):
 
     textfile: Annotated[Path, AfterValidator(_textfile)] | None = None
     http: Annotated[str, AfterValidator(_address)] | None = None
+    http_port: Annotated[int, Field(ge=1, le=_MOST_PORT)] | None = None
+
+    @model_validator(mode="after")
+    def _require_one_address(self) -> "MetricsConfig":
+        if self.http is not None and self.http_port is not None:
+            raise ValueError("has both http and http_port; keep http")
+        return self
 
     @property
     def is_on(self) -> bool:
@@ -66,11 +73,12 @@ class MetricsConfig(Frozen):
     @property
     def address(self) -> Path | tuple[str, int] | None:
         """The path of a Unix socket, or an IP address and a port, to listen on; None: not."""
-        if self.http is None:
+        where = self.http or (None if self.http_port is None else str(self.http_port))
+        if where is None:
             return None
-        if self.http.startswith(UNIX):
-            return Path(self.http.removeprefix(UNIX))
-        host, _, port = self.http.rpartition(":")
+        if where.startswith(UNIX):
+            return Path(where.removeprefix(UNIX))
+        host, _, port = where.rpartition(":")
         return host.strip("[]") or _DEFAULT_HOST, int(port)
 
 

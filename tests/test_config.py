@@ -125,9 +125,10 @@ class TestValues:
     def test_metrics_address_has_several_forms(
         self, tmp_path: Path, environment: dict[str, str], written: str, address: tuple[str, int] | str
     ) -> None:
-        """A port alone is one of loopback; a path is relative to the file."""
+        """A port alone is one of loopback, as ``http_port`` is; a path is relative to the file."""
         found = read(tmp_path, f"metrics: {{http: {written}}}", environment).metrics.address
         assert found == (tmp_path / address if isinstance(address, str) else address)
+        assert read(tmp_path, "metrics: {http_port: 9464}", environment).metrics.address == ("127.0.0.1", 9464)
         assert read(tmp_path, "mode: max", environment).metrics.address is None
 
     def test_addresses_of_notifications_are_secrets(self, tmp_path: Path, environment: dict[str, str]) -> None:
@@ -323,6 +324,7 @@ mode: max
             ("? [a, b]\n: c", "1:3: a key must be a word, not a list or a mapping"),
             ("model: ''", "1:1: model: must not be empty"),
             ("metrics: {http: x:1}", "1:11: metrics.http: 'x:1' is no address such as 127.0.0.1:9464, [::1]:9464, unix:PATH or a port"),  # noqa: E501
+            ("metrics: {http: '9464', http_port: 9464}", "1:1: metrics: has both http and http_port; keep http"),
             ("notify: {summary_at: 25:00}", "1:10: notify.summary_at: '25:00' is no time of the day such as 08:00"),
             ("notify: {sumary_at: 8}", "1:10: notify.sumary_at: unknown key; did you mean summary_at?"),
             ("notify: {quiet_hours: 08:00}", "1:10: notify.quiet_hours: '' is no time of the day such as 08:00"),
@@ -437,7 +439,7 @@ class TestVariables:
             "SORTD_DATASETS__Tornillos__MODE": "max",
             "SORTD_DATASETS__Tornillos__ABSTAIN__STRANGERS": "0.2",
             "SORTD_PROMPTS": '["una foto de {}"]',
-            "SORTD_METRICS__HTTP": "9100",
+            "SORTD_METRICS__HTTP_PORT": "9100",
             "SORTD_COMPANIONS": "",
         }
         config = read(tmp_path, "model: auto\nsettle_seconds: 9\nabstain: {strangers: 0.1}\n", environment)
@@ -445,7 +447,7 @@ class TestVariables:
         assert config.abstain == AbstainConfig(precision=0.9, strangers=0.1)
         own = config.dataset("Tornillos")
         assert (own.mode, own.abstain) == ("max", AbstainConfig(precision=0.9, strangers=0.2))
-        assert config.metrics.address == ("127.0.0.1", 9100)
+        assert config.metrics.http_port == 9100
         assert config.companions
 
     def test_variables_replace_groups_by_values_and_back(self, tmp_path: Path, environment: dict[str, str]) -> None:
@@ -515,7 +517,7 @@ class TestReload:
             ("mode: max\nabstain: off\nsettle_seconds: 3\nlog: {level: debug}\ndatasets: {A: {mode: avg}}", []),
             ("notify: {urls: [json://h], review_above: 3}\nhooks: [{command: [a]}]", []),
             ("model: packaged\nroot: elsewhere\n", ["model", "root"]),
-            ("log: {format: json}\nmetrics: {http: 9000}\n", ["log.format", "metrics.http"]),
+            ("log: {format: json}\nmetrics: {http_port: 9000}\n", ["log.format", "metrics.http_port"]),
             ("decoding: {workers: 2}\n", ["decoding.workers"]),
         ],
     )
