@@ -26,7 +26,7 @@ from sortd.errors import DataError, DestinationError
 from sortd.events import Decision, Mode
 from sortd.files import read_regular, write_atomic
 
-FORMAT = 2
+FORMAT = 1
 """Version of the saved form."""
 ARRAYS_FILE, FACTS_FILE = "classifier.safetensors", "classifier.json"
 MOST_BYTES = 4_000_000_000

@@ -1,6 +1,7 @@
 """Build: a calibrated prototype set from a support set."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -126,15 +127,22 @@ def _calibrate(
     right = best == own
     with np.errstate(invalid="ignore"):
         recall = np.bincount(own, weights=right, minlength=classes) / np.bincount(own, minlength=classes)
+    names = blend.fit.names
+    facts: dict[str, Any] = {
+        "text_weight": blend.trial.text_weight,
+        "text_evidence": None if names is None else names.evidence,
+        "kernel_share": blend.trial.share,
+    }
     if settings.abstain is None:
-        accuracy, count, hits = balanced_accuracy(right, own, classes), len(own), int(right.sum())
-        calibration = Calibration(count, accuracy, filed_expected=1.0, filed_held_out=count, right_held_out=hits)
+        accuracy = balanced_accuracy(right, own, classes)
+        facts |= {"filed_held_out": len(own), "right_held_out": int(right.sum())}
+        calibration = Calibration(held_out=len(own), accuracy=accuracy, filed_expected=1.0, **facts)
         return replace(prototypes, calibration=calibration, recall=recall)
     null: Strangers | None = None
     if settings.mode in BLENDED or settings.abstain.strangers != "auto":
         null = leave_classes_out(library.rows, library.classes, library.counts, pause=pause)
     open_set = held_out_open_set(library, blend, best, with_typicality=settings.mode in BLENDED, pause=pause)
-    facts = calibrate_knowns(
+    facts |= calibrate_knowns(
         HeldOutOutcomes(confidence, right, own, open_set),
         settings.abstain.precision,
         classes=classes,

@@ -56,6 +56,7 @@ class Calibration:
     held_out: int = 0  # number of held-out images
     accuracy: float | None = None  # balanced held-out accuracy; None if there are no held-out images
     confidence: float = 0.0  # least confidence of a filed image
+    precision_wanted: float | None = None
     precision_attainable: float | None = None  # largest estimated precision of any threshold
     precision_expected: float | None = None  # cautious estimate of the precision of what is filed
     filed_held_out: int = 0  # held-out images that are filed
@@ -64,9 +65,13 @@ class Calibration:
     right_checked: int = 0  # of these, the right ones
     filed_expected: float | None = None  # held-out share of known images that is filed
     gate: Gate | None = None
+    strangers_wanted: float | None = None
     strangers_attainable: float | None = None  # smallest share that leaving classes out can guarantee
-    strangers_used: float | None = None  # the share in force: that of the setting, or the one above if it is larger
+    strangers_used: float | None = None  # the share in force: the larger of the two above
     strangers_cut: float | None = None  # threshold of the share in stranger scores; smaller with few classes
+    text_weight: float = 0.0  # number of references that a class name counts as
+    text_evidence: float | None = None  # see PlacedNames
+    kernel_share: float = 0.0
     curve: tuple[tuple[float, float, float], ...] = ()  # points (least confidence, share filed, precision)
     notes: tuple[str, ...] = ()  # sentences about settings that cannot be met
 
@@ -352,7 +357,7 @@ def calibrate_knowns(
         is_familiar = gate.familiarity(open_set, confidence) >= gate.least
     elif foreign_cosines is not None and len(foreign_cosines):
         gate = foreign_gate(foreign_cosines)
-    facts: dict[str, Any] = {"held_out": count, "gate": gate}
+    facts: dict[str, Any] = {"held_out": count, "precision_wanted": precision, "gate": gate}
     if not count:
         why = "the training has no held-out image" if open_set is None else "no class has two different images"
         note = f"{why}, so no precision can be expected"
@@ -396,6 +401,7 @@ def calibrate_strangers(null: Strangers, wanted: float, notes: tuple[str, ...]) 
         note = f"strangers {wanted:g} is not reached: {null.classes} classes allow at least {used:.3f}"
         notes = (*notes, note)
     return {
+        "strangers_wanted": wanted,
         "strangers_attainable": null.attainable,
         "strangers_used": used,
         "strangers_cut": used * null.classes / (null.classes + CAUTIOUS_CLASSES),
