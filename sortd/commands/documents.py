@@ -149,6 +149,13 @@ class WatchedRoot(Document):
     why: str | None
 
 
+class EndpointStatus(Document):
+    """The address of ``metrics.http``, and why sortd does not listen there."""
+
+    address: str
+    problem: str | None
+
+
 class StatusDocument(Document):
     """``sortd status``; the keys from ``pid`` to ``other_root`` are missing if sortd has never run."""
 
@@ -166,6 +173,7 @@ class StatusDocument(Document):
     loading: str | None = None
     config_problem: str | None = None
     encoder_problem: str | None = None
+    endpoint: EndpointStatus | None = None
     watching: list[WatchedRoot] | None = None
     written_at: Time | None = None
     ended_by: str | None = None
