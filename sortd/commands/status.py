@@ -80,6 +80,8 @@ def overview(config: Config) -> dict[str, Any]:
         run["other_root"] = last["root"] if last.get("root") not in {None, str(config.root)} else None
     live = (last or {}).get("datasets", {})
     places = [place for place in journals(config) if place.root is not None or place.is_there]
+    known = {place.dataset for place in places}
+    places += [JournalPlace(name, None, Path()) for name in live if is_alive and name not in known]  # never served
     datasets = {
         place.dataset: _dataset(config, place, live.get(place.dataset, {}), is_alive=bool(is_alive))
         for place in reversed(places)

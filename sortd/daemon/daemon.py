@@ -305,7 +305,7 @@ class Daemon:
             self.datasets.discover()  # a Clases/ that is created later causes no event
             for dataset in self.datasets:
                 with self.datasets.isolated(dataset):
-                    dataset.check_lock()
+                    dataset.check_presence()
         if self._watcher is not None and due("poll", now, self.config.polling_seconds):
             self.datasets.poll(self._watcher.polled())
         if not self._is_ready and self.model is not None and self._all_answered():
@@ -449,6 +449,7 @@ class Daemon:
             "datasets": {
                 **{name: dataset.facts() for name, dataset in sorted(self.datasets.by_name.items())},
                 **{name: held.facts() for name, held in sorted(self.datasets.held.items())},
+                **{name: {"problem": why, "moving": False} for name, why in self.datasets.missing.items()},
             },
         }
 
