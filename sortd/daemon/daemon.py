@@ -101,7 +101,7 @@ class Daemon:
         self._encoder_problem: str | None = None  # why the encoder of another process is away
         self._copier = CopyQueue(self.inbox.put)
         self.datasets = Datasets(config, ask=self._worker.ask, copier=self._copier, metrics=metrics, dry_run=dry_run)
-        self._sender = Sender(self._receivers(), metrics)
+        self._sender = Sender(self._receivers(), metrics, state=config.state_dir)
         self._proposals = Proposals(groups_command, self._sender.post)
         self._observer = DatasetObserver(
             self.datasets, metrics, post=self._sender.post, look_for_classes=self._proposals.look
@@ -166,6 +166,8 @@ class Daemon:
             self._log.warning(logs.DATASET_NESTED, path=str(nested.folder), error=nested.what, advice=nested.advice)
         if not self._is_dry_run:
             self._requests.open()
+            if not self._once:
+                self._sender.resume()
             self._closing.callback(self._metrics.watch_errors())
             self._serve_pages()
         self._worker.start()

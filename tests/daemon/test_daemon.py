@@ -269,6 +269,29 @@ def test_daemon_address_of_the_metrics_that_is_taken_ends_nothing(colours: Path,
         assert len(daemon.events("endpoint.failed")) == 1
 
 
+def test_daemon_limit_of_messages_continues_after_a_restart(colours: Path, write_config: Write) -> None:
+    """What two runs report of two missing datasets: one message, and the others wait for the next hour."""
+    folder = colours.parent.parent
+    config = write_config(
+        datasets="{First: {mode: max}, Second: {mode: max}}",
+        notify="{messages_per_hour: 1}",
+        hooks=json.dumps([{"command": ["sh", "-c", f"cat >> {folder}/heard"], "timeout_seconds": 1000}]),
+    )
+    state = folder / "state" / "notifications.json"
+
+    def held_back() -> int:
+        found = json.loads(state.read_bytes())["held_back"] if state.exists() else {}
+        return int(found.get("disk_missing", {}).get("count", 0))
+
+    for run in (1, 2):
+        with running(config) as daemon:
+            daemon.wait_until((folder / "heard").exists, "the message")
+            daemon.wait_until(lambda: held_back() >= 2 * run - 1, "what is held back")  # noqa: B023 -- waited for here
+            assert daemon.stop() == 0
+    (message,) = (folder / "heard").read_text().splitlines()
+    assert json.loads(message)["event"] == "disk_missing"
+
+
 def test_dataset_that_a_second_sortd_took_is_held_until_that_ends(
     colours: Path, write_config: Write, tmp_path: Path
 ) -> None:
