@@ -199,7 +199,7 @@ LIVE_KEYS = frozenset(DatasetConfig.model_fields) | {
     "notify",
     "hooks",
 }
-"""The keys that a running sortd applies on reload; the others need a restart."""
+"""The keys that a running sortd applies on reload, with ``metrics`` if any were on; the others need a restart."""
 
 _GROUPS: Final[Mapping[str, type[BaseModel]]] = {
     name: type(field.default) for name, field in Config.model_fields.items() if isinstance(field.default, BaseModel)
@@ -260,7 +260,8 @@ def restart_needed(old: Config, new: Config) -> list[str]:
     """Return the keys that differ and that a running sortd does not apply on reload."""
     before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    return sorted(key for key in changed if not {key, key.partition(".")[0]} & LIVE_KEYS)
+    live = LIVE_KEYS | ({"metrics"} if old.metrics.is_on else set())
+    return sorted(key for key in changed if not {key, key.partition(".")[0]} & live)
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, object]]:

@@ -37,7 +37,7 @@ def _textfile(path: Path) -> Path:
 def _address(value: str) -> str:
     """Check an address to listen on; see ``MetricsConfig.address``."""
     if value.startswith(UNIX):
-        if not value.removeprefix(UNIX):
+        if value == UNIX or "\0" in value:
             raise ValueError(f"{value!r} names no path")
         return value
     host, _, port = value.rpartition(":")

@@ -3,6 +3,7 @@
 See sd_notify(3) and sd_listen_fds(3).
 """
 
+import errno
 import fcntl
 import grp
 import ipaddress
@@ -216,6 +217,8 @@ def require_to_be_alone(config: Config) -> None:
 
 FIRST_PASSED: Final = 3  # SD_LISTEN_FDS_START
 WAITING_CONNECTIONS: Final = 64
+LOCK_SECONDS: Final = 3.0
+"""For the lock of a socket's folder, which another sortd has for a second at most."""
 LOCAL_FAMILIES: Final = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6)
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
@@ -278,20 +281,18 @@ def unix_socket(path: Path, *, group: str | None = None, setting: str = "--socke
     """
     _check_folder(path.parent, setting)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        with _locked(path.parent):  # a socket that does not listen yet would seem unused to another process
-            _remove_unused(path, setting)
-            before = os.umask(0o177)
-            try:
+        try:
+            with _locked(path.parent):  # a socket that does not listen yet would seem unused to another process
+                _remove_unused(path, setting)
+                os.fchmod(listener.fileno(), 0o600)  # bind uses it; the umask would be that of all threads
                 listener.bind(os.fspath(path))
-            except OSError as error:  # Python's own, for a long path, has no number
-                why = error.strerror or str(error)
-                raise StartupError(f"{path} cannot be a socket: {why}; name another path with {setting}") from error
-            finally:
-                os.umask(before)
-            own = os.lstat(path).st_ino
-            if group is not None:
-                _give_to_group(path, group)
-            listener.listen(WAITING_CONNECTIONS)
+                own = os.lstat(path).st_ino
+                if group is not None:
+                    _give_to_group(path, group)
+                listener.listen(WAITING_CONNECTIONS)
+        except OSError as error:  # Python's own, for a long path, has no number
+            why = error.strerror or str(error)
+            raise StartupError(f"{path} cannot be a socket: {why}; name another path with {setting}") from error
         try:
             yield listener
         finally:
@@ -315,9 +316,17 @@ def _check_folder(folder: Path, setting: str) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder."""
+    """Hold the lock of a folder, which any user who can read it can lock, too. Raises OSError."""
+    until = time.monotonic() + LOCK_SECONDS
     with open_folder(folder, follow=True) as descriptor:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise OSError(errno.EAGAIN, f"another program has locked {folder}") from None
+                time.sleep(0.05)
         yield
 
 

@@ -324,6 +324,8 @@ mode: max
             ("? [a, b]\n: c", "1:3: a key must be a word, not a list or a mapping"),
             ("model: ''", "1:1: model: must not be empty"),
             ("metrics: {http: x:1}", "1:11: metrics.http: 'x:1' is no address such as 127.0.0.1:9464, [::1]:9464, unix:PATH or a port"),  # noqa: E501
+            ("metrics: {http: 'unix:'}", "1:11: metrics.http: 'unix:' names no path"),
+            ('metrics: {http: "unix:/a\\0b"}', "1:11: metrics.http: 'unix:/a\\x00b' names no path"),
             ("metrics: {http: '9464', http_port: 9464}", "1:1: metrics: has both http and http_port; keep http"),
             ("notify: {summary_at: 25:00}", "1:10: notify.summary_at: '25:00' is no time of the day such as 08:00"),
             ("notify: {sumary_at: 8}", "1:10: notify.sumary_at: unknown key; did you mean summary_at?"),
@@ -528,6 +530,13 @@ class TestReload:
         before = read(tmp_path, "{}", environment)
         assert restart_needed(before, before) == []
         assert restart_needed(before, read(tmp_path, text, environment)) == waits
+
+    def test_restart_needed_for_metrics_only_if_none_were_on(self, tmp_path: Path, environment: dict[str, str]) -> None:
+        """What counts them begins at the start; where they go can change."""
+        off, at = read(tmp_path, "{}", environment), read(tmp_path, "metrics: {http: 9000}", environment)
+        assert restart_needed(off, at) == ["metrics.http"]
+        assert restart_needed(at, off) == []
+        assert restart_needed(at, read(tmp_path, "metrics: {http: 9001, textfile: a.prom}", environment)) == []
 
     def test_example_marks_the_keys_that_need_a_restart(self) -> None:
         """[restart] marks exactly the keys that restart_needed returns, or their group."""

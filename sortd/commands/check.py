@@ -34,6 +34,7 @@ from sortd.commands.models import EXPORT_MISSING, backend_facts, verdict_sentenc
 from sortd.commands.moves import datasets_there
 from sortd.commands.notify import notification_findings
 from sortd.config import Config, read_config
+from sortd.daemon.endpoint import listening_socket, text_of_address
 from sortd.encoder import models
 from sortd.encoder.backends import connect
 from sortd.encoder.clip import TorchEncoder
@@ -240,6 +241,24 @@ def process_findings(config: Config, layouts: Sequence[Layout]) -> Iterator[Find
         yield note("user", what, "check as the user that runs sortd: sudo -u USER sortd check")
 
 
+def endpoint_findings(config: Config, _layouts: Sequence[Layout]) -> Iterator[Finding]:
+    """Check that ``metrics.http`` can be listened on; if the running sortd has this address, report its problem."""
+    if (address := config.metrics.address) is None:
+        return
+    status = read_status(config.state_dir) or {"alive": False}
+    own = (status.get("endpoint") or {}) if status["alive"] else {}
+    problem = own.get("problem")
+    if own.get("address") != text_of_address(address):
+        try:
+            with listening_socket(address):
+                return
+        except StartupError as refusal:
+            problem = str(refusal)
+    if problem is not None:
+        what, _, advice = problem.removeprefix("metrics.http: ").partition("; ")
+        yield error("metrics.http", what, advice)
+
+
 # ---------------------------------------------------------------- the model
 
 
@@ -304,6 +323,7 @@ def _backend_findings(config: Config) -> Iterator[Finding]:
 SITE_CHECKS: Final[Mapping[Callable[[Config, Sequence[Layout]], Iterator[Finding]], Topic]] = {
     **dict.fromkeys((root_findings, own_folder_findings, overlap_findings), Topic.FOLDERS),
     process_findings: Topic.PROCESS,
+    endpoint_findings: Topic.CONFIGURATION,
     notification_findings: Topic.CONFIGURATION,
     model_findings: Topic.MODEL,
     watching_findings: Topic.WATCHING,

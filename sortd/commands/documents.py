@@ -159,6 +159,13 @@ class WatchedRoot(Document):
     why: str | None
 
 
+class EndpointStatus(Document):
+    """The address of ``metrics.http``, and why sortd does not listen there."""
+
+    address: str
+    problem: str | None
+
+
 class StatusDocument(Document, commands=("status",)):
     """``sortd status``; the keys from ``pid`` to ``other_root`` are missing if sortd has never run."""
 
@@ -176,6 +183,7 @@ class StatusDocument(Document, commands=("status",)):
     loading: str | None = None
     config_problem: str | None = None
     encoder_problem: str | None = None
+    endpoint: EndpointStatus | None = None
     watching: list[WatchedRoot] | None = None
     written_at: Time | None = None
     ended_by: str | None = None

@@ -38,8 +38,8 @@ Row = dict[str, str]
 """A file or folder that stays in Images/: its ``path``, ``reason`` and ``message``."""
 
 STATUS_KEYS = (
-    "pid", "version", "model", "encoder_id", "ready", "loading", "config_problem", "encoder_problem", "watching",
-    "written_at", "ended_by",
+    "pid", "version", "model", "encoder_id", "ready", "loading", "config_problem", "encoder_problem", "endpoint",
+    "watching", "written_at", "ended_by",
 )  # fmt: skip
 NOT_KNOWN = {"deciding": "prototypes", "model_id": None, "refusal": None}
 """The classifier of a missing dataset, of which only the journal is known."""
@@ -72,6 +72,8 @@ def overview(config: Config) -> dict[str, Any]:
         run["other_root"] = last["root"] if last.get("root") not in {None, str(config.root)} else None
     live = (last or {}).get("datasets", {})
     places = [place for place in journals(config) if place.root is not None or place.is_there]
+    known = {place.dataset for place in places}
+    places += [JournalPlace(name, None, Path()) for name in live if is_alive and name not in known]  # never served
     datasets = {
         place.dataset: _dataset(config, place, live.get(place.dataset, {}), is_alive=bool(is_alive))
         for place in reversed(places)
@@ -367,6 +369,11 @@ def _print_row(name: str, text: str, *, style: str = "") -> None:
     print_line(f"  {name:<10}{text}", style=style)
 
 
+def _print_problem(name: str, problem: str | None, *, style: str = "bold yellow") -> None:
+    if problem:
+        _print_row(name, printable(problem), style=style)
+
+
 def _print_run(facts: Mapping[str, Any]) -> None:
     if facts["running"]:
         since = facts.get("started_at")
@@ -383,12 +390,12 @@ def _print_run(facts: Mapping[str, Any]) -> None:
     if facts.get("model"):
         model, _, hint = facts["model"].partition("; ")
         _print_row("model", f"{model}, {facts['encoder_id']}")
-        if hint:
-            _print_row("", hint)
+        _print_problem("", hint, style="")
     elif facts["running"] and facts.get("loading"):
         _print_row("model", printable(facts["loading"]))
-    if facts["running"] and facts.get("encoder_problem"):
-        _print_row("encoder", printable(facts["encoder_problem"]), style="bold yellow")
+    if facts["running"]:
+        _print_problem("encoder", facts.get("encoder_problem"))
+        _print_problem("endpoint", (facts.get("endpoint") or {}).get("problem"))
     if other := facts.get("other_root"):
         _print_row("root", f"the running sortd uses {printable(other)}, this configuration {facts['root']}")
     for watched in facts.get("watching") or ():
@@ -418,8 +425,7 @@ def _print_dataset(name: str, facts: Mapping[str, Any]) -> None:
 def _print_state(facts: Mapping[str, Any]) -> None:
     """Print the problems of a dataset, its references, and the classifier that decides."""
     for problem in dict.fromkeys((facts.get("problem"), facts.get("journal_problem"))):
-        if problem:
-            _print_row("problem", printable(problem), style="bold red")
+        _print_problem("problem", problem, style="bold red")
     if facts.get("held_since"):
         since = format_time(facts["held_since"])
         _print_row("held", f"since {since}: nothing in it is moved; sortd tries again")
@@ -432,8 +438,7 @@ def _print_state(facts: Mapping[str, Any]) -> None:
     is_finetuned = classifier["deciding"] == "finetuned"
     by = f"the fine-tuned model {classifier['model_id']}" if is_finetuned else "the prototypes"
     _print_row("decided", f"by {by}")
-    if classifier.get("refusal"):
-        _print_row("problem", printable(classifier["refusal"]), style="bold red")
+    _print_problem("problem", classifier.get("refusal"), style="bold red")
 
 
 def _print_counts(facts: Mapping[str, Any]) -> None:

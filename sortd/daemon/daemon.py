@@ -29,7 +29,7 @@ from sortd.daemon.control import Requests, answer, apply_undo_results
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import ReportMove
 from sortd.daemon.datasets import Datasets
-from sortd.daemon.endpoint import Endpoint, Page, Pages
+from sortd.daemon.endpoint import Endpoint, Page, Pages, move_endpoint
 from sortd.daemon.inbox import Inbox, Reported
 from sortd.daemon.metrics import CONTENT_TYPE, Metrics
 from sortd.daemon.observer import DatasetObserver
@@ -101,7 +101,7 @@ class Daemon:
         self._encoder_problem: str | None = None  # why the encoder of another process is away
         self._copier = CopyQueue(self.inbox.put)
         self.datasets = Datasets(config, ask=self._worker.ask, copier=self._copier, metrics=metrics, dry_run=dry_run)
-        self._sender = Sender(self._receivers(), metrics)
+        self._sender = Sender(self._receivers(), metrics, state=config.state_dir)
         self._proposals = Proposals(groups_command, self._sender.post)
         self._observer = DatasetObserver(
             self.datasets, metrics, post=self._sender.post, look_for_classes=self._proposals.look
@@ -118,6 +118,7 @@ class Daemon:
         self._upkeep = Upkeep()
         self._served = 0
         self._longest_turn_seconds = 0.0
+        self._endpoint: Endpoint | None = None
         self._closing = ExitStack()
 
     def run(self, *, progress: Progress | None = None) -> None:
@@ -164,9 +165,10 @@ class Daemon:
             self._log.warning(logs.DATASET_NESTED, path=str(nested.folder), error=nested.what, advice=nested.advice)
         if not self._is_dry_run:
             self._requests.open()
+            if not self._once:
+                self._sender.resume()
             self._closing.callback(self._metrics.watch_errors())
-            if (address := self.config.metrics.address) is not None:
-                self._closing.callback(Endpoint(address, self._pages()).close)
+            self._serve_pages()
         self._worker.start()
         if not self._once:
             self._watcher = Watcher(self.inbox.put, polling=self.config.polling)
@@ -208,6 +210,7 @@ class Daemon:
             self._write_status(running=False)
             self._metrics.set("sortd_ready", 0)
             self._write_metrics()
+            move_endpoint(self._endpoint, None, {})
             self._closing.close()
         outcomes = sum((Counter(dataset.log.outcomes) for dataset in self.datasets), Counter())
         self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **outcomes)
@@ -303,7 +306,7 @@ class Daemon:
             self.datasets.discover()  # a Clases/ that is created later causes no event
             for dataset in self.datasets:
                 with self.datasets.isolated(dataset):
-                    dataset.check_lock()
+                    dataset.check_presence()
         if self._watcher is not None and due("poll", now, self.config.polling_seconds):
             self.datasets.poll(self._watcher.polled())
         if not self._is_ready and self.model is not None and self._all_answered():
@@ -337,6 +340,11 @@ class Daemon:
             return
         self._observer.observe(now, self._sender.events)
         self._metrics.set("sortd_ready", int(not self._unready()))
+
+    def _serve_pages(self) -> None:
+        """Listen at the configured address, if any; one that could not be used is tried at once."""
+        address = self.config.metrics.address if self._metrics.is_on else None
+        self._endpoint = move_endpoint(self._endpoint, address, self._pages())
 
     def _pages(self) -> Pages:
         """Return what the endpoint serves, in its own thread."""
@@ -385,7 +393,7 @@ class Daemon:
             self._log_write_error(error)
 
     def _write_metrics(self) -> None:
-        if self.config.metrics.textfile is None or self._is_dry_run:
+        if self.config.metrics.textfile is None or self._is_dry_run or not self._metrics.is_on:
             return
         try:
             self._metrics.write_textfile(os.fspath(self.config.metrics.textfile))
@@ -432,6 +440,7 @@ class Daemon:
             "encoder_id": None if self.model is None else self.model.encoder_id,
             "config_problem": self.config_problem,
             "encoder_problem": self._encoder_problem,
+            "endpoint": None if self._endpoint is None else self._endpoint.facts(),
             "longest_turn_seconds": round(self._longest_turn_seconds, 3),
             "ended_by": self._ended_by,
             "watching": [
@@ -441,6 +450,7 @@ class Daemon:
             "datasets": {
                 **{name: dataset.facts() for name, dataset in sorted(self.datasets.by_name.items())},
                 **{name: held.facts() for name, held in sorted(self.datasets.held.items())},
+                **{name: {"problem": why, "moving": False} for name, why in self.datasets.missing.items()},
             },
         }
 
@@ -467,6 +477,7 @@ class Daemon:
             self.config, self.config_problem = config, None
             self.datasets.reload(config)
             self._sender.reload(self._receivers())
+            self._serve_pages()
             self._log.info(logs.CONFIG_RELOADED, restart_needed_for=waits)
         self._notifier.ready()
 

@@ -197,7 +197,7 @@ class Dataset:
         self._wishes = self._ordered = (False, False)  # ``force`` and ``afresh`` of the next and of the last rebuild
         self.mover, self.journal, self.presence, self._ask = opened.mover, journal, opened.presence, ask
         self.move_queue = MoveQueue(self.mover, self.log, history=journal.history, root=layout.root)
-        self._is_taken = False
+        self._is_absent = False
         self.closing = ExitStack()  # closes the journal and releases the locks
         self._corrections = CorrectionScanner(layout, journal, self.log.unreadable, limits=limits)
         self._references = FolderComparison(os.fspath(layout.area(Area.CLASES)), self.log.unreadable)
@@ -258,12 +258,12 @@ class Dataset:
             case Area.DATASET:
                 self._corrections.ask()
 
-    def check_lock(self) -> None:
-        """Pause the dataset while another sortd has its lock, and resume it afterwards."""
-        problem = self.presence.lock_problem()
-        if (problem is not None) == self._is_taken:
+    def check_presence(self) -> None:
+        """Pause the dataset while a disk of it is missing or another sortd has its lock, and resume it afterwards."""
+        problem = self.presence.problem()
+        if (problem is not None) == self._is_absent:
             return
-        self._is_taken = problem is not None
+        self._is_absent = problem is not None
         if problem is not None:
             self.log.rebuild_failed(events.RebuildFailed(problem, references_absent=True, job=0))
         self.receive(events.ReferencesTouched() if problem is None else events.DatasetAbsent(problem))

@@ -11,6 +11,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -79,6 +80,7 @@ class Datasets:
         self.config, self._clock = config, clock
         self.by_name: dict[str, Dataset] = {}
         self.held: dict[str, Held] = {}
+        self.missing: dict[str, str] = {}  # why a dataset is neither, though configured or served before
         self._ask, self._copier, self._metrics, self._dry_run = ask, copier, metrics, dry_run
         self._run = uuid.uuid4().hex[:8]
         self._state, self._limits = config.state_dir, limits_of(config.decoding)  # as at the start, also after a reload
@@ -89,6 +91,8 @@ class Datasets:
         self._folders: dict[str, tuple[int, int]] = {}
         self._reopened: dict[str, tuple[Held, float]] = {}
         self._former: dict[str, int] = {}  # by name: the inode of the folder of a closed dataset
+        # By name: the folder of a dataset that was removed since the start, or the last reload; None: it was held.
+        self._gone: dict[str, tuple[int, int] | None] = {}
         self._discovery = Throttle(DISCOVERY_PAUSE_SECONDS)
         self._recovery = Throttle(RECOVERY_PAUSE_SECONDS)
         self._lost: set[str] = set()  # datasets with dropped events; "": all
@@ -117,6 +121,7 @@ class Datasets:
             return
         self.root_problem = None
         for name in self._departed(found):
+            self._gone[name] = self._folders.get(name)
             self._remove(name)
         for dataset in self:
             with self.isolated(dataset):
@@ -124,6 +129,7 @@ class Datasets:
         for name, layout in found.items():
             if name not in self.by_name:
                 self._open(layout)
+        self._note_missing(found.keys())
         errors = [held.error for held in self.held.values()]
         is_second = errors and all(isinstance(error, AlreadyRunningError) for error in errors)
         if is_second and not self._began and not self.by_name:
@@ -147,6 +153,27 @@ class Datasets:
             if is_another or (folder is None and os.path.isdir(self.config.root)):
                 departed.append(name)
         return departed
+
+    def _note_missing(self, found: AbstractSet[str]) -> None:
+        """Note which datasets are not served, though configured, found or served before, unless they were renamed."""
+        if self._is_stopping or self._dry_run is not None:
+            return
+        renamed = set(self._folders.values())
+        self._gone = {name: folder for name, folder in self._gone.items() if folder not in renamed}
+        wanted = (self.config.datasets.keys() | self._gone.keys() | found) - self.by_name.keys() - self.held.keys()
+        for name in self.missing.keys() - wanted - self.by_name.keys() - self.held.keys():
+            self._metrics.forget(name)
+        before, self.missing = self.missing, {name: self._why_missing(name) for name in sorted(wanted)}
+        for name in self.missing.keys() - before.keys():
+            self._metrics.held(name, is_held=True)
+            self._log.error(logs.DATASET_MISSING, dataset=name, error=self.missing[name])
+
+    def _why_missing(self, name: str) -> str:
+        end = f"remove datasets.{name} from the configuration and " if name in self.config.datasets else ""
+        return (
+            f"{self.config.root / name} is missing, or its disk does not respond: mount it, or put the folder back; "
+            f"if it was removed on purpose, {end}reload sortd"
+        )
 
     def _note_absent_root(self, error: LayoutError) -> None:
         if not self._began:
@@ -369,8 +396,9 @@ class Datasets:
                     dataset.scan_all()
 
     def reload(self, config: Config) -> None:
-        """Apply a changed configuration."""
+        """Apply a changed configuration; datasets that are gone are not waited for any longer, unless it names them."""
         self.config = config
+        self._gone.clear()
         for dataset in self:
             own = config.dataset(dataset.name)
             with self.isolated(dataset):

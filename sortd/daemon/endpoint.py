@@ -1,9 +1,11 @@
 """The HTTP endpoint of the daemon: a few pages that programs read, from one thread.
 
 A request is answered from its head; its body is not read. Each connection carries one request and has few seconds; if
-there are too many of them, the oldest is closed, so that clients which send nothing keep nobody else out.
+there are too many of them, the oldest is closed, so that clients which send nothing keep nobody else out. An address
+that cannot be used is tried again and again: no image depends on it.
 """
 
+import errno
 import os
 import selectors
 import socket
@@ -14,12 +16,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
+from typing import Final
 
+import structlog
+
+from sortd import logs
+from sortd.config_reporting import UNIX
 from sortd.errors import StartupError
 from sortd.service import unix_socket
 
 SECONDS = 5.0
 """For a request and its answer."""
+RETRY_SECONDS = 10.0
+"""Until an address that could not be used is tried again."""
 MOST_CONNECTIONS = 32
 MOST_BYTES = 8192
 """Of the head of a request."""
@@ -38,6 +47,16 @@ class Page:
 Pages = Mapping[str, Callable[[], Page]]
 """By path; called in the thread of the endpoint."""
 
+Address = Path | tuple[str, int]
+"""The path of a Unix socket, or an IP address and a port."""
+
+_ADVICE: Final[Mapping[int, str]] = {
+    errno.EADDRINUSE: "stop the program that uses it, or name another port",
+    errno.EADDRNOTAVAIL: "name an address of this machine",
+    errno.EACCES: "name a port from 1024 on, or give sortd the capability CAP_NET_BIND_SERVICE",
+    errno.EAFNOSUPPORT: "let the service use this family of addresses (RestrictAddressFamilies=), or name another",
+}
+
 
 @dataclass(slots=True, eq=False)
 class _Connection:
@@ -50,29 +69,24 @@ class _Connection:
 
 
 class Endpoint:
-    """Serves pages on an address until it is closed."""
+    """Serves pages on an address until it is closed; the first try to listen is over when it is made."""
 
-    def __init__(self, address: Path | tuple[str, int], pages: Pages, *, seconds: float = SECONDS) -> None:
-        """Listen at the path of a Unix socket, for this user only, or at an IP address and a port.
-
-        Raises:
-            StartupError: the address cannot be used.
-        """
-        self._pages, self._seconds = pages, seconds
+    def __init__(
+        self, address: Address, pages: Pages, *, seconds: float = SECONDS, retry_seconds: float = RETRY_SECONDS
+    ) -> None:
+        """Listen at the path of a Unix socket, for this user only, or at an IP address and a port."""
+        self.address = address
+        self.problem: str | None = None  # why it does not listen, and what to do
+        self._pages, self._seconds, self._retry_seconds = pages, seconds, retry_seconds
         self._connections: dict[_Connection, None] = {}  # the oldest first
-        self._selector = selectors.DefaultSelector()
+        self._log: structlog.stdlib.BoundLogger = structlog.get_logger().bind(address=text_of_address(address))
         self._closing = ExitStack()
-        self._closing.callback(self._selector.close)
-        try:
-            self._listener = self._closing.enter_context(_listening(address))
-            self._listener.setblocking(False)
-            self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        except BaseException:
-            self._closing.close()
-            raise
+        self._selector = self._closing.enter_context(selectors.DefaultSelector())
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing.callback(os.close, self._wake)
-        self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake, selectors.EVENT_READ)
+        self._listener: socket.socket | None = None
+        self._listen()
         self._thread = threading.Thread(target=self._run, name="endpoint", daemon=True)
         self._thread.start()
 
@@ -82,28 +96,54 @@ class Endpoint:
         self._thread.join()
         self._closing.close()
 
+    def facts(self) -> dict[str, object]:
+        """Return the entry in ``sortd status``, as plain values."""
+        return {"address": text_of_address(self.address), "problem": self.problem}
+
+    def _listen(self) -> None:
+        """Try to listen; log why that is not possible, each reason once."""
+        try:
+            listener = self._closing.enter_context(listening_socket(self.address))
+        except StartupError as error:
+            if str(error) != self.problem:
+                self.problem = str(error)
+                self._log.error(logs.ENDPOINT_FAILED, error=self.problem)
+            self._retry_at = time.monotonic() + self._retry_seconds
+            return
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._listener, self.problem = listener, None
+        self._log.info(logs.ENDPOINT_LISTENING)
+
+    def _timeout(self) -> float | None:
+        """Return the seconds until the next try, or the end of the oldest connection."""
+        if self._listener is None:
+            return max(0.0, self._retry_at - time.monotonic())
+        oldest = next(iter(self._connections), None)
+        return None if oldest is None else max(0.0, oldest.until - time.monotonic())
+
     def _run(self) -> None:
         while True:
-            oldest = next(iter(self._connections), None)
-            timeout = None if oldest is None else max(0.0, oldest.until - time.monotonic())
-            for key, _ in self._selector.select(timeout):
+            if self._listener is None and time.monotonic() >= self._retry_at:
+                self._listen()
+            for key, _ in self._selector.select(self._timeout()):
                 if key.fileobj == self._wake:
                     for connection in list(self._connections):
                         self._drop(connection)
                     return
                 if key.fileobj is self._listener:
-                    self._accept()
+                    self._accept(self._listener)
                 elif key.data in self._connections:
                     self._go_on(key.data)
             now = time.monotonic()
             for connection in [one for one in self._connections if one.until <= now]:
                 self._drop(connection)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         if len(self._connections) >= MOST_CONNECTIONS:
             self._drop(next(iter(self._connections)))
         try:
-            accepted, _ = self._listener.accept()
+            accepted, _ = listener.accept()
         except BlockingIOError:
             return
         except OSError:  # gone already, or out of descriptors, which is not tried again at once
@@ -161,8 +201,25 @@ class Endpoint:
         connection.socket.close()
 
 
+def move_endpoint(endpoint: Endpoint | None, address: Address | None, pages: Pages) -> Endpoint | None:
+    """Return an endpoint at an address: the given one if it listens there; otherwise that is closed."""
+    if endpoint is not None:
+        if endpoint.address == address and endpoint.problem is None:
+            return endpoint
+        endpoint.close()
+    return None if address is None else Endpoint(address, pages)
+
+
+def text_of_address(address: Address) -> str:
+    """Return an address as the configuration writes it."""
+    if isinstance(address, Path):
+        return f"{UNIX}{address}"
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 @contextmanager
-def _listening(address: Path | tuple[str, int]) -> Iterator[socket.socket]:
+def listening_socket(address: Address) -> Iterator[socket.socket]:
     """Yield a socket that listens. Raises StartupError."""
     if isinstance(address, Path):
         with unix_socket(address, setting="metrics.http") as listener:
@@ -172,10 +229,11 @@ def _listening(address: Path | tuple[str, int]) -> Iterator[socket.socket]:
     try:
         listener = socket.create_server(address, family=family)
     except OSError as error:
-        raise StartupError(
-            f"metrics.http: cannot listen on {address[0]} port {address[1]}: {os.strerror(error.errno or 0)}; name "
-            "another address, or stop the program that uses it"
-        ) from error
+        # create_server changes the texts of the system; errors of getaddrinfo(3) have numbers below 0.
+        number = error.errno or 0
+        why, advice = os.strerror(number) if number > 0 else error.strerror, _ADVICE.get(number, "name another address")
+        place = text_of_address(address)
+        raise StartupError(f"metrics.http: cannot listen on {place}: {why}; {advice}") from error
     with listener:
         yield listener
 

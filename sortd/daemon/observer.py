@@ -3,6 +3,7 @@
 It runs in the loop. The endpoint asks in its own thread, and reads frozen values only.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
@@ -13,6 +14,7 @@ from sortd.daemon.dataset import Dataset
 from sortd.daemon.datasets import Datasets
 from sortd.daemon.metrics import Metrics
 from sortd.daemon.notices import Condition, Evidence, Notice, Notices
+from sortd.layout import Area
 from sortd.store.history import History
 
 EVIDENCE_SECONDS = 15.0
@@ -51,6 +53,7 @@ class DatasetObserver:
                 self._set(dataset, one)
         held = sorted(self._datasets.held.items())
         conditions += [Condition(name, held=found.cause) for name, found in held]
+        conditions += [Condition(name, missing=why) for name, why in self._datasets.missing.items()]
         root_problem = self._datasets.root_problem
         reasons = [f"{one.dataset}: {why}" for one in conditions if (why := one.missing or one.held) is not None]
         self.unserved = (*([root_problem] if root_problem else ()), *reasons)
@@ -67,6 +70,8 @@ class DatasetObserver:
         if problem is None and (core.built is None or core.references_absent):
             problem = dataset.log.problem  # after any other failed rebuild, the last prototypes decide
             is_missing = core.references_absent and dataset.presence.lock_problem() is None
+        if problem is None and not os.path.isdir(inbox := dataset.layout.area(Area.IMAGES)):
+            problem, is_missing = f"{inbox} is missing or no folder: put it back, or create it", True
         abstain = self._datasets.config.dataset(dataset.name).abstain
         return Condition(
             dataset.name,

@@ -1,10 +1,12 @@
 """Sends notices to the addresses and hooks of the configuration, in a thread, with a limit per hour and quiet hours.
 
 The loop only puts a notice into a bounded queue, so that it waits for nobody. Each delivery is a process with a time
-limit. What may not be sent now is counted, and one message sums it up when it may.
+limit. What may not be sent now is counted, and one message sums it up when it may. A file in the state folder has the
+times of the last messages and what was held back, for the next run; it contains no address.
 """
 
 import json
+import math
 import os
 import queue
 import re
@@ -12,22 +14,23 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from sortd import errors, logs
-from sortd.config_reporting import HookConfig, NotifyConfig, Target, TargetConfig
+from sortd.config_reporting import EVENT_NAMES, HookConfig, NotifyConfig, Target, TargetConfig
 from sortd.daemon import apprise_process
 from sortd.daemon.limited_process import INHERITED, run_limited
 from sortd.daemon.metrics import Metrics
 from sortd.daemon.notices import Notice
-from sortd.files import read_regular
+from sortd.files import read_regular, write_json
 
 QUEUED_AT_MOST = 1000
 KEPT_AT_MOST = 10
@@ -35,8 +38,13 @@ KEPT_AT_MOST = 10
 STOP_SECONDS = 3.0
 APPRISE_SECONDS = 30.0
 """Time limit of a delivery by Apprise, which gives a service 4 s to connect and 4 s to answer."""
+STATE_FILE = "notifications.json"
 _HOUR_SECONDS = 3600.0
 _MOST_TEXT = 4000  # characters; Apprise divides or cuts what is too long for a service
+_MOST_COUNT = 10**9
+_MOST_STATE_BYTES = 2 << 20
+_INVALID_STATE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""Errors of a damaged state, whose values, nesting and types are arbitrary."""
 _MOST_ADDRESS_BYTES = 8192
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
 _NETWORK = (
@@ -48,9 +56,9 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 class Pace:
     """Tells when the next message may be sent; all times are arguments."""
 
-    def __init__(self) -> None:
-        """Begin without a message."""
-        self._sent: deque[float] = deque()
+    def __init__(self, now: float = 0.0, ages: Iterable[float] = ()) -> None:
+        """Begin with messages that were sent so many seconds before ``now``, the oldest first."""
+        self._sent = deque(now - age for age in ages)
 
     def wait_seconds(self, settings: NotifyConfig, now: float, local: datetime) -> float:
         """Return how long to wait: 0 to send now. ``now`` is of a monotonic clock, ``local`` the local time."""
@@ -66,6 +74,10 @@ class Pace:
     def sent(self, now: float) -> None:
         """Count one message."""
         self._sent.append(now)
+
+    def ages(self, now: float) -> list[float]:
+        """Return how many seconds ago the messages that still count were sent, the oldest first."""
+        return [age for one in self._sent if (age := now - one) < _HOUR_SECONDS]
 
 
 def _until_quiet_ends(settings: NotifyConfig, local: datetime) -> float:
@@ -95,6 +107,25 @@ class HeldBack:
         """Add one notice."""
         self._counts[notice.event] += 1
         self._texts.setdefault(notice.event, deque(maxlen=KEPT_AT_MOST)).append(notice.text)
+
+    def facts(self) -> dict[str, object]:
+        """Return all as plain values, for ``restore``."""
+        return {
+            event: {"count": number, "texts": [text[:_MOST_TEXT] for text in self._texts[event]]}
+            for event, number in self._counts.items()
+        }
+
+    @classmethod
+    def restore(cls, facts: Mapping[str, Any]) -> "HeldBack":
+        """Return what ``facts`` has returned; values of any other kind raise one of ``_INVALID_STATE``."""
+        restored = cls()
+        for event in [event for event in facts if event in EVENT_NAMES]:
+            count, texts = facts[event]["count"], facts[event]["texts"]
+            if not (isinstance(count, int) and 0 < count < _MOST_COUNT and all(isinstance(one, str) for one in texts)):
+                raise ValueError(event)
+            restored._counts[event] = count
+            restored._texts[event] = deque((text[:_MOST_TEXT] for text in texts), maxlen=KEPT_AT_MOST)
+        return restored
 
     def notice(self, wanted: frozenset[str]) -> Notice | None:
         """Return the notice about those of the wanted events; None if there are none."""
@@ -128,14 +159,20 @@ class Sender:
         receivers: Receivers,
         metrics: Metrics,
         *,
+        state: Path,
         environment: Mapping[str, str] = os.environ,
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
         local: Callable[[], datetime] = datetime.now,
     ) -> None:
-        """Send to ``receivers``; ``clock`` is monotonic, ``local`` returns the local time without a zone."""
+        """Send to ``receivers``; the folder ``state`` keeps what the next run needs.
+
+        ``clock`` is monotonic, ``wall`` returns seconds since the epoch, ``local`` the local time without a zone.
+        """
         self._receivers, self._metrics, self._environment = receivers, metrics, environment
         self.events = receivers.events  # that anybody wants
-        self._clock, self._local = clock, local
+        self._clock, self._wall, self._local = clock, wall, local
+        self._file, self._saved, self._is_hampered = state / STATE_FILE, dict[str, object](), False
         self._queue: queue.Queue[Notice | None] = queue.Queue(QUEUED_AT_MOST)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -153,17 +190,44 @@ class Sender:
         """Queue a notice, or drop and count it if the queue is full; returns at once."""
         if notice.event not in self.events or self._stopping.is_set():
             return
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
-            self._thread.start()
+        self._start()
         try:
             self._queue.put_nowait(notice)
         except queue.Full:
             self._dropped += 1
             self._metrics.count("sortd_notifications", "dropped")
 
+    def resume(self) -> None:
+        """Continue with the limit and what was held back of the last run, or forget it if nobody wants messages."""
+        try:
+            if not self.events:
+                self._file.unlink(missing_ok=True)
+                return
+            self._restore(json.loads(read_regular(self._file, limit=_MOST_STATE_BYTES)))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._log.warning(logs.DAEMON_HAMPERED, path=error.filename, error=error.strerror)
+        except _INVALID_STATE:
+            damaged = "it is damaged; what was held back is not known, and the limit per hour begins anew"
+            self._log.warning(logs.DAEMON_HAMPERED, path=str(self._file), error=damaged)
+        if self._held_back:
+            self._start()
+
+    def _restore(self, facts: Mapping[str, Any]) -> None:
+        ages = sorted((max(0.0, self._wall() - sent) for sent in facts["sent"]), reverse=True)
+        if not all(map(math.isfinite, ages)) or not 0 <= facts["dropped"] < _MOST_COUNT:
+            raise ValueError(ages)
+        held_back = HeldBack.restore(facts["held_back"])
+        self._pace, self._held_back, self._dropped = Pace(self._clock(), ages), held_back, int(facts["dropped"])
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
+            self._thread.start()
+
     def stop(self) -> None:
-        """End the process under way and the thread; what is queued or held back is not sent."""
+        """End the process under way and the thread; what waits is kept for the next run."""
         self._stopping.set()
         with suppress(queue.Full):  # the thread looks at the event before each notice
             self._queue.put_nowait(None)
@@ -172,24 +236,42 @@ class Sender:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
+            if self._queue.empty():
+                self._save()
             wait = self._wait_seconds() if self._held_back else None
             try:
                 notice = self._queue.get(timeout=None if wait is None else min(max(wait, 0.01), 60.0))
             except queue.Empty:
                 notice = None
-            if self._stopping.is_set():
-                return
-            if self._held_back and self._wait_seconds() <= 0:
-                held_back, self._held_back = self._held_back, HeldBack()
-                self._send(partial(self._about, held_back))
-                self._dropped_told = self._dropped
-            if notice is None:
-                continue
-            if self._wait_seconds() > 0:
-                self._held_back.add(notice)
-                self._metrics.count("sortd_notifications", "held_back")
-            else:
-                self._send(partial(_if_wanted, notice))
+            if self._held_back and self._may_send() and self._send(partial(self._about, self._held_back)):
+                self._held_back, self._dropped_told = HeldBack(), self._dropped
+            if notice is not None and not (self._may_send() and self._send(partial(_if_wanted, notice))):
+                self._hold_back(notice)
+        with suppress(queue.Empty):
+            while True:
+                if (notice := self._queue.get_nowait()) is not None:
+                    self._hold_back(notice)
+        self._save()
+
+    def _hold_back(self, notice: Notice) -> None:
+        self._held_back.add(notice)
+        self._metrics.count("sortd_notifications", "held_back")
+
+    def _save(self) -> None:
+        """Write what the next run needs, if that has changed; log once that it cannot be written."""
+        ages = self._pace.ages(self._clock())
+        sent = [round(self._wall() - age, 1) for age in ages]
+        facts = {"sent": sent, "dropped": self._dropped - self._dropped_told, "held_back": self._held_back.facts()}
+        if facts == self._saved:
+            return
+        try:
+            write_json(self._file, facts, mode=0o600, durable=False)
+        except OSError as error:
+            if not self._is_hampered:
+                self._log.warning(logs.DAEMON_HAMPERED, path=error.filename, error=error.strerror)
+            self._is_hampered = True
+            return
+        self._saved, self._is_hampered = facts, False
 
     def _about(self, held_back: HeldBack, wanted: frozenset[str]) -> Notice | None:
         """Return the notice about what was held back, and dropped, since the last one."""
@@ -202,17 +284,24 @@ class Sender:
     def _wait_seconds(self) -> float:
         return self._pace.wait_seconds(self._receivers.settings, self._clock(), self._local())
 
-    def _send(self, notice_for: Callable[[frozenset[str]], Notice | None]) -> None:
-        """Send to each target what ``notice_for`` returns for its events."""
+    def _may_send(self) -> bool:
+        return not self._stopping.is_set() and self._wait_seconds() <= 0
+
+    def _send(self, notice_for: Callable[[frozenset[str]], Notice | None]) -> bool:
+        """Send to each target what ``notice_for`` returns for its events; return whether no stop prevented that."""
         self._pace.sent(self._clock())
+        self._save()  # before the message, which a crash must not repeat without limit
         for name, target in self._receivers.targets.items():
             notice = notice_for(frozenset(target.events))
-            if notice is None or self._stopping.is_set():
+            if notice is None:
                 continue
-            problem = deliver(target, notice, self._environment, local=self._local(), is_stopping=self._stopping.is_set)
             if self._stopping.is_set():
-                return
+                return False
+            problem = deliver(target, notice, self._environment, local=self._local(), is_stopping=self._stopping.is_set)
+            if problem is not None and self._stopping.is_set():
+                return False
             self._note(name, notice, problem)
+        return True
 
     def _note(self, name: str, notice: Notice, problem: str | None) -> None:
         """Count a delivery, and log the first failure of a target after a success."""

@@ -230,6 +230,68 @@ def test_daemon_status_and_metrics_that_cannot_be_written_end_nothing(
         assert daemon.stop() == 0
 
 
+def test_daemon_address_of_the_metrics_that_is_taken_ends_nothing(colours: Path, write_config: Write) -> None:
+    """`check` finds it, log and status say it, images are filed; a reload takes another address, and none."""
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
+        port, other = taken.getsockname()[1], free.getsockname()[1]
+        free.close()
+        config = write_config(metrics=f"{{http: {port}}}")
+        checked = sortd("check", "-c", config, "--json")
+        assert checked.code == 78
+        (found,) = [one for one in checked.facts["findings"] if one["subject"] == "metrics.http"]
+        assert (found["severity"], found["topic"]) == ("error", "configuration")
+        with running(config) as daemon:
+            line = daemon.wait_for("endpoint.failed", address=f"127.0.0.1:{port}")
+            assert line["error"] == f"metrics.http: {found['what']}; {found['mend']}"
+            picture("red", 1001).save(colours / "Images" / "a.png")
+            daemon.wait_for("image.filed")
+            facts = sortd("status", "-c", config, "--json").facts
+            assert facts["endpoint"] == {"address": f"127.0.0.1:{port}", "problem": line["error"]}
+            assert "Address already in use" in sortd("status", "-c", config).out
+            assert found in sortd("check", "-c", config, "--json").facts["findings"]
+            write_config(metrics=f"{{http: {other}}}")
+            daemon.send(signal.SIGHUP)
+            daemon.wait_for("endpoint.listening", address=f"127.0.0.1:{other}")
+            assert daemon.wait_for("config.reloaded")["restart_needed_for"] == []
+            with urllib.request.urlopen(f"http://127.0.0.1:{other}/metrics", timeout=PATIENCE_SECONDS) as answer:
+                assert b"sortd_images_total" in answer.read()
+            daemon.wait_until(
+                lambda: sortd("status", "-c", config, "--json").facts["endpoint"]["problem"] is None, "the status"
+            )
+            assert "metrics.http" not in sortd("check", "-c", config).out
+            write_config()
+            daemon.send(signal.SIGHUP)
+            daemon.wait_for("config.reloaded", count=2)
+            daemon.wait_until(lambda: sortd("status", "-c", config, "--json").facts["endpoint"] is None, "the status")
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", other))
+            assert daemon.stop() == 0
+        assert len(daemon.events("endpoint.failed")) == 1
+
+
+def test_daemon_limit_of_messages_continues_after_a_restart(colours: Path, write_config: Write) -> None:
+    """What two runs report of two missing datasets: one message, and the others wait for the next hour."""
+    folder = colours.parent.parent
+    config = write_config(
+        datasets="{First: {mode: max}, Second: {mode: max}}",
+        notify="{messages_per_hour: 1}",
+        hooks=json.dumps([{"command": ["sh", "-c", f"cat >> {folder}/heard"], "timeout_seconds": 1000}]),
+    )
+    state = folder / "state" / "notifications.json"
+
+    def held_back() -> int:
+        found = json.loads(state.read_bytes())["held_back"] if state.exists() else {}
+        return int(found.get("disk_missing", {}).get("count", 0))
+
+    for run in (1, 2):
+        with running(config) as daemon:
+            daemon.wait_until((folder / "heard").exists, "the message")
+            daemon.wait_until(lambda: held_back() >= 2 * run - 1, "what is held back")  # noqa: B023 -- waited for here
+            assert daemon.stop() == 0
+    (message,) = (folder / "heard").read_text().splitlines()
+    assert json.loads(message)["event"] == "disk_missing"
+
+
 def test_dataset_that_a_second_sortd_took_is_held_until_that_ends(
     colours: Path, write_config: Write, tmp_path: Path
 ) -> None:

@@ -234,12 +234,74 @@ def test_discover_every_dataset_taken_by_another_sortd_ends_the_start(place: Pla
 
 
 def test_discover_held_dataset_that_is_deleted_is_forgotten(place: Place) -> None:
-    """Nobody waits for it, and the status names it no more."""
+    """It is missing, until a reload says that nobody waits for it."""
     replaced(place.layout("Bad").root / "Images", Path.touch)
     place.held_lines()
     shutil.rmtree(place.layout("Bad").root)
     assert place.held_lines() == []
     assert not place.collection.held
+    assert set(place.collection.missing) == {"Bad"}
+    place.collection.reload(place.collection.config)
+    place.collection.discover()
+    assert not place.collection.missing
+    assert "Bad" not in place.metrics.text()
+
+
+def missing_lines(place: Place, *, rounds: int = 1) -> list[str]:
+    """Look for datasets again and again; return what was logged of those that are missing."""
+    with capture_logs() as lines:
+        for _ in range(rounds):
+            place.collection.discover()
+    return [f"{line['dataset']}: {line['error']}" for line in lines if line["event"] == "dataset.missing"]
+
+
+@pytest.mark.parametrize("put", [lambda _: None, Path.touch, lambda path: path.symlink_to(path.with_name("gone"))])
+def test_discover_dataset_that_is_away_is_missing_until_it_is_back(place: Place, put: Callable[[Path], None]) -> None:
+    """Once, log, metrics and what the status shows say so; whatever is in its place."""
+    place.collection.discover()
+    root = place.layout("Bad").root
+    root.rename(place.folder / "aside")
+    put(root)
+    (line,) = missing_lines(place, rounds=3)
+    assert set(place.collection.by_name) == {"Good"}
+    assert line == f"Bad: {place.collection.missing['Bad']}"
+    assert f"{root} is missing" in line
+    assert "reload sortd" in line
+    assert 'sortd_dataset_held{dataset="Bad"} 1.0' in place.metrics.text()
+    if os.path.lexists(root):
+        root.unlink()
+    (place.folder / "aside").rename(root)
+    assert missing_lines(place) == []
+    assert set(place.collection.by_name) == {"Bad", "Good"}
+    assert not place.collection.missing
+    assert 'sortd_dataset_held{dataset="Bad"} 0.0' in place.metrics.text()
+    root.rename(place.folder / "aside")
+    assert len(missing_lines(place)) == 1
+
+
+def test_discover_dataset_that_was_renamed_is_not_missing(place: Place) -> None:
+    """Nor one that was deleted and made anew."""
+    place.collection.discover()
+    place.layout("Bad").root.rename(place.layout("Better").root)
+    shutil.rmtree(place.layout("Good").root)
+    make_dataset(place.folder / "Data", "Good")
+    assert missing_lines(place, rounds=2) == []
+    assert set(place.collection.by_name) == {"Better", "Good"}
+    assert not place.collection.missing
+
+
+def test_discover_dataset_that_is_configured_is_missing_until_it_is_there(place: Place) -> None:
+    """Also at the start and after a reload, and if its folder is an empty mount point; the advice names the key."""
+    configured = read_config(write_config(place.folder, datasets="{Never: {mode: max}}"), {})
+    place.layout("Never").root.mkdir()
+    for config, lines in ((configured, 1), (configured, 0), (place.collection.config, 0), (configured, 1)):
+        place.collection.reload(config)
+        assert len(missing_lines(place)) == lines
+        assert set(place.collection.missing) == ({"Never"} if config is configured else set())
+    assert "remove datasets.Never from the configuration" in place.collection.missing["Never"]
+    make_dataset(place.folder / "Data", "Never")
+    assert missing_lines(place) == []
+    assert not place.collection.missing
 
 
 def test_held_error_has_all_causes_and_the_exit_code_of_the_first(place: Place) -> None:

@@ -1,7 +1,10 @@
 """The endpoint answers few pages to many clients, and lets none of them keep another out."""
 
+import fcntl
+import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from http import HTTPStatus
@@ -10,9 +13,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
-from sortd.daemon.endpoint import MOST_BYTES, MOST_CONNECTIONS, Endpoint, Page
-from sortd.errors import AlreadyRunningError, StartupError
+from sortd.daemon.endpoint import MOST_BYTES, MOST_CONNECTIONS, Endpoint, Page, move_endpoint
+from sortd.service import unix_socket
 from tests.daemon_process import PATIENCE_SECONDS
 
 Address = tuple[str, int]
@@ -26,6 +30,14 @@ def free_port(host: str = "127.0.0.1") -> int:
     """Return a port that nothing listens on."""
     with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
         return int(free.getsockname()[1])
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    """Wait until something is true."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not is_true():
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -147,24 +159,110 @@ def test_endpoint_on_a_unix_socket_is_for_its_user(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_endpoint_on_a_taken_address_is_an_error() -> None:
-    """The message names the address and what to do; nothing is left open."""
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        (lambda _: ("192.0.2.1", 9464), "metrics.http: cannot listen on 192.0.2.1:9464: "),
+        (lambda _: ("fe80::1%none", 9464), "metrics.http: cannot listen on [fe80::1%none]:9464: "),
+        (lambda folder: folder / "missing" / "s", "missing cannot be used: No such file"),
+        (lambda folder: folder / "file" / "s", "file/s cannot be "),
+        (lambda folder: folder / "open" / "s", "others can write to it"),
+        (lambda folder: folder / "file", "file exists and is no socket"),
+        (lambda folder: folder / "open", "open exists and is no socket"),
+        (lambda folder: folder / "link", "link exists and is no socket"),
+        (lambda folder: folder / ("x" * 120), "cannot be a socket: AF_UNIX path too long; name another path"),
+        (lambda folder: folder / ("x" * 300), "cannot be a socket: File name too long; name another path"),
+    ],
+)
+def test_endpoint_whose_address_cannot_be_used_says_why(
+    tmp_path: Path, where: Callable[[Path], Path | Address], said: str
+) -> None:
+    """It is no error; nothing is left open; the message names the address, and what to do."""
+    (tmp_path / "file").touch()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "link").symlink_to("nowhere")
     threads = threading.active_count()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(StartupError, match=f"127.0.0.1 port {port}: Address already in use; name another"):
-            Endpoint(("127.0.0.1", port), PAGES)
+    with capture_logs() as lines:
+        endpoint = Endpoint(where(tmp_path), PAGES)
+        endpoint.close()
+    assert [(line["event"], line["log_level"]) for line in lines] == [("endpoint.failed", "error")]
+    assert said in lines[0]["error"]
+    assert "; " in lines[0]["error"]
+    assert endpoint.facts() == {"address": lines[0]["address"], "problem": lines[0]["error"]}
     assert threading.active_count() == threads
 
 
-def test_endpoint_on_a_path_that_is_taken_names_the_setting(tmp_path: Path) -> None:
-    """Other commands name the path of their socket by an option."""
+def test_endpoint_on_a_privileged_port_says_what_to_do() -> None:
+    """A service needs a capability for it."""
+    if os.geteuid() == 0 or Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text().strip() == "0":
+        pytest.skip("this user may use every port")
+    with closing(Endpoint(("127.0.0.1", 1), PAGES)) as endpoint:
+        assert endpoint.problem is not None
+        assert "127.0.0.1:1: Permission denied; name a port from 1024 on, or" in endpoint.problem
+
+
+def test_endpoint_on_a_taken_port_listens_when_it_is_free() -> None:
+    """It says once that the port is taken, however often it tries, and that it listens."""
+    with capture_logs() as lines, socket.create_server(("127.0.0.1", 0)) as taken:
+        where = ("127.0.0.1", int(taken.getsockname()[1]))
+        with closing(Endpoint(where, PAGES, retry_seconds=0.01)) as endpoint:
+            tried = endpoint._retry_at
+            wait_until(lambda: endpoint._retry_at > tried + 0.05)
+            taken.close()
+            wait_until(lambda: endpoint.problem is None)
+            assert ask(where, b"GET /healthz HTTP/1.1\r\n\r\n").endswith(b"ok\n")
+    place = f"127.0.0.1:{where[1]}"
+    assert [(line["event"], line["address"]) for line in lines] == [
+        ("endpoint.failed", place),
+        ("endpoint.listening", place),
+    ]
+    assert f"{place}: Address already in use; stop the program that uses it, or name another port" in lines[0]["error"]
+
+
+def test_endpoint_on_a_taken_path_listens_when_it_is_free(tmp_path: Path) -> None:
+    """What stands there, a socket that is used or a file, is left alone; each reason is said."""
     path = tmp_path / "s"
-    with closing(Endpoint(path, PAGES)), pytest.raises(AlreadyRunningError, match=r"another path with metrics\.http"):
-        Endpoint(path, PAGES)
     path.touch()
-    with pytest.raises(StartupError, match=r"another path with metrics\.http"):
-        Endpoint(path, PAGES)
+    with capture_logs() as lines, closing(Endpoint(path, PAGES, retry_seconds=0.01)) as endpoint:
+        path.unlink()
+        with unix_socket(path):
+            wait_until(lambda: "another program listens" in str(endpoint.problem))
+        wait_until(lambda: endpoint.problem is None)
+        assert path.is_socket()
+    assert {line["event"] for line in lines[:-1]} == {"endpoint.failed"}
+    assert all("another path with metrics.http" in line["error"] for line in lines[:-1])
+    assert lines[-1]["event"] == "endpoint.listening"
+
+
+def test_endpoint_in_a_folder_that_is_locked_waits_a_moment_only(tmp_path: Path) -> None:
+    """Any user who can read the folder can lock it: sortd must not wait for that for ever."""
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with closing(Endpoint(tmp_path / "s", PAGES)) as endpoint:
+        assert f"another program has locked {tmp_path}" in str(endpoint.problem)
+    os.close(folder)
+
+
+def test_move_endpoint_keeps_one_that_listens_there() -> None:
+    """Another address, none, or a problem: the old one is closed, and a problem is looked at again at once."""
+    first, second = ("127.0.0.1", free_port()), ("127.0.0.1", free_port())
+    endpoint = move_endpoint(None, first, PAGES)
+    assert move_endpoint(endpoint, first, PAGES) is endpoint
+    moved = move_endpoint(endpoint, second, PAGES)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(first)
+    assert ask(second, b"GET /healthz HTTP/1.1\r\n\r\n").endswith(b"ok\n")
+    with socket.create_server(first):
+        moved = move_endpoint(moved, first, PAGES)
+    assert moved is not None
+    assert moved.problem is not None
+    moved = move_endpoint(moved, first, PAGES)
+    assert moved is not None
+    assert moved.problem is None
+    assert move_endpoint(moved, None, PAGES) is None
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(first)
 
 
 def test_endpoint_is_free_after_close() -> None:

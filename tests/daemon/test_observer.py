@@ -26,6 +26,7 @@ from sortd.layout import Layout
 from sortd.service import Notifier
 from sortd.store.journal import Journal
 from sortd.store.records import Selection
+from tests.command_line import sortd
 from tests.daemon_process import PATIENCE_SECONDS, DaemonProcess, draw_strangers, make_dataset, picture, running, teach
 from tests.filed_images import file_images
 
@@ -175,8 +176,52 @@ def test_ready_until_a_dataset_is_held_and_again_when_it_is_served(place: Place,
     (place.folder / "Data" / "Bad" / ".sortd").unlink()
     daemon.wait_until(lambda: place.reasons() == [], "no reason")
     (place.folder / "Data" / "Bad").rename(place.folder / "gone")  # sortd may write into it meanwhile
-    daemon.wait_for("dataset.gone", dataset="Bad")
+    daemon.wait_for("dataset.missing", dataset="Bad")
+    daemon.wait_until(lambda: place.reasons() != [], "a reason")
+    reload(daemon)
+    daemon.wait_until(lambda: place.reasons() == [], "no reason")
     daemon.wait_until(lambda: ("sortd_dataset_held", "Bad") not in place.metrics(), "its gauges to be removed")
+
+
+def reload(daemon: DaemonProcess) -> None:
+    """Let it read its configuration, and wait until it has."""
+    count = len(daemon.events("config.reloaded"))
+    daemon.send(signal.SIGHUP)
+    daemon.wait_for("config.reloaded", count=count + 1)
+
+
+def test_ready_again_only_when_a_dataset_that_was_moved_away_is_back(place: Place, daemon: DaemonProcess) -> None:
+    """Nothing else happens; page, gauges, status and hook say which one is missing, and what to do."""
+    told = place.events().count(("disk_missing", "Other"))
+    place.other.rename(place.folder / "moved")
+    daemon.wait_until(lambda: bool(place.reasons()), "a reason")
+    (reason,) = place.reasons()
+    assert reason.startswith(f"Other: {place.other} is missing")
+    daemon.wait_until(lambda: place.metrics()["sortd_ready",] == 0, "the gauge")
+    assert place.metrics()["sortd_dataset_held", "Other"] == 1
+    daemon.wait_until(lambda: place.events().count(("disk_missing", "Other")) > told, "the hook")
+    facts = sortd("status", "--json", "-c", place.config).facts["datasets"]["Other"]
+    assert (facts["root"], f"Other: {facts['problem']}", facts["moving"]) == (None, reason, False)
+    (place.folder / "moved").rename(place.other)
+    daemon.wait_until(lambda: place.reasons() == [], "no reason")
+    daemon.wait_until(lambda: place.metrics()["sortd_ready",] == 1, "the gauge")
+
+
+@pytest.mark.parametrize(("name", "is_empty"), [("Clases", False), ("Images", False), (".sortd", False), ("", True)])
+def test_ready_until_a_folder_of_a_dataset_is_missing(
+    place: Place, daemon: DaemonProcess, name: str, *, is_empty: bool
+) -> None:
+    """Nothing else happens; the last is an empty mount point, which is what a disk leaves."""
+    folder = place.other / name
+    folder.rename(place.folder / "moved")
+    if is_empty:
+        folder.mkdir()
+    daemon.wait_until(lambda: any(reason.startswith(f"Other: {folder}") for reason in place.reasons()), "a reason")
+    assert place.metrics()["sortd_dataset_held", "Other"] == 1
+    if is_empty:
+        folder.rmdir()
+    (place.folder / "moved").rename(folder)
+    daemon.wait_until(lambda: place.reasons() == [], "no reason")
 
 
 def test_review_pile_is_told_and_counted(place: Place, daemon: DaemonProcess) -> None:
@@ -204,8 +249,7 @@ def test_metrics_of_a_daemon_pass_promtool(place: Place, daemon: DaemonProcess) 
 def test_reload_changes_a_hook_and_a_stop_ends_one_that_hangs(place: Place, daemon: DaemonProcess) -> None:
     """The new hook is used at once; images are filed while it hangs, and sortd stops as fast as ever."""
     place.write_hook("touch hanging; trap '' TERM; while :; do sleep 1000; done", review_above=1)
-    daemon.send(signal.SIGHUP)
-    daemon.wait_for("config.reloaded")
+    reload(daemon)
     (place.other / ".sortd").rename(place.folder / "aside2")
     picture("red", 5).save(place.other / "Images" / "b.png")
     daemon.wait_until((place.folder / "hanging").exists, "the hook that hangs")

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 import venv
@@ -105,13 +106,17 @@ def hook(tmp_path: Path) -> Hook:
 class Clock:
     """The time, which passes only if a test says so."""
 
-    def __init__(self) -> None:
-        """Begin at noon."""
-        self.seconds = 0.0
+    def __init__(self, seconds: float = 0.0) -> None:
+        """Begin at noon, or so many seconds later."""
+        self._began = self.seconds = seconds
 
     def now(self) -> float:
-        """Return seconds."""
-        return self.seconds
+        """Return seconds since the machine was started."""
+        return self.seconds - self._began
+
+    def wall(self) -> float:
+        """Return seconds since the epoch."""
+        return 1e9 + self.seconds
 
     def local(self) -> datetime:
         """Return the local time."""
@@ -119,14 +124,20 @@ class Clock:
 
 
 @contextmanager
-def sending(receivers: Receivers, metrics: Metrics | None = None, clock: Clock | None = None) -> Iterator[Sender]:
-    """Yield a sender, and stop it in the end."""
-    clock = clock or Clock()
-    sender = Sender(receivers, metrics or Metrics(is_on=False), clock=clock.now, local=clock.local)
-    try:
-        yield sender
-    finally:
-        sender.stop()
+def sending(
+    receivers: Receivers, metrics: Metrics | None = None, clock: Clock | None = None, state: Path | None = None
+) -> Iterator[Sender]:
+    """Yield a sender that goes on from a state folder, by default an empty one, and stop it in the end."""
+    clock, metrics = clock or Clock(), metrics or Metrics(is_on=False)
+    with tempfile.TemporaryDirectory() as empty:
+        sender = Sender(
+            receivers, metrics, state=state or Path(empty), clock=clock.now, wall=clock.wall, local=clock.local
+        )
+        sender.resume()
+        try:
+            yield sender
+        finally:
+            sender.stop()
 
 
 def hooks(*targets: Target, **settings: Any) -> Receivers:
@@ -297,6 +308,130 @@ class TestSender:
         with sending(hooks()) as sender:
             sender.post(HELD)
             assert sender._thread is None
+
+
+class TestRestart:
+    """What the next run knows of the last one, also after the machine was started anew."""
+
+    def test_limit_of_an_hour_counts_the_messages_of_the_last_run(self, tmp_path: Path, hook: Hook) -> None:
+        """Without that, a sortd that is restarted again and again would send without limit."""
+        receivers = hooks(hook.config(), messages_per_hour=2)
+        for number in range(4):
+            metrics = Metrics()
+            with sending(receivers, metrics, Clock(600.0 * number), tmp_path) as sender:
+                sender.post(HELD)
+                wait_until(lambda: sum(counts(metrics).values()) == 1)  # noqa: B023 -- it is waited for here
+        assert len(hook.events) == 2
+        with sending(receivers, clock=Clock(3601), state=tmp_path):
+            hook.wait_for(3)
+        assert hook.messages[2]["text"].startswith("2 notifications were held back: 2 dataset_held\nA is held")
+
+    def test_notices_of_quiet_hours_are_summed_up_by_the_next_run(self, tmp_path: Path, hook: Hook) -> None:
+        """Nothing needs to happen for the message; it is sent once."""
+        receivers, metrics = hooks(hook.config(), quiet_hours="11:00-12:30"), Metrics()
+        with sending(receivers, metrics, state=tmp_path) as sender:
+            sender.post(Notice("dataset_held", "caf\udce9 is held", "caf\udce9"))
+            wait_until(lambda: counts(metrics).get("held_back") == 1)
+        for seconds in (60.0, 1800.0, 1900.0):
+            metrics = Metrics()
+            with sending(receivers, metrics, Clock(seconds), tmp_path):
+                if seconds == 1800:
+                    wait_until(lambda: counts(metrics).get("sent") == 1)  # noqa: B023 -- it is waited for here
+        assert [message["text"] for message in hook.messages] == [
+            "1 notifications were held back: 1 dataset_held\ncaf\udce9 is held"
+        ]
+
+    def test_notices_that_a_stop_cuts_short_are_sent_by_the_next_run(self, tmp_path: Path, hook: Hook) -> None:
+        """The one whose hook ran, and those behind it, also the message about what was held back."""
+        started = tmp_path / "started"
+        hanging = HookConfig(command=("sh", "-c", f"touch {started}; sleep 1000"), timeout_seconds=1000)
+        for clock in (Clock(), Clock(10)):
+            with sending(hooks(hanging), clock=clock, state=tmp_path) as sender:
+                if clock.seconds == 0:
+                    sender.post(HELD)
+                    sender.post(Notice("review_pile", "a pile", "A"))
+                wait_until(started.exists)
+            started.unlink()
+        with sending(hooks(hook.config()), clock=Clock(20), state=tmp_path):
+            hook.wait_for(1)
+        assert hook.messages[0]["facts"]["counts"] == {"dataset_held": 1, "review_pile": 1}
+
+    def test_state_is_small_private_and_without_addresses(self, tmp_path: Path) -> None:
+        """However many notices were held back, and however long they are."""
+        target, metrics = TargetConfig(url=SecretStr(f"json://user:{SECRET}@host")), Metrics()
+        with sending(hooks(target, quiet_hours="11:00-13:00"), metrics, state=tmp_path) as sender:
+            for _ in range(50):
+                for event in EVENT_NAMES:
+                    sender.post(Notice(event, "\udce9" * 100_000, "A"))
+            wait_until(lambda: sum(counts(metrics).values()) == 50 * len(EVENT_NAMES))
+        (file,) = tmp_path.iterdir()
+        assert file.stat().st_size < 2 << 20
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert SECRET not in file.read_text()
+        with capture_logs() as lines, sending(hooks(target), clock=Clock(10), state=tmp_path) as sender:
+            assert sender._held_back
+        assert not [line for line in lines if line["event"] == "daemon.hampered"]
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"\xff\x00",
+            b"[]",
+            b"[" * 100_000,
+            b"null",
+            b'{"sent": [], "dropped": 0}',
+            b'{"sent": ["x"], "dropped": 0, "held_back": {}}',
+            b'{"sent": [-1e999], "dropped": 0, "held_back": {}}',
+            b'{"sent": [], "dropped": NaN, "held_back": {}}',
+            b'{"sent": [], "dropped": 0, "held_back": {"review_pile": 3}}',
+            b'{"sent": [], "dropped": 0, "held_back": {"review_pile": {"count": 1e9, "texts": []}}}',
+            b'{"sent": [], "dropped": 0, "held_back": {"review_pile": {"count": -1, "texts": []}}}',
+            b'{"sent": [], "dropped": 0, "held_back": {"review_pile": {"count": 1, "texts": [{}]}}}',
+            b'"' + b"x" * (3 << 20) + b'"',
+        ],
+    )
+    def test_damaged_state_is_logged_once_and_replaced(self, tmp_path: Path, hook: Hook, content: bytes) -> None:
+        """Messages are sent as if there were none."""
+        file = tmp_path / "notifications.json"
+        file.write_bytes(content)
+        for number in range(2):
+            metrics = Metrics()
+            with capture_logs() as lines, sending(hooks(hook.config()), metrics, state=tmp_path) as sender:
+                sender.post(HELD)
+                wait_until(lambda: counts(metrics).get("sent") == 1)  # noqa: B023 -- it is waited for here
+            assert [line["event"] for line in lines] == ["daemon.hampered"] * (1 - number)
+        assert len(json.loads(file.read_bytes())["sent"]) == 2
+
+    @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+    def test_state_that_is_no_file_hinders_no_message(
+        self, tmp_path: Path, hook: Hook, make: Callable[[Path], None]
+    ) -> None:
+        """A folder cannot be replaced; that is logged once as well."""
+        make(tmp_path / "notifications.json")
+        with capture_logs() as lines, sending(hooks(hook.config()), state=tmp_path) as sender:
+            for number in range(3):
+                sender.post(HELD)
+                hook.wait_for(number + 1)
+        assert 1 <= len(lines) <= 2
+        assert {line["event"] for line in lines} == {"daemon.hampered"}
+
+    def test_state_that_nobody_waits_for_is_removed(self, tmp_path: Path) -> None:
+        """Old messages are not sent to targets that are configured later."""
+        (tmp_path / "notifications.json").touch()
+        with sending(hooks(), state=tmp_path):
+            assert not list(tmp_path.iterdir())
+
+    def test_clock_that_went_back_delays_messages_by_an_hour_at_most(self, tmp_path: Path, hook: Hook) -> None:
+        """The times of the last run may lie in the future."""
+        receivers, clock = hooks(hook.config(), messages_per_hour=1), Clock()
+        with sending(receivers, clock=Clock(1e6), state=tmp_path) as sender:
+            sender.post(HELD)
+            hook.wait_for(1)
+        with sending(receivers, clock=clock, state=tmp_path) as sender:
+            clock.seconds = 3601
+            sender.post(HELD)
+            hook.wait_for(2)
 
 
 def counts(metrics: Metrics) -> dict[str, int]:
