@@ -100,8 +100,8 @@ class Launcher:
             pid = int(self._socket.recv(16))
         for descriptor in (nothing, *ends, their_status):
             os.close(descriptor)
-        ours = [open(read, errors="surrogateescape") for read, _ in pipes] or [None, None]  # noqa: SIM115 - see `wait`
-        return LaunchedProcess(pid, status, *ours)
+        ours: list[IO[str] | None] = [open(read, errors="surrogateescape") for read, _ in pipes]  # noqa: SIM115
+        return LaunchedProcess(pid, status, *(ours or [None, None]))
 
     def close(self) -> None:
         """End it."""
