@@ -76,7 +76,7 @@ def measure_pages(folder: Path, images: int) -> dict[str, Any]:
     config = fill_review(folder, images)
     waiting = sum(1 for path in (folder / "Data").rglob("Review/**/*.jpg"))
     figures: dict[str, Any] = {"waiting": waiting}
-    with ReviewProcess(config) as review:
+    with ReviewProcess(config, program="sortd") as review:
         client = Client(review)
         (key,) = re.findall(r"/d/([0-9a-f]+)/", client.get("/").headers["location"])
         for name in ("cold", "warm"):
@@ -135,7 +135,7 @@ def measure_filing(folder: Path, rounds: int, images: int) -> dict[str, list[Pie
     draw_strangers(dataset / "Images", 300)  # what is read
     config = write_config(folder, model="packaged", settle_seconds=0.5)
     numbers = itertools.count()
-    with DaemonProcess(config, program="sortd") as daemon, ReviewProcess(config) as review:
+    with DaemonProcess(config, program="sortd") as daemon, ReviewProcess(config, program="sortd") as review:
         daemon.wait_for("daemon.ready")
         daemon.wait_until(lambda: not any((dataset / "Images").iterdir()), "the images are moved")
 

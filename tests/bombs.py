@@ -73,32 +73,32 @@ def many_frames(frames: int) -> bytes:
     return saved(pictures[0], "GIF", save_all=True, append_images=pictures[1:], disposal=2)
 
 
-def bombs() -> dict[str, bytes]:
-    """Return all of them by name."""
+def bombs(side: int = 7000) -> dict[str, bytes]:
+    """Return all of them by name; those that may be decoded have sides of at most so many pixels."""
     wide = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     jpeg = saved(Image.new("RGB", (64, 64)), "JPEG")
     return {
-        "black.png": one_bit_png(7000, 7000),
-        "deep.png": png(7000, 7000, depth=16, channels=4),
-        "alpha.png": png(7000, 7000, depth=8, channels=4),
-        "wide.png": one_bit_png(1_000_000, 49),
+        "black.png": one_bit_png(side, side),
+        "deep.png": png(side, side, depth=16, channels=4),
+        "alpha.png": png(side, side, depth=8, channels=4),
+        "wide.png": one_bit_png(side * side // 49, 49),
         "endless.png": one_bit_png(80_000_000, 1),
         "huge.png": one_bit_png(30_000, 30_000),
         "said.png": b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", wide) + chunk(b"IDAT", zlib.compress(bytes(1000))),
         "text.png": png_with_text(40_000_000),
         "profile.png": png_with(b"iCCP", b"icc\0\0" + zlib.compress(bytes(200_000_000))),
         "canvas.gif": gif(60_000, 60_000),
-        "canvas49.gif": gif(7000, 7000),
+        "canvas49.gif": gif(side, side),
         "frames.gif": many_frames(2_000),
-        "plain.bmp": saved(Image.new("1", (7000, 7000)), "BMP"),
-        "grey16.tif": saved(Image.new("I;16", (7000, 7000)), "TIFF", compression="tiff_lzw"),
-        "inks.tif": saved(Image.new("CMYK", (6000, 6000)), "TIFF", compression="tiff_lzw"),
+        "plain.bmp": saved(Image.new("1", (side, side)), "BMP"),
+        "grey16.tif": saved(Image.new("I;16", (side, side)), "TIFF", compression="tiff_lzw"),
+        "inks.tif": saved(Image.new("CMYK", (side, side)), "TIFF", compression="tiff_lzw"),
         "circles.tif": tiff_in_circles(),
         "strip.tif": tiff_of_many_bytes(),
-        "slow.jpg": saved(Image.new("RGB", (7000, 7000)), "JPEG", progressive=True, subsampling=0),
+        "slow.jpg": saved(Image.new("RGB", (side, side)), "JPEG", progressive=True, subsampling=0),
         "comments.jpg": jpeg[:2] + 400 * (b"\xff\xfe\xff\xff" + bytes(65_533)) + jpeg[2:],
         "scans.jpg": jpeg[:-2] + 20_000 * b"\xff\xda\x00\x0c\x03\x01\x00\x02\x11\x03\x11\x00\x3f\x00" + jpeg[-2:],
-        "empty.webp": saved(Image.new("RGB", (5000, 5000)), "WEBP"),
+        "empty.webp": saved(Image.new("RGB", (side, side)), "WEBP"),
         "script.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{ } loop\n",
         "zip.jpg": b"PK\x03\x04" + bytes(1000),
         "page.png": b"<svg xmlns='http://www.w3.org/2000/svg'><script>while(1);</script></svg>",

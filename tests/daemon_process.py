@@ -20,7 +20,7 @@ from PIL import Image
 
 from sortd.store.history import History
 from sortd.store.records import Selection
-from tests.launcher import MODULES, LaunchedProcess, Launcher
+from tests.launcher import PRELOADED, LaunchedProcess, Launcher
 
 PATIENCE_SECONDS = 300.0
 """How long a test waits for what must happen; machines under load are slow, and a failure is rare."""
@@ -163,10 +163,11 @@ def check_journals(folder: Path, *, keeps_files: bool, may_be_open: bool) -> Non
 
 
 @functools.cache
-def _launcher() -> Launcher:
-    launcher = Launcher()
-    atexit.register(launcher.close)
-    return launcher
+def launcher() -> Launcher:
+    """Return the launcher of this process, which ends with it."""
+    started = Launcher()
+    atexit.register(started.close)
+    return started
 
 
 def _start(
@@ -174,8 +175,8 @@ def _start(
 ) -> LaunchedProcess | subprocess.Popen[str]:
     environment = {**os.environ, "SORTD_LOG__FORMAT": "json", "OMP_NUM_THREADS": "1", **changes}
     environment.setdefault("SORTD_DECODING__WORKERS", "1")  # each takes as long to start as all else that is forked
-    if program in MODULES and not under and all(name.startswith(("SORTD_", "BREAK_")) for name in changes):
-        return _launcher().start(program, arguments, environment)
+    if program in PRELOADED and not under and all(name.startswith(("SORTD_", "BREAK_")) for name in changes):
+        return launcher().start(program, arguments, environment)
     return subprocess.Popen(
         [*under, sys.executable, "-m", program, *arguments],
         stdin=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""A process that has imported sortd and forks itself for each daemon that a test starts: a start costs a tenth.
+"""A process that has imported sortd and forks itself for each process that a test starts: a start costs a tenth.
 
 Run as ``python -m tests.launcher FD`` with a Unix socket as descriptor FD. Each message on it is a JSON list of the
 module, its arguments and its environment, with four descriptors: standard input, output and error, and a pipe into
@@ -20,21 +20,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from sortd.daemon import daemon
-from tests import broken_sortd, fast_sortd
+PRELOADED = {
+    "tests.fast_sortd": ["sortd.daemon.daemon"],
+    "tests.broken_sortd": ["sortd.daemon.daemon"],
+    "tests.review.served": [],
+    "sortd.cli": ["sortd.review.app", "sortd.review.server"],
+}
+"""The modules that can be started by their ``main``, and what these import when they run.
 
-MODULES = tuple(module.__spec__.name for module in (fast_sortd, broken_sortd) if module.__spec__ is not None)
-"""The modules that can be started, by names that ``python -m`` takes."""
-PRELOADED = (daemon,)
-"""What the commands import when they run: here once, not in each child, where it takes most of the start."""
+All is imported before the first fork, once, not in each child, where it takes most of the start.
+"""
 MESSAGE_BYTES = 1 << 20
 
 
 class LaunchedProcess:
     """A forked process, with the part of ``subprocess.Popen`` that the tests use."""
 
-    def __init__(self, pid: int, status: int, stdout: IO[str], stderr: IO[str]) -> None:
-        """Take over the descriptor that tells the exit status, and the streams."""
+    def __init__(self, pid: int, status: int, stdout: IO[str] | None, stderr: IO[str] | None) -> None:
+        """Take over the descriptor that tells the exit status, and the streams that are pipes."""
         self.pid, self.stdout, self.stderr = pid, stdout, stderr
         self.returncode: int | None = None
         self._status = status
@@ -82,19 +85,23 @@ class Launcher:
             )
         self._one_at_a_time = threading.Lock()
 
-    def start(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> LaunchedProcess:
-        """Fork a process that does what ``python -m MODULE ARGUMENTS`` does; its output comes through pipes."""
-        pipes = [os.pipe() for _ in range(3)]
+    def start(
+        self, module: str, arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | None = None
+    ) -> LaunchedProcess:
+        """Fork a process that does what ``python -m MODULE ARGUMENTS`` does; its output goes to a file, or to pipes."""
+        status, their_status = os.pipe()
+        pipes = [] if output is not None else [os.pipe() for _ in range(2)]
         nothing = os.open(os.devnull, os.O_RDONLY)
-        theirs = [nothing, *(write for _, write in pipes)]
+        ends = [write for _, write in pipes]
         message = json.dumps([module, list(arguments), dict(environment)]).encode()
         with self._one_at_a_time:
-            socket.send_fds(self._socket, [message], theirs)
+            streams = ends if output is None else 2 * [output.fileno()]
+            socket.send_fds(self._socket, [message], [nothing, *streams, their_status])
             pid = int(self._socket.recv(16))
-        for descriptor in theirs:
+        for descriptor in (nothing, *ends, their_status):
             os.close(descriptor)
-        output, error = (open(read, errors="surrogateescape") for read, _ in pipes[:2])  # noqa: SIM115 - the caller closes
-        return LaunchedProcess(pid, pipes[2][0], output, error)
+        ours: list[IO[str] | None] = [open(read, errors="surrogateescape") for read, _ in pipes]  # noqa: SIM115
+        return LaunchedProcess(pid, status, *(ours or [None, None]))
 
     def close(self) -> None:
         """End it."""
@@ -117,9 +124,12 @@ def serve(requests: socket.socket) -> str | None:
         message, descriptors, _, _ = socket.recv_fds(requests, MESSAGE_BYTES, 4)
         if not message:
             return None
+        module, arguments, environment = json.loads(message)
+        for name in {module, *PRELOADED[module]} - sys.modules.keys():
+            importlib.import_module(name)
+        gc.freeze()  # a child that collects garbage would copy the pages of all that was imported
         pid = os.fork()
         if pid == 0:
-            module, arguments, environment = json.loads(message)
             _become(requests, running, descriptors, [module, *arguments], environment)
             return str(module)
         requests.send(str(pid).encode())
@@ -150,7 +160,6 @@ def _become(
 
 
 if __name__ == "__main__":
-    gc.freeze()  # a child that collects garbage would copy the pages of all that was imported
     module_name = serve(socket.socket(fileno=int(sys.argv[1])))
     if module_name is not None:
         importlib.import_module(module_name).main()

@@ -1,6 +1,6 @@
 """A small application behind the checks of the review page, over a real uvicorn in a thread, and a client of raw bytes.
 
-``python -m tests.review.served CONFIG [OPTION VALUE]...`` serves the same application as ``sortd review`` does.
+``python -m tests.review.served review -c CONFIG [OPTION VALUE]...`` serves the application as ``sortd review`` does.
 """
 
 import asyncio
@@ -255,8 +255,9 @@ def _tree(folder: Path) -> dict[str, tuple[object, ...]]:
     return found
 
 
-def main(config: str, *options: str) -> None:
+def main() -> None:
     """Serve the application as the command does."""
+    config, *options = sys.argv[3:]
     given: dict[str, Any] = dict(zip(options[::2], options[1::2], strict=True))
     with exit_on_error():
         serve(
@@ -269,4 +270,4 @@ def main(config: str, *options: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

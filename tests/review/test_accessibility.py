@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,8 @@ from benchmarks.harness import write_config
 from sortd.commands.evaluation import evaluation_page
 from sortd.commands.explain import explain_page
 from tests.commands.test_evaluation import NOW, explained, facts_of
-from tests.daemon_process import DaemonProcess, draw_strangers, make_dataset, picture, running, teach
-from tests.review.world import PHONE, ReviewProcess, chromium, load_with_groups, needs_browser, session
+from tests.daemon_process import PATIENCE_SECONDS, draw_strangers, make_dataset, picture, running, teach
+from tests.review.world import PHONE, ReviewProcess, follow, load_with_groups, load_without, needs_browser, session
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, ViewportSize
@@ -42,17 +41,8 @@ SMALL_TARGETS = """
 """
 
 
-@dataclass(frozen=True)
-class Site:
-    """A browser, a review page with something on each of its pages, and the way to each of them."""
-
-    browser: "Browser"
-    review: ReviewProcess
-    daemon: DaemonProcess
-
-
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def review(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReviewProcess]:
     """Two datasets: one with a proposed class, a group, filed images, a rejected file; in the other nothing waits."""
     folder = tmp_path_factory.mktemp("accessible")
     dataset = make_dataset(folder / "Data")
@@ -67,42 +57,46 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         picture(("red", "green")[number % 2], number).save(images / f"known{number}.png")
     (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     config = write_config(folder, settle_seconds=0.1)
-    with running(config) as daemon, ReviewProcess(config) as review, chromium() as browser:
+    with running(config) as daemon, ReviewProcess(config) as process:
         daemon.wait_until(lambda: not any(images.iterdir()), "the images are moved")
-        yield Site(browser, review, daemon)
+        yield process
+
+
+def open_page(page: "Page", name: str) -> None:
+    """Open a page by its link in the line of all pages."""
+    follow(page, page.locator("nav").get_by_text(name).click)
 
 
 def open_batch(page: "Page", wanted: str) -> None:
     """Open the batch of which the heading or the badge says this; wait until there are groups."""
-    page.click("nav >> text=Waiting")
+    open_page(page, "Waiting")
     load_with_groups(page)
     if not page.locator(".title").get_by_text(wanted).count():
-        page.locator(".batch").get_by_text(wanted).first.click()
+        follow(page, page.locator(".batch").get_by_text(wanted).first.click)
 
 
 def draw_sample(page: "Page") -> None:
     """Open the audit, and draw a sample unless one is open."""
-    page.click("nav >> text=Audit")
+    open_page(page, "Audit")
     if (draw := page.get_by_text("Draw a sample")).count():
-        draw.click()
+        follow(page, draw.click)
 
 
 def open_references(page: "Page") -> None:
     """Open the references that look misplaced, once they were examined."""
-    page.click("nav >> text=References")
-    while page.get_by_text("being examined").count():
-        page.reload()
+    open_page(page, "References")
+    load_without(page, "being examined")
 
 
 def open_image(page: "Page") -> None:
     """Open the page of an image that waits."""
-    page.click("nav >> text=Waiting")
-    page.locator(".shown .details").first.click()
+    open_page(page, "Waiting")
+    follow(page, page.locator(".shown .details").first.click)
 
 
 def open_help(page: "Page") -> None:
     """Open the help for the keys."""
-    page.click("nav >> text=Waiting")
+    open_page(page, "Waiting")
     page.locator("footer button").click()
 
 
@@ -113,12 +107,12 @@ PAGES: dict[str, Callable[["Page"], Any]] = {
     "image": open_image,
     "help": open_help,
     "audit": draw_sample,
-    "rejected": lambda page: page.click("nav >> text=Rejected"),
-    "runs": lambda page: page.click("nav >> text=Runs"),
+    "rejected": lambda page: open_page(page, "Rejected"),
+    "runs": lambda page: open_page(page, "Runs"),
     "references": open_references,
     "no such page": lambda page: page.goto(page.url + "nothing"),
     "nothing waits": lambda _: None,
-    "home": lambda page: page.click(".home"),
+    "home": lambda page: follow(page, page.locator(".home").click),
 }
 
 
@@ -144,16 +138,16 @@ def findings(page: "Page", rules: str) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_pages_break_no_rule_of_accessibility(site: Site, size: "ViewportSize") -> None:
+def test_pages_break_no_rule_of_accessibility(browser: "Browser", review: ReviewProcess, size: "ViewportSize") -> None:
     """No finding of axe-core, no horizontal scroll, and no target that is too small for a finger or a pointer."""
     found: dict[str, list[str]] = {}
     is_phone = size is PHONE
-    with session(site.browser, site.review, viewport=size, has_touch=is_phone, is_mobile=is_phone) as opened:
+    with session(browser, review, viewport=size, has_touch=is_phone, is_mobile=is_phone) as opened:
         (page,) = opened.pages
         colours, empty = page.locator("a.big").evaluate_all("all => all.map((one) => one.href)")
-        for name, open_page in PAGES.items():
+        for name, go in PAGES.items():
             page.goto(empty + "waiting" if name == "nothing waits" else colours)
-            open_page(page)
+            go(page)
             page.emulate_media(color_scheme="light")
             found[name] = findings(page, STANDARDS)
             page.emulate_media(color_scheme="dark")
@@ -165,14 +159,15 @@ def test_pages_break_no_rule_of_accessibility(site: Site, size: "ViewportSize") 
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_reports_break_no_rule_of_accessibility(site: Site, size: "ViewportSize", tmp_path: Path) -> None:
+def test_reports_break_no_rule_of_accessibility(browser: "Browser", size: "ViewportSize", tmp_path: Path) -> None:
     """No finding of axe-core; only tables and plots scroll, and the keyboard reaches those that do."""
     reports = {
         "eval": evaluation_page({"Noise": facts_of(tmp_path, classes=16)}, now=NOW),
         "explain": explain_page(explained(make_dataset(tmp_path / "Data")), now=NOW),
     }
     found: dict[str, list[str]] = {}
-    context = site.browser.new_context(viewport=size)
+    context = browser.new_context(viewport=size)
+    context.set_default_timeout(1000 * PATIENCE_SECONDS)
     page = context.new_page()
     for name, report in reports.items():
         page.set_content(report)

@@ -4,19 +4,17 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import pytest
 
 from benchmarks.harness import write_config
 from tests.daemon_process import DaemonProcess
 from tests.review.world import (
     ReviewProcess,
-    chromium,
     copy_sample,
     every_file,
+    follow,
     load_with_groups,
     needs_browser,
     press_keys,
@@ -29,13 +27,6 @@ if TYPE_CHECKING:
 pytestmark = needs_browser
 
 MOST_ACTIONS = 60
-
-
-@pytest.fixture(scope="module")
-def browser() -> "Iterator[Browser]":
-    """A browser, started once."""
-    with chromium() as started:
-        yield started
 
 
 class Keyboard:
@@ -53,8 +44,7 @@ class Keyboard:
     def answer(self, *keys: str) -> None:
         """Press keys of which the last one sends a form, and wait for the page that follows."""
         self.press(*keys[:-1])
-        with self.page.expect_navigation():
-            self.press(keys[-1])
+        follow(self.page, partial(self.press, keys[-1]))
 
 
 def shown_names(page: "Page") -> list[str]:

@@ -4,7 +4,6 @@ import html
 import os
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,14 +16,16 @@ from sortd.review.index import dataset_key
 from sortd.store.history import History
 from sortd.store.records import Selection
 from tests.bombs import gif, one_bit_png, png_with_text, tiff_in_circles
-from tests.daemon_process import PATIENCE_SECONDS, draw_strangers, make_dataset, picture, running, teach
+from tests.daemon_process import draw_strangers, make_dataset, picture, running, teach
 from tests.hostile_files import HOSTILE
 from tests.review.world import (
     PHONE,
     Client,
     ReviewProcess,
-    chromium,
     every_file,
+    expect_effect,
+    file_into,
+    follow,
     load_with_groups,
     needs_browser,
     session,
@@ -50,15 +51,6 @@ HOSTILE_IMAGES = {
     "drawing.svg.jpg": b"<svg xmlns='http://www.w3.org/2000/svg' onload='document.title=1'/>",
 }
 LARGEST_PAGE = 300_000
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """A browser, started once."""
-    expect.set_options(1000 * PATIENCE_SECONDS)
-    with chromium() as started:
-        yield started
-    expect.set_options(None)
 
 
 def address_of(review: ReviewProcess, dataset: Path) -> str:
@@ -123,13 +115,13 @@ def test_trouble_hostile_names_and_images_are_shown_as_text_and_placeholders(bro
             assert "sortd" in page.title()
         open_waiting(page, review, dataset)
         assert set(page.locator("button.chip").all_inner_texts()) == {MARKUP, "blue", "green", "red", "عربي"}
-        page.locator(".shown").filter(has_text="not utf-8").locator(".details").click()
+        follow(page, page.locator(".shown").filter(has_text="not utf-8").locator(".details").click)
         page.locator("button.chip").filter(has_text=MARKUP).click()
-        expect(page.locator(".effect")).to_contain_text(f"1 image filed into {MARKUP}.")
+        expect_effect(page, f"1 image filed into {MARKUP}.")
         filed = os.path.join(os.fsencode(dataset), b"Dataset", MARKUP.encode(), b"not utf-8 \xff\xfe.png")
         assert os.path.isfile(filed)
         page.locator(".effect").get_by_role("button", name="Undo").click()
-        expect(page.locator(".effect")).to_contain_text("1 image is back.")
+        expect_effect(page, "1 image is back.")
         assert every_file(dataset) == before
     assert said == []
 
@@ -152,19 +144,17 @@ def test_trouble_killed_daemon_or_none_leaves_forms_that_work(browser: Browser, 
         expect(page.locator(".state")).to_have_text("sortd does not run")
         with running(config):
             expect(page.locator(".state")).to_have_text("sortd runs")
-            page.get_by_placeholder("class", exact=False).fill("after")
-            page.get_by_role("button", name="File there").click()
-            expect(page.locator(".effect")).to_contain_text("2 images filed into after.")
+            file_into(page, "after")
+            expect_effect(page, "2 images filed into after.")
         open_waiting(page, review, dataset)
         for box in range(3):
             page.locator(".shown input").nth(box).uncheck()
-        page.get_by_placeholder("class", exact=False).fill("without")
-        page.get_by_role("button", name="File there").click()
-        expect(page.locator(".effect")).to_contain_text("3 images filed into without.")
-        expect(page.locator(".effect")).to_contain_text("sortd does not run: it will use them when it runs again.")
+        file_into(page, "without")
+        expect_effect(page, "3 images filed into without.")
+        expect_effect(page, "sortd does not run: it will use them when it runs again.")
         for text in ("3 images are back.", "2 images are back."):
             page.locator("[data-key=u]").click()
-            expect(page.locator(".effect")).to_contain_text(text)
+            expect_effect(page, text)
         assert sorted(every_file(dataset).values()) == before
         assert len(list((dataset / "Review").rglob("*.png"))) == 8
 
@@ -208,13 +198,13 @@ def crawl(client: Client) -> set[str]:
 
 def test_trouble_no_get_changes_anything(tmp_path: Path) -> None:
     """All addresses of all pages, forms included, are fetched; files, journals, samples and state stay as they are."""
-    for name in ("Colours", "Others"):
-        dataset = make_dataset(tmp_path / "Data", name)
-        teach(dataset, 12)
-        draw_strangers(dataset / "Images", 8)
-        for number in range(4):
-            picture("red", number).save(dataset / "Images" / f"known{number}.png")
-        (dataset / "Images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    make_dataset(tmp_path / "Data", "Others")
+    dataset = make_dataset(tmp_path / "Data")
+    teach(dataset, 12)
+    draw_strangers(dataset / "Images", 8)
+    for number in range(4):
+        picture("red", number).save(dataset / "Images" / f"known{number}.png")
+    (dataset / "Images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     config = write_config(tmp_path, settle_seconds=0.1)
     with running(config) as daemon:
         daemon.wait_until(lambda: not any(tmp_path.glob("Data/*/Images/*")), "the images are moved")
@@ -244,7 +234,7 @@ def test_trouble_many_waiting_images_are_paged_and_pages_stay_small(
         (page,) = context.pages
         open_waiting(page, review, dataset)
         expect(page.locator("[data-live=waiting]")).to_have_text(re.compile(r"[0-9]{4,5} images wait"))
-        page.locator("main form .pager").get_by_role("link", name="Next").click()
+        follow(page, page.locator("main form .pager").get_by_role("link", name="Next").click)
         expect(page.locator(".shown img").first).to_have_js_property("complete", True)
         (pages,) = re.findall("page 2 of ([0-9]+)", page.locator("main form .pager").inner_text())
         address, client = page.url.removeprefix(review.origin).partition("page=")[0], Client(review)
@@ -269,10 +259,10 @@ def test_trouble_daemon_killed_with_a_request_moves_each_image_once(browser: Bro
         page.get_by_role("button", name="File there").click(no_wait_after=True)
         daemon.wait_until(lambda: any(tmp_path.glob("state/requests/*")), "the request is written")
         daemon.stop(signal.SIGKILL)
-        expect(page.locator(".effect")).to_contain_text("6 images filed into odd.")
+        expect_effect(page, "6 images filed into odd.")
         with running(config):
             page.reload()
             expect(page.locator(".state")).to_have_text("sortd runs")
             page.locator("[data-key=u]").click()
-            expect(page.locator(".effect")).to_contain_text("6 images are back.")
+            expect_effect(page, "6 images are back.")
         assert sorted(every_file(dataset).values()) == before

@@ -25,14 +25,16 @@ from sortd.review.pictures import SIDES, Pictures
 from tests.bombs import bombs, png, write_hostile_files
 from tests.hostile_files import HOSTILE
 
+LARGEST_SIDE = 2000
+"""Of a square of as many pixels as may be decoded: large ones take long."""
 ORIENTATION, MAKER, GPS = 0x0112, 0x010F, 0x8825
 PRIVATE = "only in the original"
 pillow_heif.register_heif_opener()
 
 
-def configuration(folder: Path, timeout_seconds: float = 20.0) -> Config:
+def configuration(folder: Path, *, timeout_seconds: float = 20.0, side: int = LARGEST_SIDE) -> Config:
     """Return a configuration whose folders are in a temporary one."""
-    decoding = Decoding(timeout_seconds=timeout_seconds)
+    decoding = Decoding(timeout_seconds=timeout_seconds, max_pixels=side**2)
     return Config(root=folder / "Data", state_dir=folder / "state", cache_dir=folder / "cache", decoding=decoding)
 
 
@@ -40,6 +42,16 @@ def configuration(folder: Path, timeout_seconds: float = 20.0) -> Config:
 def pictures(tmp_path: Path) -> Iterator[Pictures]:
     """Pictures with an empty cache."""
     with Pictures(configuration(tmp_path)) as pictures:
+        yield pictures
+
+
+@pytest.fixture(scope="class")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pictures]:
+    """Pictures with processes of both sizes."""
+    folder = tmp_path_factory.mktemp("shared")
+    with Pictures(configuration(folder)) as pictures:
+        for side in SIDES:
+            assert jpeg(pictures, photo(folder / "first.png"), side)
         yield pictures
 
 
@@ -51,7 +63,7 @@ def version(path: Path) -> Stamp:
 def photo(path: Path, size: tuple[int, int] = (300, 200), seed: int = 0, **options: Any) -> Path:
     """Write an image of coloured noise."""
     values = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    Image.fromarray(values).resize(size).save(path, **options)
+    Image.fromarray(values).resize(size).save(path, compress_level=1, **options)
     return path
 
 
@@ -87,10 +99,15 @@ def decoders() -> list[int]:
 
 
 class TestPictures:
-    """What is shown of an image."""
+    """What is shown of an image, and what is not: by processes that many images leave as they were."""
+
+    @pytest.fixture
+    def pictures(self, shared: Pictures) -> Pictures:
+        """Pictures with processes of both sizes, which were started once."""
+        return shared
 
     @pytest.mark.parametrize(("size", "small", "large"), [
-        ((3000, 1500), (160, 80), (1024, 512)), ((1500, 3000), (80, 160), (512, 1024)), ((90, 40), (90, 40), (90, 40)),
+        ((2400, 1200), (160, 80), (1024, 512)), ((1200, 2400), (80, 160), (512, 1024)), ((90, 40), (90, 40), (90, 40)),
         ((1, 40_000), (1, 160), (1, 1024)), ((40_000, 1), (160, 1), (1024, 1)), ((160, 160), (160, 160), (160, 160)),
     ])  # fmt: skip
     @pytest.mark.parametrize("kind", ["jpg", "png"])
@@ -170,10 +187,6 @@ class TestPictures:
             assert right[0] > 200, name
             assert right[1:].max() < 60, name
 
-
-class TestRefusals:
-    """What is not shown."""
-
     def test_jpeg_of_another_version_is_none(self, pictures: Pictures, tmp_path: Path) -> None:
         """Also if its picture is cached: an id names one version."""
         path = photo(tmp_path / "a.png")
@@ -185,19 +198,6 @@ class TestRefusals:
         path.unlink()
         assert pictures.jpeg(os.fspath(path), after, "", 160) is None
         assert pictures.jpeg(os.fspath(path / "below"), after, "", 160) is None
-
-    def test_jpeg_of_a_file_written_to_during_decoding_is_none(self, pictures: Pictures, tmp_path: Path) -> None:
-        """The half of one version and the half of another one are no picture."""
-        assert jpeg(pictures, photo(tmp_path / "first.png"))
-        (process_id,) = decoders()
-        path = photo(tmp_path / "a.png")
-        os.kill(process_id, signal.SIGSTOP)
-        future = pictures._makers[160].ask((os.fspath(path), version(path)), is_content_known=False)
-        photo(path, seed=1)
-        os.kill(process_id, signal.SIGCONT)
-        assert future.result(60) is None
-        assert len(cached(tmp_path)) == 1
-        assert jpeg(pictures, path)
 
     @pytest.mark.parametrize("place", HOSTILE.values(), ids=HOSTILE)
     def test_jpeg_of_what_is_no_file_is_none(
@@ -213,6 +213,23 @@ class TestRefusals:
         (tmp_path / "link.png").symlink_to(path)
         assert jpeg(pictures, tmp_path / "link.png") is None
         assert pictures.jpeg(os.fspath(tmp_path / "link.png"), version(path), sha256_of(path), 160) is None
+
+
+class TestRefusals:
+    """What is not shown, and what the processes do then."""
+
+    def test_jpeg_of_a_file_written_to_during_decoding_is_none(self, pictures: Pictures, tmp_path: Path) -> None:
+        """The half of one version and the half of another one are no picture."""
+        assert jpeg(pictures, photo(tmp_path / "first.png"))
+        (process_id,) = decoders()
+        path = photo(tmp_path / "a.png")
+        os.kill(process_id, signal.SIGSTOP)
+        future = pictures._makers[160].ask((os.fspath(path), version(path)), is_content_known=False)
+        photo(path, seed=1)
+        os.kill(process_id, signal.SIGCONT)
+        assert future.result(60) is None
+        assert len(cached(tmp_path)) == 1
+        assert jpeg(pictures, path)
 
     def test_jpeg_of_a_broken_image_is_none_and_is_remembered(self, pictures: Pictures, tmp_path: Path) -> None:
         """Until it changes."""
@@ -230,7 +247,7 @@ class TestRefusals:
         folder = tmp_path / "hostile"
         folder.mkdir()
         sound = write_hostile_files(folder)
-        for name, content in bombs().items():
+        for name, content in bombs(LARGEST_SIDE).items():
             (folder / f"bomb {name}").write_bytes(content)
         files = [path for path in folder.rglob("*") if path.is_file()]
         with Pictures(configuration(tmp_path)) as pictures, ThreadPoolExecutor(8) as threads:
@@ -245,8 +262,8 @@ class TestRefusals:
     def test_jpeg_of_an_image_over_the_time_limit_is_none_and_is_remembered(self, tmp_path: Path) -> None:
         """It ends its process once; others are shown."""
         slow = tmp_path / "slow.png"
-        slow.write_bytes(png(7000, 7000, depth=16, channels=4))
-        with Pictures(configuration(tmp_path), decode_seconds=0.1) as pictures:
+        slow.write_bytes(png(4000, 4000, depth=16, channels=4))
+        with Pictures(configuration(tmp_path, side=4000), decode_seconds=0.05) as pictures:
             assert jpeg(pictures, slow) is None
             assert list(pictures._makers[160]._refused) == [(os.fspath(slow), version(slow))]
             assert jpeg(pictures, slow) is None
@@ -287,7 +304,7 @@ class TestThreads:
 
     def test_ask_twice_makes_one_picture(self, pictures: Pictures, tmp_path: Path) -> None:
         """Both wait for the same one."""
-        path = photo(tmp_path / "a.png", (3000, 2000))
+        path = photo(tmp_path / "a.png", (2000, 1500))
         ask = pictures._makers[160].ask
         first, second = (ask((os.fspath(path), version(path)), is_content_known=False) for _ in range(2))
         assert first is second
@@ -373,13 +390,12 @@ class TestCaching:
             photo(path, seed=1)
             assert jpeg(others, path) not in {None, first}
 
-    @pytest.mark.parametrize("content", ["../../../../etc/passwd", "AB" * 32, "ab" * 31, "ab" * 32 + "\n", "\0"])
-    def test_jpeg_with_a_content_that_is_none_is_shown(self, pictures: Pictures, tmp_path: Path, content: str) -> None:
+    def test_jpeg_with_a_content_that_is_none_is_shown(self, pictures: Pictures, tmp_path: Path) -> None:
         """No such name is used in the cache."""
-        path = photo(tmp_path / "a.png")
-        assert jpeg(pictures, path, content=content)
-        (name,) = cached(tmp_path)
-        assert len(name) == len("-160.jpg") + 64
+        contents = ("../../../../etc/passwd", "AB" * 32, "ab" * 31, "ab" * 32 + "\n", "\0")
+        for number, content in enumerate(contents):
+            assert jpeg(pictures, photo(tmp_path / f"{number}.png", seed=number), content=content)
+        assert [len(name) for name in cached(tmp_path)] == len(contents) * [len("-160.jpg") + 64]
 
     def test_jpeg_with_a_false_content_is_cached_under_its_true_one(self, pictures: Pictures, tmp_path: Path) -> None:
         """A wrong hash does not put one image's picture in the place of another one's."""

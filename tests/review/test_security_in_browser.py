@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import pytest
 from playwright.sync_api import Browser, Page
 
+from tests.daemon_process import PATIENCE_SECONDS
 from tests.review.served import Served, serving
-from tests.review.world import chromium, needs_browser
+from tests.review.world import OTHER_SITE, needs_browser
 
-OTHER_SITE, OTHER_PORT = "other.example", "127.0.0.1"
-"""Hosts of another program of this machine: the second differs from the review page only by its port."""
+OTHER_PORT = "127.0.0.1"
+"""A host of another program of this machine, as ``OTHER_SITE`` is; it differs from the review page only by its port."""
 
 pytestmark = needs_browser
 
@@ -39,9 +40,9 @@ class Hostile:
 
     def follow(self, selector: str) -> int:
         """Click something that leads to the first page of the review, and return the status of that page."""
-        with self.page.expect_response(f"http://{self.served.host}/") as response:
+        with self.page.expect_navigation(url=f"http://{self.served.host}/") as navigation:
             self.page.click(selector)
-        return response.value.status
+        return navigation.value.status
 
     def enter(self) -> str:
         """Open the address with the token as a person does, and return the form token of the session."""
@@ -76,18 +77,11 @@ def other_program() -> Iterator[int]:
             thread.join()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """A browser that finds the other site on this machine."""
-    rules = f"--host-resolver-rules=MAP {OTHER_SITE} 127.0.0.1"
-    with chromium(rules) as started:
-        yield started
-
-
 @pytest.fixture
 def hostile(browser: Browser) -> Iterator[Hostile]:
     """The other program, the review page, and a browser without a session."""
     context = browser.new_context()
+    context.set_default_timeout(1000 * PATIENCE_SECONDS)
     with serving() as served, other_program() as port:
         served.seen.clear()
         yield Hostile(served, port, context.new_page())

@@ -6,15 +6,11 @@ import re
 import signal
 import socket
 import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pytest
 
@@ -25,68 +21,18 @@ from sortd.service import passed_sockets
 from tests.command_line import sortd, write_config
 from tests.daemon_process import PATIENCE_SECONDS
 from tests.review.served import Reply, parsed, received_from
+from tests.review.world import ReviewProcess
 
-REPOSITORY = Path(__file__).parents[2]
+
+def served(folder: Path, *options: str, fds: Sequence[int] = ()) -> ReviewProcess:
+    """Serve the application of the tests, with everything below a folder."""
+    systemd = {"NOTIFY_SOCKET": f"{folder}/notify", "WATCHDOG_USEC": "1000000"}
+    return ReviewProcess(write_config(folder), *options, program="tests.review.served", environment=systemd, fds=fds)
 
 
-class ReviewProcess:
-    """A server in a process of its own, which is told to stop at the end of the block."""
-
-    def __init__(
-        self, folder: Path, *options: str, fds: Sequence[int] = (), program: str = "tests.review.served"
-    ) -> None:
-        """Start it, with these options, and with descriptors as systemd passes them, from 3 on."""
-        config = write_config(folder)
-        command = [
-            sys.executable,
-            "-m",
-            program,
-            *(("review", "-c") if program == "sortd" else ()),
-            str(config),
-            *options,
-        ]
-        if fds:
-            passed = f"import os, sys; os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='{len(fds)}')\n"
-            moves = "".join(f"os.dup2({fd}, {3 + at})\n" for at, fd in enumerate(fds))
-            command = [sys.executable, "-c", f"{passed}{moves}os.execv(sys.argv[1], sys.argv[1:])", *command]
-        self.url_file = folder / "state" / "review.url"
-        self.process = subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            pass_fds=fds,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "NOTIFY_SOCKET": f"{folder}/notify", "WATCHDOG_USEC": "1000000"},
-        )
-
-    def __enter__(self) -> Self:
-        """Return the process."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End it."""
-        self.process.kill()
-        self.process.communicate()
-
-    def url(self) -> str:
-        """Wait until it is ready, and return the address that it prints."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("Open "):
-                return line.split()[1]
-        raise AssertionError(self.process.communicate()[1])
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal, and return the exit code."""
-        self.process.send_signal(number)
-        return self.process.wait(PATIENCE_SECONDS)
-
-    def events(self) -> list[str]:
-        """Return the events of the log, at the end."""
-        return re.findall(r'"event": "([a-z._]+)"', self.process.communicate()[1])
+def events(review: ReviewProcess) -> list[str]:
+    """Return the events of the log."""
+    return re.findall(r'"event": "([a-z._]+)"', review.log)
 
 
 def ask(connection: socket.socket, target: str, *lines: str, host: str = "localhost:8337") -> Reply:
@@ -132,38 +78,40 @@ def private(tmp_path: Path) -> Path:
 
 def test_serve_on_a_port_listens_on_loopback_only_and_prints_its_address(tmp_path: Path) -> None:
     """The address gives a session; the same is in a file that only this user can read, until the end."""
-    with ReviewProcess(tmp_path, "--port", "0") as review:
-        url = review.url()
+    with served(tmp_path) as review:
+        url = review.url
         port = port_of(url)
         addresses = Path(f"/proc/{review.process.pid}/net/tcp").read_text().splitlines()
         assert [line.split()[1] for line in addresses if f":{port:04X} 00000000:0000 0A" in line] == [
             f"0100007F:{port:04X}"
         ]
-        assert review.url_file.read_text() == f"{url}\n"
-        assert stat.S_IMODE(review.url_file.stat().st_mode) == 0o600
+        url_file = tmp_path / "state" / "review.url"
+        assert url_file.read_text() == f"{url}\n"
+        assert stat.S_IMODE(url_file.stat().st_mode) == 0o600
         host = f"127.0.0.1:{port}"
         entered = ask(connected(port), entry_of(url), host=host)
         cookie = str(entered.headers["Set-Cookie"]).partition(";")[0]
         assert ask(connected(port), "/", f"Cookie: {cookie}", host=host).status == 200
         assert ask(connected(port), "/", f"Cookie: {cookie}").status == 421
         assert review.stop() == 0
-        assert not review.url_file.exists()
-        assert review.events() == ["review.ready", "review.refused", "review.stopped"]
+        assert not url_file.exists()
+        assert events(review) == ["review.ready", "review.refused", "review.stopped"]
 
 
 def test_serve_never_logs_the_token(tmp_path: Path) -> None:
     """Others than this user may read logs."""
-    with ReviewProcess(tmp_path, "--port", "0") as review:
-        url = review.url()
+    with served(tmp_path) as review:
+        url = review.url
         ask(connected(port_of(url)), entry_of(url), host=f"127.0.0.1:{port_of(url)}")
         assert review.stop() == 0
-        assert url.rpartition("/")[2] not in review.process.communicate()[1]
+        assert f"Open {url}" in review.log
+        assert review.log.count(url.rpartition("/")[2]) == 1
 
 
 def test_command_serves_pages(tmp_path: Path) -> None:
     """`sortd review` is the same server."""
-    with ReviewProcess(tmp_path, "--port", "0", program="sortd") as review:
-        url = review.url()
+    with ReviewProcess(write_config(tmp_path), program="sortd") as review:
+        url = review.url
         assert ask(connected(port_of(url)), entry_of(url), host=f"127.0.0.1:{port_of(url)}").status == 303
         assert review.stop(signal.SIGINT) == 0
 
@@ -210,8 +158,8 @@ def test_require_review_packages_names_the_extra() -> None:
 
 def test_serve_behind_a_proxy_prints_its_address(tmp_path: Path) -> None:
     """The proxy has TLS; the server still listens on loopback."""
-    with ReviewProcess(tmp_path, "--port", "0", "--behind-proxy", "review.example.org") as review:
-        assert re.fullmatch(r"https://review\.example\.org/enter/[\w-]{43}", review.url())
+    with served(tmp_path, "--port", "0", "--behind-proxy", "review.example.org") as review:
+        assert re.fullmatch(r"https://review\.example\.org/enter/[\w-]{43}", review.url)
 
 
 # ---------------------------------------------------------------- Unix sockets
@@ -220,8 +168,8 @@ def test_serve_behind_a_proxy_prints_its_address(tmp_path: Path) -> None:
 def test_serve_on_a_socket_is_for_this_user_only(tmp_path: Path, private: Path) -> None:
     """Mode 0600; the token is needed all the same, since others may reach the far end of `ssh -L`."""
     path = private / "review.sock"
-    with ReviewProcess(tmp_path, "--socket", str(path)) as review:
-        url = review.url()
+    with served(tmp_path, "--socket", str(path)) as review:
+        url = review.url
         found = path.lstat()
         assert (stat.S_ISSOCK(found.st_mode), stat.S_IMODE(found.st_mode)) == (True, 0o600)
         assert port_of(url) == PORT
@@ -236,9 +184,8 @@ def test_serve_on_a_socket_is_for_this_user_only(tmp_path: Path, private: Path) 
 
 def test_serve_on_a_socket_says_how_to_reach_it(tmp_path: Path, private: Path) -> None:
     """A server has no browser: the command for the machine that has one is printed."""
-    with ReviewProcess(tmp_path, "--socket", str(private / "review.sock")) as review:
-        assert review.process.stdout is not None
-        assert review.process.stdout.readline().endswith(f"ssh -L 8337:{private}/review.sock HOST\n")
+    with served(tmp_path, "--socket", str(private / "review.sock")) as review:
+        assert f"ssh -L 8337:{private}/review.sock HOST\n" in review.log
 
 
 @contextmanager
@@ -371,8 +318,8 @@ def test_serve_uses_the_socket_that_systemd_passes(tmp_path: Path, private: Path
         listener.bind(os.fspath(path))
         listener.listen()
         waiting = connected(path)
-        with ReviewProcess(tmp_path, fds=[listener.fileno()]) as review:
-            assert ask(waiting, entry_of(review.url())).status == 303
+        with served(tmp_path, fds=[listener.fileno()]) as review:
+            assert ask(waiting, entry_of(review.url)).status == 303
             assert review.stop() == 0
         assert path.exists()
         connected(path).close()
@@ -381,13 +328,13 @@ def test_serve_uses_the_socket_that_systemd_passes(tmp_path: Path, private: Path
 def test_serve_uses_a_port_that_systemd_passes(tmp_path: Path) -> None:
     """The port of the Host is that of the socket; several sockets are served."""
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
-        with ReviewProcess(tmp_path, fds=[first.fileno()]) as review:
-            url = review.url()
+        with served(tmp_path, fds=[first.fileno()]) as review:
+            url = review.url
             assert port_of(url) == first.getsockname()[1]
             assert ask(connected(port_of(url)), entry_of(url)).status == 421
             assert review.stop() == 0
-        with ReviewProcess(tmp_path, fds=[first.fileno(), second.fileno()]) as review:
-            entry = entry_of(review.url())
+        with served(tmp_path, fds=[first.fileno(), second.fileno()]) as review:
+            entry = entry_of(review.url)
             for one in (first, second):
                 port = int(one.getsockname()[1])
                 assert ask(connected(port), entry, host=f"127.0.0.1:{port}").status == 303
@@ -447,9 +394,9 @@ def test_command_with_a_passed_socket_takes_no_other_address(tmp_path: Path) -> 
     """Two answers to one question are a mistake."""
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
-        ReviewProcess(tmp_path, "--port", "0", fds=[listener.fileno()], program="sortd") as review,
+        pytest.raises(AssertionError, match="exit 2: "),
     ):
-        assert review.process.wait(PATIENCE_SECONDS) == 2
+        ReviewProcess(write_config(tmp_path), "--port", "0", program="sortd", fds=[listener.fileno()])
 
 
 def test_serve_notifies_systemd(tmp_path: Path) -> None:
@@ -457,7 +404,7 @@ def test_serve_notifies_systemd(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"{tmp_path}/notify")
         manager.settimeout(PATIENCE_SECONDS)
-        with ReviewProcess(tmp_path, "--port", "0") as review:
+        with served(tmp_path) as review:
             first = manager.recv(4096).decode()
             told = {first, *(manager.recv(4096).decode() for _ in range(3))}
             assert "WATCHDOG=1" in told
@@ -471,8 +418,8 @@ def test_serve_notifies_systemd(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_serve_ends_on_a_signal_while_events_are_sent(tmp_path: Path, number: signal.Signals) -> None:
     """A browser with the page open keeps a stream; the server does not wait for it, and says nothing of it."""
-    with ReviewProcess(tmp_path, "--port", "0") as review:
-        url = review.url()
+    with served(tmp_path) as review:
+        url = review.url
         host = f"127.0.0.1:{port_of(url)}"
         entered = ask(connected(port_of(url)), entry_of(url), host=host)
         cookie = str(entered.headers["Set-Cookie"]).partition(";")[0]
@@ -482,28 +429,25 @@ def test_serve_ends_on_a_signal_while_events_are_sent(tmp_path: Path, number: si
             while received.count(b"an event") < 2:
                 received += stream.recv(1 << 16)
             assert review.stop(number) == 0
-        assert review.events() == ["review.ready", "review.stopped"]
+        assert events(review) == ["review.ready", "review.stopped"]
 
 
 def test_serve_leaves_the_address_of_another_server(tmp_path: Path) -> None:
     """With one state folder for two servers, the file has the address of the one that started last."""
-    with ReviewProcess(tmp_path, "--port", "0") as first:
-        first.url()
-        with ReviewProcess(tmp_path, "--port", "0") as second:
-            url = second.url()
-            assert first.stop() == 0
-            assert second.url_file.read_text() == f"{url}\n"
+    with served(tmp_path) as first, served(tmp_path) as second:
+        assert first.stop() == 0
+        assert (tmp_path / "state" / "review.url").read_text() == f"{second.url}\n"
 
 
 def test_serve_replaces_a_link_at_the_place_of_its_address(tmp_path: Path) -> None:
     """The token is written into no file of another."""
     (tmp_path / "state").mkdir()
     (tmp_path / "other").write_text("content")
-    (tmp_path / "state" / "review.url").symlink_to(tmp_path / "other")
-    with ReviewProcess(tmp_path, "--port", "0") as review:
-        review.url()
+    link = tmp_path / "state" / "review.url"
+    link.symlink_to(tmp_path / "other")
+    with served(tmp_path):
         assert (tmp_path / "other").read_text() == "content"
-        assert not review.url_file.is_symlink()
+        assert not link.is_symlink()
 
 
 def test_threads_of_the_tests_have_ended() -> None:

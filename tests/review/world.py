@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -18,12 +18,17 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 
-from tests.daemon_process import PATIENCE_SECONDS
+from tests.daemon_process import PATIENCE_SECONDS, launcher
+from tests.launcher import PRELOADED, LaunchedProcess
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
+NAMES = ("chromium-headless-shell", "chromium", "chromium-browser")
+"""Programs that are the browser; the first one costs least."""
+CHROMIUM = next((found for name in NAMES if (found := shutil.which(name))), None)
+OTHER_SITE = "other.example"
+"""A host of another program of this machine, for the browser."""
 FLAGS = (
     "--no-sandbox",  # root cannot use it, and the pages are ours
     "--disable-gpu",
@@ -32,31 +37,57 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    f"--host-resolver-rules=MAP {OTHER_SITE} 127.0.0.1",
 )
 LARGE_BYTES = 100 << 20
 ROOT = Path(__file__).parents[2]
 PHONE: "ViewportSize" = {"width": 390, "height": 844}
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt install chromium")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt install chromium-headless-shell")
 
 
 class ReviewProcess:
-    """``sortd review`` on a free port, or on a Unix socket."""
+    """``sortd review`` on a free port, or with other options.
 
-    def __init__(self, config: Path, *arguments: str, state: Path | None = None) -> None:
-        """Start it, and wait until it can be asked."""
-        self._errors = config.parent / "review.log"
-        self._url_file = (state or config.parent / "state") / "review.url"
-        self._url_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "sortd", "review", "-c", str(config), *(arguments or ("--port", "0"))]
-        with self._errors.open("wb") as errors:
-            self.process = subprocess.Popen(command, stdout=errors, stderr=errors, cwd=ROOT)
+    ``program`` is a module that the launcher knows and that starts at once, or ``sortd`` in a process of its own.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        *options: str,
+        program: str = "sortd.cli",
+        environment: Mapping[str, str] | None = None,
+        fds: Sequence[int] = (),
+    ) -> None:
+        """Start it, and wait until it has printed its address.
+
+        Args:
+            config: its configuration; what it prints goes to a file beside that.
+            options: of the command; by default any free port, or the sockets that are passed.
+            program: the module that is run.
+            environment: variables beside the ones of this process.
+            fds: descriptors of sockets, passed as systemd does; not with the launcher.
+        """
+        self.config = config
+        self._printed = config.parent / f"review{time.monotonic_ns()}.log"
+        arguments = ["review", "-c", str(config), *(options or (() if fds else ("--port", "0")))]
+        given = {**os.environ, **(environment or {})}
+        self.process: LaunchedProcess | subprocess.Popen[bytes]
+        with self._printed.open("wb") as output:
+            if program in PRELOADED and not fds:
+                self.process = launcher().start(program, arguments, given, output)
+            else:
+                command = [sys.executable, *_passing(fds), "-m", program, *arguments]
+                self.process = subprocess.Popen(
+                    command, stdout=output, stderr=output, cwd=ROOT, env=given, pass_fds=fds
+                )
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not self._url_file.is_file():
-            assert self.process.poll() is None, self.log
+        while (found := re.search("^Open (.+)\n", self.log, re.MULTILINE)) is None:
+            assert self.process.poll() is None, f"exit {self.process.poll()}: {self.log}"
             assert time.monotonic() < deadline, self.log
-            time.sleep(0.05)
-        self.url = self._url_file.read_text(encoding="utf-8").strip()
+            time.sleep(0.02)
+        self.url = found[1]
         """The address with the token."""
         parts = urlsplit(self.url)
         self.origin = f"{parts.scheme}://{parts.netloc}"
@@ -64,21 +95,34 @@ class ReviewProcess:
     @property
     def log(self) -> str:
         """What it has printed."""
-        return self._errors.read_text(encoding="utf-8", errors="replace")
+        return self._printed.read_text(encoding="utf-8", errors="replace")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal, and return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE_SECONDS)
 
     def __enter__(self) -> Self:
         """Return it."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop it, and check that it ended well."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        """Stop it unless it has ended, and check that it ended well."""
         try:
-            assert self.process.wait(PATIENCE_SECONDS) == 0, self.log
+            assert (self.process.poll() or self.stop()) == 0, self.log
         finally:
             self.process.kill()
             self.process.wait()
+
+
+def _passing(fds: Sequence[int]) -> list[str]:
+    """Return the arguments of a Python that passes descriptors from 3 on, as systemd does, to the Python after it."""
+    if not fds:
+        return []
+    moves = "".join(f"os.dup2({fd}, {3 + at})\n" for at, fd in enumerate(fds))
+    variables = f"LISTEN_PID=str(os.getpid()), LISTEN_FDS='{len(fds)}'"
+    run = "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    return ["-c", f"import os, sys\nos.environ.update({variables})\n{moves}{run}"]
 
 
 class Client:
@@ -132,12 +176,12 @@ class Reply:
 
 
 @contextmanager
-def chromium(*flags: str) -> "Iterator[Browser]":
-    """Start the browser of the system, with more flags."""
+def chromium() -> "Iterator[Browser]":
+    """Start the browser of the system."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*FLAGS, *flags])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
             yield browser
         finally:
@@ -163,10 +207,36 @@ def press_keys(page: "Page", *keys: str) -> None:
         page.keyboard.press(key)
 
 
-def load_with_groups(page: "Page") -> None:
-    """Load the page of what waits again until it shows the groups."""
-    while page.locator(".grouping").inner_text():
+def follow(page: "Page", act: Callable[[], object]) -> None:
+    """Do what leads to another page, and wait until that is loaded: a click or a key does not wait for it."""
+    with page.expect_navigation():
+        act()
+
+
+def load_without(page: "Page", pattern: str) -> None:
+    """Load a page again once it has no such text; meanwhile the server is asked, which costs less than to draw it."""
+    while re.search(pattern, page.content()):
+        while re.search(pattern, page.request.get(page.url).text()):
+            time.sleep(0.1)
         page.reload()
+
+
+def load_with_groups(page: "Page") -> None:
+    """Load the page of what waits again once it shows the groups."""
+    load_without(page, 'data-live="grouping">[^<]')
+
+
+def expect_effect(page: "Page", text: str) -> None:
+    """Wait until a page says what an act did."""
+    from playwright.sync_api import expect
+
+    expect(page.locator(".effect")).to_contain_text(text)
+
+
+def file_into(page: "Page", label: str) -> None:
+    """File the selected images into a class whose name is typed."""
+    page.get_by_placeholder("class", exact=False).fill(label)
+    page.get_by_role("button", name="File there").click()
 
 
 def copy_sample(folder: Path) -> Path:
