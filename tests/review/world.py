@@ -43,7 +43,7 @@ LARGE_BYTES = 100 << 20
 ROOT = Path(__file__).parents[2]
 PHONE: "ViewportSize" = {"width": 390, "height": 844}
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt install chromium-headless-shell")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt install chromium")
 
 
 class ReviewProcess:
