@@ -182,10 +182,22 @@ class DatasetScans:
         self._receive(events.ImageSeen(path, mark, writer, closed, since=since))
 
     def tell_missing(self) -> None:
-        """Let the core forget missing files, unless the whole dataset is absent."""
+        """Let the core forget missing files, unless the whole dataset is absent, or was when they were looked for."""
         missing, self._missing = self._missing, set()
-        if missing and self._presence.problem() is None:  # else the dataset is absent, not the files
-            for path in missing:
+        if not missing or self._presence.problem() is not None:
+            return
+        gone = []
+        for path in missing:
+            try:
+                os.lstat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                gone.append(path)
+            except OSError as error:
+                self._log.unreadable(error)
+            else:
+                self.want(path)
+        if gone and self._presence.problem() is None:
+            for path in gone:
                 self._receive(events.ImageGone(path))
 
     def begin(self) -> None:

@@ -166,10 +166,10 @@ def test_dataset_review_is_scanned_in_slices(at_work: AtWork) -> None:
     assert turns >= 3
 
 
-def test_dataset_presence_is_checked_once_for_all_missing_files(
+def test_dataset_presence_is_checked_twice_for_all_missing_files(
     at_work: AtWork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not for each of ten thousand names that a storm of renames leaves behind, and not for names that nobody knows."""
+    """Before and after they are looked for; not for each of ten thousand names, and not for names nobody knows."""
     hints = folder_of_images(at_work, "album", files=10)
     at_work.looks_for(*hints)
     for hint in hints[1:]:
@@ -186,7 +186,7 @@ def test_dataset_presence_is_checked_once_for_all_missing_files(
         at_work.dataset.file_event(FileEvent(hint.path, closed=True))
         at_work.dataset.file_event(FileEvent(f"{hint.path} unknown"))
     at_work.turns()
-    assert len(asked) == 1
+    assert len(asked) == 2
     assert len(at_work.dataset.sorter.images) == 0
 
 

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from sortd.classify.types import DecisionSettings
 from sortd.core.sorter import SorterSettings
+from sortd.core.state import State
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import DryRunMover, OpenDataset, Presence
 from sortd.daemon.metrics import Metrics
@@ -17,7 +18,7 @@ from sortd.daemon.references import ReferenceSettings
 from sortd.daemon.reporting import DatasetLog
 from sortd.daemon.scans import LEFT_SECONDS, LeftFiles
 from sortd.daemon.worker import Answer, EmbedJob, Job
-from sortd.events import DatasetId, ImageRefused, Refusal
+from sortd.events import DatasetId, ImageHeld, ImageRefused, Refusal
 from sortd.files import stamp_of
 from sortd.layout import Layout
 from sortd.store.journal import Journal
@@ -170,3 +171,20 @@ def test_left_files_that_are_renamed_soon_are_not_told_of(tmp_path: Path) -> Non
         now[0] += LEFT_SECONDS
         left.tell()
     assert [line["path"] for line in lines] == [str(stays)]
+
+
+def test_tell_missing_file_that_is_back_with_its_disk_stays_held(world: World, tmp_path: Path) -> None:
+    """A file that was looked for while the dataset was away, which is back when that is told, is not forgotten."""
+    path = world.root / "Images" / "undone.png"
+    path.write_bytes(b"an image")
+    world.dataset.receive(ImageHeld(os.fspath(path), stamp_of(path.lstat())))
+    world.root.rename(tmp_path / "away")
+    world.dataset.scans.look(os.fspath(path), closed=False)
+    (tmp_path / "away").rename(world.root)
+    for _ in range(2):
+        world.pass_time()
+    assert [image.path for image in world.dataset.sorter.images.in_state(State.HELD)] == [os.fspath(path)]
+    path.unlink()
+    world.dataset.scans.look(os.fspath(path), closed=False)
+    world.pass_time()
+    assert len(world.dataset.sorter.images) == 0
