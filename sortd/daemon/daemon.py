@@ -87,7 +87,7 @@ class Daemon:
         left, and notifies nobody. So does a dry run: ``dry_run`` is called with each move instead of making it, nothing
         is written, and signals and requests are not taken. ``groups_command`` prints the groups in Review/ as JSON.
         """
-        self.config = config
+        self.config = self._at_start = config
         self.inbox = Inbox()
         self.model: WorkerReady | None = None
         self._loading: str | None = None
@@ -469,7 +469,7 @@ class Daemon:
             self.config_problem = str(error)
             self._log.error(logs.CONFIG_REFUSED, error=str(error))
         else:
-            waits = restart_needed(self.config, config)
+            waits = restart_needed(self._at_start, config)
             self.config, self.config_problem = config, None
             self.datasets.reload(config)
             self._sender.reload(self._receivers())

@@ -165,6 +165,8 @@ def test_endpoint_on_a_unix_socket_is_for_its_user(tmp_path: Path) -> None:
     [
         (lambda _: ("192.0.2.1", 9464), "metrics.http: cannot listen on 192.0.2.1:9464: "),
         (lambda _: ("fe80::1%none", 9464), "metrics.http: cannot listen on [fe80::1%none]:9464: "),
+        (lambda _: ("fe80::1%a..b", 9464), "metrics.http: cannot listen on [fe80::1%a..b]:9464: "),
+        (lambda _: (f"fe80::1%{'x' * 64}", 9464), "metrics.http: cannot listen on [fe80::1%xx"),
         (lambda folder: folder / "missing" / "s", "missing cannot be used: No such file"),
         (lambda folder: folder / "file" / "s", "file/s cannot be "),
         (lambda folder: folder / "open" / "s", "others can write to it"),
