@@ -254,7 +254,10 @@ def listening_socket(address: Address) -> Iterator[socket.socket]:
     except (OSError, UnicodeError) as error:  # the latter for the zone of an address
         # create_server changes the texts of the system; errors of getaddrinfo(3) have numbers below 0.
         number = (error.errno or 0) if isinstance(error, OSError) else 0
-        why, advice = os.strerror(number) if number > 0 else getattr(error, "strerror", str(error)), _ADVICE.get(number, "name another address")
+        why, advice = (
+            os.strerror(number) if number > 0 else getattr(error, "strerror", str(error)),
+            _ADVICE.get(number, "name another address"),
+        )
         place = text_of_address(address)
         raise StartupError(f"metrics.http: cannot listen on {place}: {why}; {advice}") from error
     with listener:

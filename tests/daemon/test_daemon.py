@@ -17,6 +17,7 @@ import pytest
 from sortd.daemon.control import ask
 from sortd.layout import Layout
 from tests.command_line import sortd
+from tests.daemon.test_endpoint import is_refused
 from tests.daemon_process import (
     PATIENCE_SECONDS,
     DaemonProcess,
@@ -27,7 +28,6 @@ from tests.daemon_process import (
     teach,
     tree,
 )
-from tests.daemon.test_endpoint import is_refused
 from tests.hostile_files import HOSTILE
 
 Write = Callable[..., Path]
