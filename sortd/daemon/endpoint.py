@@ -99,7 +99,7 @@ class Endpoint:
         self._thread.start()
 
     def move(self, address: Address | None) -> None:
-        """Listen somewhere else, or nowhere, soon; returns at once. An address that could not be used is tried again."""
+        """Listen somewhere else, or nowhere, soon; returns at once. One that could not be used is tried again."""
         if address != self.address:
             self.address, self.problem = address, None
         elif self.problem is None:
@@ -124,19 +124,19 @@ class Endpoint:
         if (address := self.address) is None:
             self._retry_at = math.inf
             return
-        log = self._log.bind(address=text_of_address(address))
+        place = text_of_address(address)
         try:
             listener = self._listening.enter_context(listening_socket(address))
         except StartupError as error:
             if str(error) != self.problem and address == self.address:
                 self.problem = str(error)
-                log.error(logs.ENDPOINT_FAILED, error=self.problem)
+                self._log.error(logs.ENDPOINT_FAILED, address=place, error=self.problem)
             self._retry_at = time.monotonic() + self._retry_seconds
             return
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ)
         self._listener, self.problem = listener, None
-        log.info(logs.ENDPOINT_LISTENING)
+        self._log.info(logs.ENDPOINT_LISTENING, address=place)
 
     def _leave(self) -> None:
         """Close all connections and the listener; the address is tried at once."""
@@ -254,10 +254,8 @@ def listening_socket(address: Address) -> Iterator[socket.socket]:
     except (OSError, UnicodeError) as error:  # the latter for the zone of an address
         # create_server changes the texts of the system; errors of getaddrinfo(3) have numbers below 0.
         number = (error.errno or 0) if isinstance(error, OSError) else 0
-        why, advice = (
-            os.strerror(number) if number > 0 else getattr(error, "strerror", str(error)),
-            _ADVICE.get(number, "name another address"),
-        )
+        why = os.strerror(number) if number > 0 else getattr(error, "strerror", str(error))
+        advice = _ADVICE.get(number, "name another address")
         place = text_of_address(address)
         raise StartupError(f"metrics.http: cannot listen on {place}: {why}; {advice}") from error
     with listener:
