@@ -257,7 +257,7 @@ def read_config(path: Path | None, environment: Mapping[str, str]) -> Config:
 
 
 def restart_needed(old: Config, new: Config) -> list[str]:
-    """Return the keys that differ and that a running sortd does not apply on reload."""
+    """Return the keys that differ from those at the start and that a running sortd does not apply on reload."""
     before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     live = LIVE_KEYS | ({"metrics"} if old.metrics.is_on else set())

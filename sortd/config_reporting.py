@@ -5,6 +5,7 @@ sent: commands that send nothing need neither the file nor the variable.
 """
 
 import ipaddress
+import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import time
@@ -34,10 +35,19 @@ def _textfile(path: Path) -> Path:
     return path
 
 
+def _is_encodable(path: str) -> bool:
+    """Return whether a path can be given to the system: YAML can write halves of characters."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _address(value: str) -> str:
     """Check an address to listen on; see ``MetricsConfig.address``."""
     if value.startswith(UNIX):
-        if value == UNIX or "\0" in value:
+        if value == UNIX or "\0" in value or not _is_encodable(value):
             raise ValueError(f"{value!r} names no path")
         return value
     host, _, port = value.rpartition(":")

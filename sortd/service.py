@@ -15,7 +15,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -280,8 +280,9 @@ def unix_socket(path: Path, *, group: str | None = None, setting: str = "--socke
         StartupError: there can be no such socket, or another program listens on it.
     """
     _check_folder(path.parent, setting)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        try:
+    try:
+        with ExitStack() as stack:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             with _locked(path.parent):  # a socket that does not listen yet would seem unused to another process
                 _remove_unused(path, setting)
                 os.fchmod(listener.fileno(), 0o600)  # bind uses it; the umask would be that of all threads
@@ -290,9 +291,11 @@ def unix_socket(path: Path, *, group: str | None = None, setting: str = "--socke
                 if group is not None:
                     _give_to_group(path, group)
                 listener.listen(WAITING_CONNECTIONS)
-        except OSError as error:  # Python's own, for a long path, has no number
-            why = error.strerror or str(error)
-            raise StartupError(f"{path} cannot be a socket: {why}; name another path with {setting}") from error
+            opened = stack.pop_all()
+    except OSError as error:  # Python's own, for a long path, has no number
+        why = error.strerror or str(error)
+        raise StartupError(f"{path} cannot be a socket: {why}; name another path with {setting}") from error
+    with opened:
         try:
             yield listener
         finally:

@@ -325,6 +325,7 @@ mode: max
             ("model: ''", "1:1: model: must not be empty"),
             ("metrics: {http: x:1}", "1:11: metrics.http: 'x:1' is no address such as 127.0.0.1:9464, [::1]:9464, unix:PATH or a port"),  # noqa: E501
             ("metrics: {http: 'unix:'}", "1:11: metrics.http: 'unix:' names no path"),
+            ('metrics: {http: "unix:/\\ud800"}', "1:11: metrics.http: 'unix:/\\ud800' names no path"),
             ('metrics: {http: "unix:/a\\0b"}', "1:11: metrics.http: 'unix:/a\\x00b' names no path"),
             ("metrics: {http: '9464', http_port: 9464}", "1:1: metrics: has both http and http_port; keep http"),
             ("notify: {summary_at: 25:00}", "1:10: notify.summary_at: '25:00' is no time of the day such as 08:00"),

@@ -29,7 +29,7 @@ from sortd.daemon.control import Requests, answer, apply_undo_results
 from sortd.daemon.dataset import Dataset
 from sortd.daemon.dataset_lock import ReportMove
 from sortd.daemon.datasets import Datasets
-from sortd.daemon.endpoint import Endpoint, Page, Pages, move_endpoint
+from sortd.daemon.endpoint import Endpoint, Page, Pages
 from sortd.daemon.inbox import Inbox, Reported
 from sortd.daemon.metrics import CONTENT_TYPE, Metrics
 from sortd.daemon.observer import DatasetObserver
@@ -87,7 +87,7 @@ class Daemon:
         left, and notifies nobody. So does a dry run: ``dry_run`` is called with each move instead of making it, nothing
         is written, and signals and requests are not taken. ``groups_command`` prints the groups in Review/ as JSON.
         """
-        self.config = config
+        self.config = self._at_start = config
         self.inbox = Inbox()
         self.model: WorkerReady | None = None
         self._loading: str | None = None
@@ -168,7 +168,9 @@ class Daemon:
             if not self._once:
                 self._sender.resume()
             self._closing.callback(self._metrics.watch_errors())
-            self._serve_pages()
+            if self._metrics.is_on:
+                self._endpoint = Endpoint(self.config.metrics.address, self._pages())
+                self._closing.callback(self._endpoint.close)
         self._worker.start()
         if not self._once:
             self._watcher = Watcher(self.inbox.put, polling=self.config.polling)
@@ -210,7 +212,6 @@ class Daemon:
             self._write_status(running=False)
             self._metrics.set("sortd_ready", 0)
             self._write_metrics()
-            move_endpoint(self._endpoint, None, {})
             self._closing.close()
         outcomes = sum((Counter(dataset.log.outcomes) for dataset in self.datasets), Counter())
         self._log.info(logs.DAEMON_STOPPED, worker_ended=ended, **outcomes)
@@ -341,11 +342,6 @@ class Daemon:
         self._observer.observe(now, self._sender.events)
         self._metrics.set("sortd_ready", int(not self._unready()))
 
-    def _serve_pages(self) -> None:
-        """Listen at the configured address, if any; one that could not be used is tried at once."""
-        address = self.config.metrics.address if self._metrics.is_on else None
-        self._endpoint = move_endpoint(self._endpoint, address, self._pages())
-
     def _pages(self) -> Pages:
         """Return what the endpoint serves, in its own thread."""
         return {
@@ -473,11 +469,12 @@ class Daemon:
             self.config_problem = str(error)
             self._log.error(logs.CONFIG_REFUSED, error=str(error))
         else:
-            waits = restart_needed(self.config, config)
+            waits = restart_needed(self._at_start, config)
             self.config, self.config_problem = config, None
             self.datasets.reload(config)
             self._sender.reload(self._receivers())
-            self._serve_pages()
+            if self._endpoint is not None:
+                self._endpoint.move(config.metrics.address)
             self._log.info(logs.CONFIG_RELOADED, restart_needed_for=waits)
         self._notifier.ready()
 

@@ -6,6 +6,7 @@ that cannot be used is tried again and again: no image depends on it.
 """
 
 import errno
+import math
 import os
 import selectors
 import socket
@@ -29,6 +30,8 @@ SECONDS = 5.0
 """For a request and its answer."""
 RETRY_SECONDS = 10.0
 """Until an address that could not be used is tried again."""
+CLOSE_SECONDS = 5.0
+"""For the end of the thread."""
 MOST_CONNECTIONS = 32
 MOST_BYTES = 8192
 """Of the head of a request."""
@@ -69,68 +72,96 @@ class _Connection:
 
 
 class Endpoint:
-    """Serves pages on an address until it is closed; the first try to listen is over when it is made."""
+    """Serves pages on an address until it is closed; the first try to listen is over when it is made.
+
+    Later tries wait in its thread for the lock of a folder, or for a disk.
+    """
 
     def __init__(
-        self, address: Address, pages: Pages, *, seconds: float = SECONDS, retry_seconds: float = RETRY_SECONDS
+        self, address: Address | None, pages: Pages, *, seconds: float = SECONDS, retry_seconds: float = RETRY_SECONDS
     ) -> None:
-        """Listen at the path of a Unix socket, for this user only, or at an IP address and a port."""
+        """Listen at the path of a Unix socket, for this user only, at an IP address and a port, or nowhere."""
         self.address = address
         self.problem: str | None = None  # why it does not listen, and what to do
         self._pages, self._seconds, self._retry_seconds = pages, seconds, retry_seconds
         self._connections: dict[_Connection, None] = {}  # the oldest first
-        self._log: structlog.stdlib.BoundLogger = structlog.get_logger().bind(address=text_of_address(address))
+        self._log: structlog.stdlib.BoundLogger = structlog.get_logger()
         self._closing = ExitStack()
         self._selector = self._closing.enter_context(selectors.DefaultSelector())
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closing.callback(os.close, self._wake)
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._listener: socket.socket | None = None
+        self._listening = ExitStack()  # closes it
+        self._is_closing = False
         self._listen()
         self._thread = threading.Thread(target=self._run, name="endpoint", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Close all connections and end the thread."""
+    def move(self, address: Address | None) -> None:
+        """Listen somewhere else, or nowhere, soon; returns at once. One that could not be used is tried again."""
+        if address != self.address:
+            self.address, self.problem = address, None
+        elif self.problem is None:
+            return
         os.eventfd_write(self._wake, 1)
-        self._thread.join()
-        self._closing.close()
 
-    def facts(self) -> dict[str, object]:
-        """Return the entry in ``sortd status``, as plain values."""
-        return {"address": text_of_address(self.address), "problem": self.problem}
+    def close(self) -> None:
+        """Close all connections and end the thread, which is left alone if a disk does not respond."""
+        self._is_closing = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join(CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self._closing.close()
+
+    def facts(self) -> dict[str, object] | None:
+        """Return the entry in ``sortd status``, as plain values; None without an address."""
+        address = self.address
+        return None if address is None else {"address": text_of_address(address), "problem": self.problem}
 
     def _listen(self) -> None:
         """Try to listen; log why that is not possible, each reason once."""
+        if (address := self.address) is None:
+            self._retry_at = math.inf
+            return
+        place = text_of_address(address)
         try:
-            listener = self._closing.enter_context(listening_socket(self.address))
+            listener = self._listening.enter_context(listening_socket(address))
         except StartupError as error:
-            if str(error) != self.problem:
+            if str(error) != self.problem and address == self.address:
                 self.problem = str(error)
-                self._log.error(logs.ENDPOINT_FAILED, error=self.problem)
+                self._log.error(logs.ENDPOINT_FAILED, address=place, error=self.problem)
             self._retry_at = time.monotonic() + self._retry_seconds
             return
         listener.setblocking(False)
         self._selector.register(listener, selectors.EVENT_READ)
         self._listener, self.problem = listener, None
-        self._log.info(logs.ENDPOINT_LISTENING)
+        self._log.info(logs.ENDPOINT_LISTENING, address=place)
+
+    def _leave(self) -> None:
+        """Close all connections and the listener; the address is tried at once."""
+        for connection in list(self._connections):
+            self._drop(connection)
+        if self._listener is not None:
+            self._selector.unregister(self._listener)
+        self._listening.close()
+        self._listener, self._retry_at = None, 0.0
 
     def _timeout(self) -> float | None:
         """Return the seconds until the next try, or the end of the oldest connection."""
-        if self._listener is None:
-            return max(0.0, self._retry_at - time.monotonic())
         oldest = next(iter(self._connections), None)
-        return None if oldest is None else max(0.0, oldest.until - time.monotonic())
+        until = self._retry_at if self._listener is None else math.inf if oldest is None else oldest.until
+        return None if until == math.inf else max(0.0, until - time.monotonic())
 
     def _run(self) -> None:
-        while True:
+        while not self._is_closing:
             if self._listener is None and time.monotonic() >= self._retry_at:
                 self._listen()
             for key, _ in self._selector.select(self._timeout()):
                 if key.fileobj == self._wake:
-                    for connection in list(self._connections):
-                        self._drop(connection)
-                    return
+                    os.eventfd_read(self._wake)
+                    self._leave()
+                    break
                 if key.fileobj is self._listener:
                     self._accept(self._listener)
                 elif key.data in self._connections:
@@ -138,6 +169,7 @@ class Endpoint:
             now = time.monotonic()
             for connection in [one for one in self._connections if one.until <= now]:
                 self._drop(connection)
+        self._leave()
 
     def _accept(self, listener: socket.socket) -> None:
         if len(self._connections) >= MOST_CONNECTIONS:
@@ -201,15 +233,6 @@ class Endpoint:
         connection.socket.close()
 
 
-def move_endpoint(endpoint: Endpoint | None, address: Address | None, pages: Pages) -> Endpoint | None:
-    """Return an endpoint at an address: the given one if it listens there; otherwise that is closed."""
-    if endpoint is not None:
-        if endpoint.address == address and endpoint.problem is None:
-            return endpoint
-        endpoint.close()
-    return None if address is None else Endpoint(address, pages)
-
-
 def text_of_address(address: Address) -> str:
     """Return an address as the configuration writes it."""
     if isinstance(address, Path):
@@ -228,10 +251,11 @@ def listening_socket(address: Address) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     try:
         listener = socket.create_server(address, family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for the zone of an address
         # create_server changes the texts of the system; errors of getaddrinfo(3) have numbers below 0.
-        number = error.errno or 0
-        why, advice = os.strerror(number) if number > 0 else error.strerror, _ADVICE.get(number, "name another address")
+        number = (error.errno or 0) if isinstance(error, OSError) else 0
+        why = os.strerror(number) if number > 0 else getattr(error, "strerror", str(error))
+        advice = _ADVICE.get(number, "name another address")
         place = text_of_address(address)
         raise StartupError(f"metrics.http: cannot listen on {place}: {why}; {advice}") from error
     with listener:

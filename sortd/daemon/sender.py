@@ -42,6 +42,7 @@ STATE_FILE = "notifications.json"
 _HOUR_SECONDS = 3600.0
 _MOST_TEXT = 4000  # characters; Apprise divides or cuts what is too long for a service
 _MOST_COUNT = 10**9
+_MOST_SENT = 3600  # the largest limit per hour
 _MOST_STATE_BYTES = 2 << 20
 _INVALID_STATE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """Errors of a damaged state, whose values, nesting and types are arbitrary."""
@@ -215,7 +216,8 @@ class Sender:
             self._start()
 
     def _restore(self, facts: Mapping[str, Any]) -> None:
-        ages = sorted((max(0.0, self._wall() - sent) for sent in facts["sent"]), reverse=True)
+        newest = sorted(facts["sent"])[-_MOST_SENT:]
+        ages = [max(0.0, self._wall() - sent) for sent in newest]
         if not all(map(math.isfinite, ages)) or not 0 <= facts["dropped"] < _MOST_COUNT:
             raise ValueError(ages)
         held_back = HeldBack.restore(facts["held_back"])

@@ -17,6 +17,7 @@ import pytest
 from sortd.daemon.control import ask
 from sortd.layout import Layout
 from tests.command_line import sortd
+from tests.daemon.test_endpoint import is_refused
 from tests.daemon_process import (
     PATIENCE_SECONDS,
     DaemonProcess,
@@ -263,10 +264,20 @@ def test_daemon_address_of_the_metrics_that_is_taken_ends_nothing(colours: Path,
             daemon.send(signal.SIGHUP)
             daemon.wait_for("config.reloaded", count=2)
             daemon.wait_until(lambda: sortd("status", "-c", config, "--json").facts["endpoint"] is None, "the status")
-            with pytest.raises(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", other))
+            daemon.wait_until(lambda: is_refused(("127.0.0.1", other)), "the end of the endpoint")
             assert daemon.stop() == 0
         assert len(daemon.events("endpoint.failed")) == 1
+
+
+def test_daemon_reload_names_each_key_that_still_waits_for_a_restart(colours: Path, write_config: Write) -> None:
+    """Also those of an earlier reload, and metrics, if none were on at the start."""
+    assert colours.is_dir()
+    with running(write_config()) as daemon:
+        for count, keys in enumerate(({"metrics": "{http: 9001}"}, {"metrics": "{http: 9002}"}, {}), 1):
+            write_config(**keys)
+            daemon.send(signal.SIGHUP)
+            waits = daemon.wait_for("config.reloaded", count=count)["restart_needed_for"]
+            assert waits == (["metrics.http"] if keys else [])
 
 
 def test_daemon_limit_of_messages_continues_after_a_restart(colours: Path, write_config: Write) -> None:

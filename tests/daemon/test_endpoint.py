@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import resource
 import socket
 import threading
 import time
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from sortd.daemon.endpoint import MOST_BYTES, MOST_CONNECTIONS, Endpoint, Page, move_endpoint
+from sortd.daemon.endpoint import MOST_BYTES, MOST_CONNECTIONS, Endpoint, Page
 from sortd.service import unix_socket
 from tests.daemon_process import PATIENCE_SECONDS
 
@@ -164,6 +165,8 @@ def test_endpoint_on_a_unix_socket_is_for_its_user(tmp_path: Path) -> None:
     [
         (lambda _: ("192.0.2.1", 9464), "metrics.http: cannot listen on 192.0.2.1:9464: "),
         (lambda _: ("fe80::1%none", 9464), "metrics.http: cannot listen on [fe80::1%none]:9464: "),
+        (lambda _: ("fe80::1%a..b", 9464), "metrics.http: cannot listen on [fe80::1%a..b]:9464: "),
+        (lambda _: (f"fe80::1%{'x' * 64}", 9464), "metrics.http: cannot listen on [fe80::1%xx"),
         (lambda folder: folder / "missing" / "s", "missing cannot be used: No such file"),
         (lambda folder: folder / "file" / "s", "file/s cannot be "),
         (lambda folder: folder / "open" / "s", "others can write to it"),
@@ -244,25 +247,65 @@ def test_endpoint_in_a_folder_that_is_locked_waits_a_moment_only(tmp_path: Path)
     os.close(folder)
 
 
-def test_move_endpoint_keeps_one_that_listens_there() -> None:
-    """Another address, none, or a problem: the old one is closed, and a problem is looked at again at once."""
+def is_refused(address: Address) -> bool:
+    """Return whether nothing listens at an address."""
+    try:
+        socket.create_connection(address).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_move_endpoint_leaves_the_address_and_takes_another() -> None:
+    """Also none; a problem is looked at again at once, and where it listens already, its clients stay."""
     first, second = ("127.0.0.1", free_port()), ("127.0.0.1", free_port())
-    endpoint = move_endpoint(None, first, PAGES)
-    assert move_endpoint(endpoint, first, PAGES) is endpoint
-    moved = move_endpoint(endpoint, second, PAGES)
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(first)
-    assert ask(second, b"GET /healthz HTTP/1.1\r\n\r\n").endswith(b"ok\n")
-    with socket.create_server(first):
-        moved = move_endpoint(moved, first, PAGES)
-    assert moved is not None
-    assert moved.problem is not None
-    moved = move_endpoint(moved, first, PAGES)
-    assert moved is not None
-    assert moved.problem is None
-    assert move_endpoint(moved, None, PAGES) is None
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(first)
+    with closing(Endpoint(first, PAGES)) as endpoint:
+        with socket.create_connection(first, timeout=PATIENCE_SECONDS) as client:
+            endpoint.move(first)
+            client.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+            assert received(client).endswith(b"ok\n")
+        endpoint.move(second)
+        wait_until(lambda: not is_refused(second))
+        assert is_refused(first)
+        with socket.create_server(first):
+            endpoint.move(first)
+            wait_until(lambda: endpoint.problem is not None)
+        endpoint.move(first)
+        wait_until(lambda: endpoint.problem is None)
+        assert ask(first, b"GET /healthz HTTP/1.1\r\n\r\n").endswith(b"ok\n")
+        endpoint.move(None)
+        wait_until(lambda: is_refused(first))
+        assert endpoint.facts() is None
+
+
+def test_move_endpoint_to_a_locked_folder_does_not_wait_for_it(tmp_path: Path) -> None:
+    """The loop reloads the configuration: it must not wait for a lock that another user can hold."""
+    (tmp_path / "locked").mkdir()
+    folder = os.open(tmp_path / "locked", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with closing(Endpoint(tmp_path / "s", PAGES)) as endpoint:
+        endpoint.move(tmp_path / "locked" / "s")
+        assert endpoint.problem is None  # not known yet
+        os.close(folder)
+        wait_until((tmp_path / "locked" / "s").is_socket)
+        assert not (tmp_path / "s").exists()
+    assert not (tmp_path / "locked" / "s").exists()
+
+
+@pytest.mark.parametrize("where", [lambda _: ("127.0.0.1", free_port()), lambda folder: folder / "s"])
+def test_endpoint_without_descriptors_listens_when_there_are_some(
+    tmp_path: Path, where: Callable[[Path], Path | Address]
+) -> None:
+    """No error of the system ends its thread."""
+    address, limits = where(tmp_path), resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket() as last, closing(Endpoint(None, PAGES, retry_seconds=0.01)) as endpoint:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno(), limits[1]))
+            endpoint.move(address)
+            wait_until(lambda: "Too many open files" in str(endpoint.problem))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        wait_until(lambda: endpoint.problem is None)
 
 
 def test_endpoint_is_free_after_close() -> None:

@@ -403,6 +403,16 @@ class TestRestart:
             assert [line["event"] for line in lines] == ["daemon.hampered"] * (1 - number)
         assert len(json.loads(file.read_bytes())["sent"]) == 2
 
+    def test_state_with_too_many_times_becomes_small(self, tmp_path: Path, hook: Hook) -> None:
+        """Even if all of them are ahead of the clock; the next message waits for an hour at most."""
+        file = tmp_path / "notifications.json"
+        file.write_text(json.dumps({"sent": [9e99] * 100_000, "dropped": 0, "held_back": {}}))
+        metrics = Metrics()
+        with sending(hooks(hook.config()), metrics, state=tmp_path) as sender:
+            sender.post(HELD)
+            wait_until(lambda: counts(metrics).get("held_back") == 1)
+        assert len(json.loads(file.read_bytes())["sent"]) == 3600
+
     @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
     def test_state_that_is_no_file_hinders_no_message(
         self, tmp_path: Path, hook: Hook, make: Callable[[Path], None]
