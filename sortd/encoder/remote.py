@@ -13,7 +13,7 @@ import stat
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from pathlib import Path
 from time import monotonic, sleep
@@ -41,6 +41,8 @@ REASON_BYTES: Final = 8192
 GREETING_BYTES: Final = 1 << 20
 MOST_PIXELS: Final = 4096
 """Of a side of the input, which the decoding processes of a client allocate."""
+UNREADABLE: Final = (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
+"""Errors of a greeting that is none."""
 
 COMMAND_SECONDS: Final = 10.0
 """How long a command waits for a service that is away; the daemon waits for ever."""
@@ -78,7 +80,9 @@ class Greeting:
 
     encoder_id: str
     dimensions: int
-    preprocessing: Preprocessing
+    preprocessing: Annotated[  # one with other fields is of another version
+        Preprocessing, PlainValidator(Preprocessing.from_fields), PlainSerializer(asdict)
+    ]
     has_text: bool
     decoding: str  # how the images of this ``encoder_id`` must be decoded: draft or full
     runs_on: str  # CPU, CUDA, ...
@@ -105,7 +109,7 @@ class Greeting:
 
 
 GREETINGS = TypeAdapter(Greeting)
-"""Parses (``validate_json``, which raises ValueError or TypeError) and writes (``dump_json``) the message."""
+"""Parses (``validate_json``, which raises one of ``UNREADABLE``) and writes (``dump_json``) the message."""
 
 
 # ---------------------------------------------------------------- messages
@@ -336,7 +340,7 @@ class RemoteEncoder:
         receive(connection, memoryview(content), patience)
         try:
             return GREETINGS.validate_json(bytes(content))
-        except (ValueError, TypeError) as error:
+        except UNREADABLE as error:
             said = " ".join(str(error).split())
             raise ProtocolError(f"its greeting cannot be read ({said:.300})") from error
 

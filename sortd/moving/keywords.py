@@ -170,7 +170,9 @@ def _hash_at(folder: int, name: str) -> str:
 def _is_former(folder: int, name: str, move: MoveRecord) -> bool:
     """Tell whether a hidden file has the bytes that the journal has, and no writer that would change them."""
     former = _former(move)
-    return former is not None and _hash_at(folder, name) == former.content and not has_writer(folder, name)
+    if former is None or not former.content:  # damaged: the hash of a missing file is empty, too
+        return False
+    return _hash_at(folder, name) == former.content and not has_writer(folder, name)
 
 
 def _write_part(folder: int, move: MoveRecord) -> tuple[str, ...]:

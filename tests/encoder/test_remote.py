@@ -256,9 +256,12 @@ def _greeting(**changed: object) -> bytes:
         (_greeting(dimensions=0, known_rows=[[], []]), "greeting cannot be read"),
         (_greeting(known_rows=[[float("nan")] * 48] * 2), "greeting cannot be read"),
         (_greeting(known_rows=[[1.0] * 48] * 2), "greeting cannot be read"),
+        (_greeting(known_rows=[[10**400] * 48] * 2), "greeting cannot be read"),
         (_greeting(preprocessing={"crop_height": 10**9}), "greeting cannot be read"),
+        (_greeting(preprocessing={"of_a_newer_version": 1}), "greeting cannot be read"),
+        (_greeting(preprocessing=[]), "greeting cannot be read"),
     ],
-    ids=range(13),
+    ids=range(16),
 )
 def test_remote_encoder_of_another_program_raises(path: Path, sent: bytes, match: str) -> None:
     """It says so at once, and takes nothing for a model."""

@@ -540,6 +540,21 @@ def test_recover_keywords_former_sidecar_that_was_written_goes_back(
     assert dataset.tree() == {"Images/a.jpg": b"image", SIDECAR: EXISTING + b"<!-- later -->"}
 
 
+def test_recover_keywords_former_sidecar_of_unknown_content_ends(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged journal without its hash, and no hidden file: neither is taken for the other."""
+    sidecar = dataset.put(SIDECAR, EXISTING)
+    path = dataset.put("Images/a.jpg")
+    crashed_at(dataset, monkeypatch, "sortd.moving.keywords._is_former", lambda mover: moved(mover, labelled(path)))
+    for hidden in sidecar.parent.glob(".sortd-*"):
+        hidden.unlink()
+    with dataset.journal() as journal:
+        journal.connection.execute("UPDATE members SET content = '' WHERE role = ?", (Role.FORMER,))
+    assert recovered(dataset) == [MoveProgress.DONE]
+    assert sorted(dataset.tree()) == ["Images/a.jpg", SIDECAR]
+
+
 def test_move_all_keywords_sidecar_with_a_writer_is_left(dataset: Dataset, mover: Mover) -> None:
     """What that program writes would go into a file without a name."""
     sidecar = dataset.put(SIDECAR, EXISTING)
