@@ -10,7 +10,8 @@ one decoding process for each actor and for the plain loop (``--shard 1/1``). Th
 - Ray decides while its driver is killed (SIGKILL) three times, and then an actor twice;
 - ``sortd once`` decides with `abstain: off`, and with the defaults, which also count neighbours; labels are compared.
 
-Seconds are those of the work, without the start of Ray and of the model. Exits with 1 if decisions differ.
+Seconds are those of the work, without the start of Ray and of the model. Exits with 1 if
+decisions differ, or the work ended before all kills.
 """
 
 import argparse
@@ -97,25 +98,30 @@ class Bench:
         facts: dict[str, Any] = json.loads(done.stdout)
         return facts, decisions_of(self.folder / name)
 
-    def decide_while_killed(self, name: str) -> tuple[int, pa.Table]:
-        """Decide with Ray, which is killed; return the number of kills and the decisions."""
-        run, kills = self.run(name), 0
+    def decide_while_killed(self, name: str) -> tuple[dict[str, int], pa.Table]:
+        """Decide with Ray, whose processes are killed while they decide; return the kills and the decisions."""
+        run, drivers, actors = self.run(name), 0, set[int]()
         for _ in range(DRIVER_KILLS):
             with self._started(run) as process:
-                before = decided(run)
-                kills += wait_for(process, lambda before=before: decided(run) > before)
+                drivers += bool(self._new_actors(run, process, actors))
                 process.send_signal(signal.SIGKILL)
         with self._started(run) as process:
-            killed: set[int] = set()
             for _ in range(ACTOR_KILLS):
-                before = decided(run)
-                wait_for(process, lambda before=before: decided(run) > before)
-                for pid in set(actors_of(process.pid)) - killed:
-                    killed.add(pid)
+                for pid in self._new_actors(run, process, actors)[:1]:
                     os.kill(pid, signal.SIGKILL)
-                    break
+                    actors.add(pid)
             process.wait()
-        return kills + len(killed), decisions_of(run)
+        return {"drivers": drivers, "actors": len(actors)}, decisions_of(run)
+
+    def _new_actors(self, run: Path, process: "subprocess.Popen[bytes]", killed: set[int]) -> list[int]:
+        """Wait until a driver has actors and a part more is decided; return its actors that were not killed."""
+        before, found = len(parts_of(run / DECISIONS)), list[int]()
+        while process.poll() is None and not (found and len(parts_of(run / DECISIONS)) > before):
+            time.sleep(POLL_SECONDS)
+            if not found and (found := [pid for pid in actors_of(process.pid) if pid not in killed]):
+                # Actors of a killed driver may end the parts that they have begun.
+                before = len(parts_of(run / DECISIONS))
+        return found if process.poll() is None else []
 
     @contextmanager
     def _started(self, run: Path) -> Iterator["subprocess.Popen[bytes]"]:
@@ -144,18 +150,6 @@ class Bench:
 def decisions_of(run: Path) -> pa.Table:
     """Return the decisions of a run by id."""
     return pyarrow.dataset.dataset(run / DECISIONS).to_table().sort_by("id")
-
-
-def decided(run: Path) -> int:
-    """Return the number of decided parts."""
-    return len(parts_of(run / DECISIONS))
-
-
-def wait_for(process: "subprocess.Popen[bytes]", is_true: Any) -> bool:  # noqa: ANN401 -- a function without arguments
-    """Wait until something is true, or the process ends; return whether it runs."""
-    while process.poll() is None and not is_true():
-        time.sleep(POLL_SECONDS)
-    return process.poll() is None
 
 
 def actors_of(pid: int) -> Iterator[int]:
@@ -254,7 +248,8 @@ def main() -> None:
         for name, value in figures.items():
             print(f"{name}: {value}")
     is_once = figures["ids"] == figures["images"]
-    sys.exit(0 if is_once and all(figures["equal_to_the_loop"].values()) else 1)
+    is_killed = figures["kills"] == {"drivers": DRIVER_KILLS, "actors": ACTOR_KILLS}
+    sys.exit(0 if is_once and is_killed and all(figures["equal_to_the_loop"].values()) else 1)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ def _started_ray(options: RayOptions, *, processors: int) -> Iterator[Any]:
             ray.data.DataContext.get_current().enable_progress_bars = False
             yield ray
         except ConnectionError as error:
-            raise DataError(f"there is no cluster at {options.address}: {error}") from error
+            tokens = "if it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            raise DataError(f"no connection to a cluster at {options.address}: {error}; {tokens}") from error
         finally:
             ray.shutdown()
             if own is not None:
