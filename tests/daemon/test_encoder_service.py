@@ -157,9 +157,7 @@ def test_encoder_killed_under_load_loses_no_image(tmp_path: Path) -> None:
     check_kills(tmp_path, count=60, kills=2, program=FAST)
 
 
-@pytest.mark.parametrize(
-    "count", [pytest.param(150, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("count", [pytest.param(80, marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.long)])
 def test_encoder_killed_four_times_under_load_loses_no_image(tmp_path: Path, count: int) -> None:
     """The same with the packaged model."""
     check_kills(tmp_path, count=count, kills=4, program=REAL)

@@ -222,7 +222,7 @@ def test_trouble_no_get_changes_anything(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(3_000, marks=pytest.mark.slow), pytest.param(10_000, marks=pytest.mark.long)]
+    "count", [pytest.param(1_000, marks=pytest.mark.slow), pytest.param(10_000, marks=pytest.mark.long)]
 )
 def test_trouble_many_waiting_images_are_paged_and_pages_stay_small(
     browser: Browser, tmp_path: Path, count: int
