@@ -76,14 +76,14 @@ container-test: setup ## build the container on a Debian made by mmdebstrap and 
 
 floors: setup ## run the tests with the minimum versions of pyproject.toml (FLOORS_TORCH, FLOORS_TESTS)
 	packaging/floors $(BIN)/uv $(PYTHON) build/floors "$(FLOORS_TORCH)" "$(TORCH_INDEX)"
-	build/floors/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(FLOORS_TESTS)
+	build/floors/bin/python -m pytest --numprocesses auto --dist loadfile $(FLOORS_TESTS)
 
 run: setup ## run the daemon on the sample data, with the model that needs no download
 	$(BIN)/python Data/draw.py incoming
 	$(BIN)/sortd run --config Data/sample.yaml
 
 test: setup ## run the tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-repeat: setup ## run the tests 20 times on a bare clone, ten of them beside four busy loops (hours)
 	$(BIN)/python -m tests.repeat

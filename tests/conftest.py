@@ -22,33 +22,6 @@ def pytest_xdist_auto_num_workers() -> int:
     return len(os.sched_getaffinity(0)) + 2
 
 
-LONGEST = frozenset(
-    {
-        "test_systemd.py",
-        "test_browser.py",
-        "test_browser_trouble.py",
-        "test_browser_work.py",
-        "test_accessibility.py",
-        "test_image_encoder.py",
-        "test_encoder_service.py",
-        "test_finetuned_model.py",
-        "test_strangers.py",
-        "test_pickles.py",
-        "test_sample_data.py",
-        "test_first_steps.py",
-        "test_failure_modes_inputs.py",
-        "test_failure_modes_repeats.py",
-        "test_failure_modes_watching.py",
-    }
-)
-"""Files that take longest for their number of tests."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that at the end no process is left alone with one of them."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_report_to_serializable() -> Generator[None, dict[str, Any] | None, dict[str, Any] | None]:
     """Send reports between processes without lone surrogates, which names that are no UTF-8 bring into them."""
