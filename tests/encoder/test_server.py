@@ -238,8 +238,10 @@ def test_server_keeps_clients_with_a_request(path: Path, monkeypatch: pytest.Mon
         busy = [RawClient(path) for _ in range(2)]
         for client in busy:
             client.read()
+        wait_until(lambda: [one.idle_since is None for one in server._clients] == [False, False])
+        for client in busy:
             client.socket.sendall(images_request(1))
-        wait_until(lambda: len(server._clients) == 2 and all(one.idle_since is None for one in server._clients))
+        wait_until(lambda: all(one.idle_since is None for one in server._clients))
         with RawClient(path) as late:
             assert late.read() is None
         gated.gate.set()
