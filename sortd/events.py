@@ -23,7 +23,7 @@ class Stamp(NamedTuple):
     """One version of one file: a write or another file under the same name changes the stamp.
 
     File systems store times from year 1 to 2446 and beyond, 64 bits of nanoseconds only 1677 to 2262: other times are
-    kept modulo 2**64 (see ``files.stamp_of``). A tuple is made and hashed in a fifth of the time of a frozen dataclass.
+    kept modulo 2**64 (see ``files.stamp_of``). A scan makes one for each file: a tuple costs less.
     """
 
     device: int

@@ -186,16 +186,9 @@ class DatasetScans:
         missing, self._missing = self._missing, set()
         if not missing or self._presence.problem() is not None:
             return
-        gone = []
         for path in missing:
-            try:
-                os.lstat(path)
-            except (FileNotFoundError, NotADirectoryError):
-                gone.append(path)
-            except OSError as error:
-                self._log.unreadable(error)
-            else:
-                self.want(path)
+            self.look(path, closed=False)
+        gone, self._missing = self._missing, set()
         if gone and self._presence.problem() is None:
             for path in gone:
                 self._receive(events.ImageGone(path))

@@ -173,7 +173,7 @@ class Sender:
         self._receivers, self._metrics, self._environment = receivers, metrics, environment
         self.events = receivers.events  # that anybody wants
         self._clock, self._wall, self._local = clock, wall, local
-        self._file, self._saved, self._is_hampered = state / STATE_FILE, dict[str, object](), False
+        self._file, self._saved, self._save_has_failed = state / STATE_FILE, dict[str, object](), False
         self._queue: queue.Queue[Notice | None] = queue.Queue(QUEUED_AT_MOST)
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -269,11 +269,11 @@ class Sender:
         try:
             write_json(self._file, facts, mode=0o600, durable=False)
         except OSError as error:
-            if not self._is_hampered:
+            if not self._save_has_failed:
                 self._log.warning(logs.DAEMON_HAMPERED, path=error.filename, error=error.strerror)
-            self._is_hampered = True
+            self._save_has_failed = True
             return
-        self._saved, self._is_hampered = facts, False
+        self._saved, self._save_has_failed = facts, False
 
     def _about(self, held_back: HeldBack, wanted: frozenset[str]) -> Notice | None:
         """Return the notice about what was held back, and dropped, since the last one."""
